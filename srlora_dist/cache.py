@@ -1,0 +1,28 @@
+"""Where computed and fetched files are kept between runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def cache_dir() -> Path:
+    """Return the project's cache folder, made if it is not there yet.
+
+    Returns:
+        ``$SRLORA_CACHE``, or else ``srlora_dist`` in ``$XDG_CACHE_HOME``, or else in ``~/.cache``.
+
+    Raises:
+        ValueError: The folder cannot be made.
+    """
+    own, users = os.environ.get("SRLORA_CACHE"), os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification has relative paths ignored.
+    parent = Path(users) if os.path.isabs(users) else Path.home() / ".cache"
+    folder = Path(own).expanduser() if own else parent / "srlora_dist"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"the cache folder {folder} cannot be made ({error.strerror}): set SRLORA_CACHE to a writable folder"
+        ) from error
+    return folder

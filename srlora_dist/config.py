@@ -1,0 +1,209 @@
+"""Every option of the project, declared once.
+
+The dataclasses below are the YAML schema and the command line at the same time: ``parse(argv)`` accepts
+``--config FILE`` and any ``--section.option value``; later arguments win.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import jsonargparse
+import yaml
+
+
+@dataclass
+class SRLoRAConfig:
+    """How pairs are scored, fused and restarted (SRLoRA, arXiv 2505.12433).
+
+    Args:
+        target_rank: Directions of each pretrained weight that are used by the end of training; the paper's r_target.
+        fusion_ratio: Share of a site's pairs that one switch fuses, in (0, 1]; the paper's gamma (Eq. 13).
+        beta1: Decay of the moving average of the sensitivity (Eq. 4).
+        beta2: Decay of the moving average of its deviation (Eq. 5).
+        score_reset: What a switch clears: the statistics of ``all`` pairs (the paper's section 3.1) or only those of
+            the ``restarted`` ones (its Algorithm 1).
+        optimizer_reset: What a restarted pair keeps of the optimizer's state: ``zero`` clears it, ``first_moment``
+            clears the momentum alone, ``keep`` clears nothing.
+        adapter_name: The PEFT adapter to work on.
+        svd_cache: Folder of the computed directions; ``null`` is ``srlora_dist/svd`` in the user's cache folder.
+        ledger_dir: Folder to which each switch is appended; ``null`` keeps the ledger in memory alone.
+    """
+
+    target_rank: int = 32
+    fusion_ratio: float = 0.5
+    beta1: float = 0.85
+    beta2: float = 0.85
+    score_reset: Literal["all", "restarted"] = "all"
+    optimizer_reset: Literal["zero", "first_moment", "keep"] = "zero"
+    adapter_name: str = "default"
+    svd_cache: str | None = None
+    ledger_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fusion_ratio <= 1:
+            raise ValueError(
+                f"srlora.fusion_ratio is {self.fusion_ratio}: choose a share of the pairs in (0, 1], such as 0.5"
+            )
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"srlora.{name} is {getattr(self, name)}: choose a decay in [0, 1), such as 0.85")
+        if self.target_rank < 1:
+            raise ValueError(f"srlora.target_rank is {self.target_rank}: choose at least the rank of the adapter")
+
+
+@dataclass
+class LoRAOptions:
+    """The PEFT adapter.
+
+    Args:
+        rank: Pairs of each site.
+        alpha: Numerator of the scale: ``alpha / rank``, or ``alpha / sqrt(rank)`` with ``use_rslora``.
+        dropout: Dropout in front of A; SRLoRA needs 0, because dropout breaks the preservation of the function.
+        target_modules: ``all-linear`` or module names, comma separated.
+        use_rslora: Rank-stabilised scale.
+    """
+
+    rank: int = 8
+    alpha: float = 8
+    dropout: float = 0.0
+    target_modules: str = "all-linear"
+    use_rslora: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"lora.rank is {self.rank}: choose at least 1")
+
+
+@dataclass
+class ModelOptions:
+    """The pretrained model.
+
+    Args:
+        name_or_path: Name on the hub or a local folder; ``null`` takes the task's own model.
+        dropout: Sets every dropout of the model; ``null`` leaves the model as it was published.
+        dtype: Storage of the weights. Only ``float32`` is supported so far.
+        trust_remote_code: Allow code that comes with the model to run.
+    """
+
+    name_or_path: str | None = None
+    dropout: float | None = None
+    dtype: str = "float32"
+    trust_remote_code: bool = False
+
+
+@dataclass
+class TaskOptions:
+    """What is learnt.
+
+    Args:
+        name: ``demo`` or a GLUE task: ``sst2 cola mrpc qnli rte stsb``.
+        data_dir: Folder in the official GLUE layout (one folder a task); ``null`` loads from the hub.
+        max_length: Longest input in tokens; longer ones are cut.
+        max_train_samples: Use only the first samples of the training split; ``null`` uses all.
+        max_eval_samples: Use only the first samples of the evaluation split; ``null`` uses all.
+    """
+
+    name: str = "demo"
+    data_dir: str | None = None
+    max_length: int = 128
+    max_train_samples: int | None = None
+    max_eval_samples: int | None = None
+
+
+@dataclass
+class TrainOptions:
+    """The training loop.
+
+    Args:
+        epochs: Passes over the training split; ignored where ``max_steps`` is given.
+        max_steps: Optimizer steps.
+        batch_size: Samples of one optimizer step, over all ranks and accumulation steps together.
+        eval_batch_size: Samples of one evaluation batch, over all ranks together.
+        accumulation_steps: Micro-batches of one optimizer step.
+        learning_rate: Peak of the schedule.
+        warmup_ratio: Share of the steps in which the rate rises linearly; then it falls linearly to 0.
+        weight_decay: AdamW's, on the trainable weights. It shrinks pairs that start as a copy of part of W.
+        max_grad_norm: Clip the gradient to this norm; 0 does not clip.
+        eval_every: Steps between evaluations; ``null`` evaluates ten times in a run.
+        log_every: Steps between lines of ``metrics.jsonl``.
+    """
+
+    epochs: float = 1.0
+    max_steps: int | None = None
+    batch_size: int = 32
+    eval_batch_size: int = 64
+    accumulation_steps: int = 1
+    learning_rate: float = 1e-3
+    warmup_ratio: float = 0.06
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    eval_every: int | None = None
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "eval_batch_size", "accumulation_steps", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name} is {getattr(self, name)}: choose at least 1")
+        for name in ("max_steps", "eval_every"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"train.{name} is {getattr(self, name)}: choose at least 1, or leave it out")
+        if self.max_steps is None and self.epochs <= 0:
+            raise ValueError(f"train.epochs is {self.epochs}: choose a positive number of passes")
+        if not self.learning_rate > 0:
+            raise ValueError(f"train.learning_rate is {self.learning_rate}: choose a positive rate")
+        if self.batch_size % self.accumulation_steps:
+            raise ValueError(
+                f"train.batch_size {self.batch_size} does not divide by train.accumulation_steps "
+                f"{self.accumulation_steps}: choose a multiple"
+            )
+
+
+@dataclass
+class RunConfig:
+    """One training run; ``config.yaml`` in the output folder is this, resolved.
+
+    Args:
+        method: ``srlora``, or a baseline in the same trainer: ``lora``, ``pissa``, ``adalora``.
+        output_dir: Folder for everything that the run leaves behind.
+        seed: Of the data order, the adapter and the task's head.
+        engine: The storage that the run must get; ``auto`` takes what ``accelerate launch`` gives.
+        model: The pretrained model.
+        task: What is learnt.
+        lora: The adapter.
+        srlora: How pairs are scored, fused and restarted.
+        train: The training loop.
+    """
+
+    method: Literal["lora", "pissa", "srlora", "adalora"] = "srlora"
+    output_dir: str = "runs/demo"
+    seed: int = 0
+    engine: Literal["auto", "plain", "ddp", "zero1", "zero2", "zero3"] = "auto"
+    model: ModelOptions = field(default_factory=ModelOptions)
+    task: TaskOptions = field(default_factory=TaskOptions)
+    lora: LoRAOptions = field(default_factory=LoRAOptions)
+    srlora: SRLoRAConfig = field(default_factory=SRLoRAConfig)
+    train: TrainOptions = field(default_factory=TrainOptions)
+
+    def save(self, path: str | Path) -> None:
+        """Write the resolved configuration as YAML, enough to run it again with ``--config``."""
+        Path(path).write_text(yaml.safe_dump(asdict(self), sort_keys=False))
+
+
+def parse(argv: list[str] | None = None) -> RunConfig:
+    """Read ``--config FILE`` and ``--section.option value`` overrides into a :class:`RunConfig`.
+
+    Raises:
+        ValueError: An option is unknown, of the wrong type or out of its range; the message names it.
+    """
+    parser = jsonargparse.ArgumentParser(prog="train.py", exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file of options.")
+    parser.add_class_arguments(RunConfig)
+    try:
+        options = parser.instantiate(parser.parse_args(argv))
+    except (jsonargparse.ArgumentError, TypeError) as error:
+        raise ValueError(f"configuration: {error}; see --help for the options") from error
+    del options.config
+    return RunConfig(**vars(options))

@@ -1,0 +1,183 @@
+"""Which engine the launch asked for, and an Accelerator that really is it.
+
+Accelerate falls back in silence: DeepSpeed becomes plain DDP with ``use_cpu``, several CPU processes become one. So the
+environment that ``accelerate launch`` made is read first, and what came of it is compared with that.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedType,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+)
+
+from srlora_dist.config import RunConfig
+
+# Rank 0 factors the weights while the others wait in a collective; DeepSpeed's own limit is 10 minutes.
+COLLECTIVE_TIMEOUT = timedelta(hours=2)
+
+
+def launched_engine() -> str:
+    """The engine that the environment asks for: ``plain``, ``ddp``, ``zero1``, ``zero2`` or ``zero3``.
+
+    Raises:
+        ValueError: The launch asks for something that is not supported; the message says what to use instead.
+    """
+    for variable, name in (
+        ("ACCELERATE_USE_FSDP", "FSDP"),
+        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "tensor or context parallelism"),
+    ):
+        if _flag(variable):
+            raise ValueError(
+                f"the launch asks for {name}, which is not supported yet: "
+                "use launch/accelerate/ddp.yaml or zero1.yaml, zero2.yaml, zero3.yaml there"
+            )
+    if _flag("ACCELERATE_USE_DEEPSPEED"):
+        return f"zero{_zero_stage()}"
+    if _flag("ACCELERATE_USE_CPU") and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            "accelerate launch asked for several CPU processes, but its CPU mode starts one alone: "
+            "use --config_file launch/accelerate/cpu2.yaml"
+        )
+    return "ddp" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else "plain"
+
+
+def build_accelerator(config: RunConfig) -> tuple[Accelerator, str]:
+    """An Accelerator on the engine that the launch asked for, and that engine's name.
+
+    Collective: sets up the process group; every process must call it.
+
+    Raises:
+        ValueError: The launch, ``config.engine`` and what Accelerate made of it disagree, or the precision or a batch
+            size cannot be honoured.
+    """
+    asked = launched_engine()
+    require_engine(config.engine, asked, "the launch asks for")
+    _require_float32(config)
+    without_gpu = _flag("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    handlers = []
+    if asked != "plain":
+        backend = {"backend": "gloo"} if without_gpu else {}
+        handlers.append(InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT, **backend))
+    accelerator = Accelerator(
+        # Under DeepSpeed cpu=True would turn DeepSpeed off.
+        cpu=without_gpu and not asked.startswith("zero"),
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.train.accumulation_steps),
+        kwargs_handlers=handlers,
+    )
+    require_engine(asked, _accelerated_engine(accelerator, asked), "Accelerate set up")
+    _require_divisible(config, accelerator.num_processes)
+    if asked.startswith("zero"):
+        _fill_deepspeed(accelerator, config)
+    return accelerator, asked
+
+
+def require_engine(asked: str, got: str, who: str) -> None:
+    """Stop where an engine is not the one that was asked for.
+
+    Raises:
+        ValueError: They differ; the message names both.
+    """
+    if asked in ("auto", got):
+        return
+    remedy = {"plain": "cpu1.yaml or single.yaml", "ddp": "cpu2.yaml or ddp.yaml"}.get(
+        asked, f"{asked}_cpu.yaml or {asked}.yaml"
+    )
+    raise ValueError(
+        f"the engine asked for is {asked}, but {who} {got}: "
+        f"use accelerate launch --config_file launch/accelerate/{remedy}, without use_cpu under DeepSpeed"
+    )
+
+
+def _accelerated_engine(accelerator: Accelerator, asked: str) -> str:
+    """What the Accelerator is, with the number of processes where that is not what was launched."""
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != launched:
+        return f"{accelerator.num_processes} of {launched} processes"
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return f"zero{accelerator.state.deepspeed_plugin.zero_stage}"
+    if accelerator.distributed_type == DistributedType.NO or accelerator.num_processes == 1:
+        return "plain"
+    multi_device = accelerator.distributed_type.value.startswith("MULTI_")
+    return "ddp" if multi_device else accelerator.distributed_type.value.lower()
+
+
+def _flag(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("true", "1", "yes")
+
+
+def _zero_stage() -> int:
+    """The stage in the DeepSpeed file, or else the one on the command line of ``accelerate launch``."""
+    path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    if path != "none":
+        try:
+            stage = json.loads(Path(path).read_text()).get("zero_optimization", {}).get("stage", 0)
+        except (OSError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"deepspeed_config_file {path} cannot be read ({error}): start from the root of the repository"
+            ) from error
+    if int(stage) not in (1, 2, 3):
+        raise ValueError(f"DeepSpeed ZeRO stage {stage} is not supported: choose 1, 2 or 3, or DDP without DeepSpeed")
+    return int(stage)
+
+
+def _require_float32(config: RunConfig) -> None:
+    mixed_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if mixed_precision != "no":
+        raise ValueError(
+            f"the launch asks for mixed_precision {mixed_precision}, and only fp32 is supported so far: set it to 'no'"
+        )
+    if config.model.dtype != "float32":
+        raise ValueError(f"model.dtype is {config.model.dtype}, and only float32 is supported so far: leave it out")
+
+
+def _require_divisible(config: RunConfig, num_processes: int) -> None:
+    train = config.train
+    for name, size, parts in (
+        ("batch_size", train.batch_size, train.accumulation_steps * num_processes),
+        ("eval_batch_size", train.eval_batch_size, num_processes),
+    ):
+        if size % parts:
+            accumulation = f"{train.accumulation_steps} accumulation steps x " if parts != num_processes else ""
+            raise ValueError(
+                f"train.{name} {size} does not divide by {accumulation}{num_processes} processes: "
+                f"choose a multiple of {parts}"
+            )
+
+
+def _fill_deepspeed(accelerator: Accelerator, config: RunConfig) -> None:
+    """Give DeepSpeed our batch size, accumulation and clipping; Accelerate would clip at 1.0 whatever we ask for."""
+    settings = accelerator.state.deepspeed_plugin.deepspeed_config
+    for precision in ("fp16", "bf16"):
+        if str(settings.get(precision, {}).get("enabled", False)).lower() == "true":
+            raise ValueError(
+                f"the DeepSpeed file enables {precision}, and only fp32 is supported so far: set {precision}.enabled "
+                "to false"
+            )
+    train = config.train
+    micro_batch_size = train.batch_size // train.accumulation_steps // accelerator.num_processes
+    for key, option, value in (
+        ("train_batch_size", "train.batch_size", train.batch_size),
+        ("train_micro_batch_size_per_gpu", "the share of train.batch_size of a rank", micro_batch_size),
+        ("gradient_accumulation_steps", "train.accumulation_steps", train.accumulation_steps),
+        ("gradient_clipping", "train.max_grad_norm", train.max_grad_norm),
+    ):
+        theirs = settings.get(key, "auto")
+        if theirs not in ("auto", value):
+            raise ValueError(
+                f"the DeepSpeed configuration has {key} {theirs}, but {option} is {value}: "
+                f'set {key} to "auto" or make them equal'
+            )
+        settings[key] = value

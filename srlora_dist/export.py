@@ -1,0 +1,116 @@
+"""Writes a plain PEFT adapter that gives the trained model's outputs on the untouched base."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from srlora_dist.ledger import Ledger
+from srlora_dist.sites import Site
+from srlora_dist.storage import Storage
+
+logger = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def export_adapter(
+    model: nn.Module,
+    storage: Storage,
+    sites: list[Site],
+    ledger: Ledger | None,
+    folder: str | Path,
+    max_rank: int | None = None,
+    adapter_name: str = "default",
+) -> None:
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors`` on rank 0.
+
+    A site's change of the pretrained weight is what the ledger added to W plus the live pairs, ``s B A``; both are
+    sums of pairs, so together they are one LoRA of scale 1, of rank twice the directions taken.
+
+    Args:
+        model: The (wrapped) PEFT model.
+        storage: How its tensors are held.
+        sites: Its sites.
+        ledger: What was added to W; None on the other ranks, and everywhere for a run without switches.
+        folder: Where to write.
+        max_rank: Truncate each site to this rank by SVD and log the relative error; None is exact.
+        adapter_name: The adapter to export.
+
+    Collective: every rank must call it; under ZeRO-3 one all-reduce of the trainable parameters.
+
+    Raises:
+        ValueError: Rank 0 could not write; raised on every rank.
+    """
+    peft_model = next(module for module in model.modules() if isinstance(module, PeftModel))
+    trainable = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
+    state = dict(zip(trainable, storage.gather_parameters(list(trainable.values())), strict=True))
+    error = None
+    if storage.rank == 0:
+        try:
+            _write(peft_model, state, sites, ledger, Path(folder), max_rank, adapter_name)
+        except OSError as failure:
+            error = OSError(f"cannot write the adapter to {folder}: {failure}")
+    storage.raise_together(error)
+
+
+def _write(
+    model: PeftModel,
+    state: dict[str, Tensor],
+    sites: list[Site],
+    ledger: Ledger | None,
+    folder: Path,
+    max_rank: int | None,
+    adapter_name: str,
+) -> None:
+    tensors = get_peft_model_state_dict(
+        model, state_dict=state, adapter_name=adapter_name, save_embedding_layers=False
+    )
+    config = copy.deepcopy(model.peft_config[adapter_name])
+    config.inference_mode = True
+    if ledger is not None:
+        added = ledger.factors([site.name for site in sites])
+        ranks = {}
+        for site in sites:
+            a_name, b_name = (f"base_model.model.{site.name}.lora_{factor}.weight" for factor in "AB")
+            b, a = _with_live_pairs(*added[site.name], tensors[b_name].cpu(), tensors[a_name].cpu(), site.scale)
+            if max_rank is not None and max_rank < a.shape[0]:
+                b, a = _truncate(b, a, max_rank, site.name)
+            tensors[a_name], tensors[b_name] = a, b
+            ranks[site.name] = a.shape[0]
+        _set_ranks(config, ranks)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(str(folder))
+
+
+def _with_live_pairs(left: Tensor, right: Tensor, b: Tensor, a: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return torch.cat([left, scale * b], 1), torch.cat([right, a], 0)
+
+
+def _set_ranks(config: object, ranks: dict[str, int]) -> None:
+    """Scale 1 everywhere (alpha = rank); sites of another rank than most are listed, their names escaped for PEFT."""
+    config.use_rslora = False
+    config.init_lora_weights = True
+    config.r = max(ranks.values(), key=list(ranks.values()).count)
+    config.lora_alpha = config.r
+    config.rank_pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != config.r}
+    config.alpha_pattern = dict(config.rank_pattern)
+
+
+def _truncate(left: Tensor, right: Tensor, rank: int, name: str) -> tuple[Tensor, Tensor]:
+    """The best approximation of ``left @ right`` of this rank, from QR factors and the SVD of their small core."""
+    q_left, r_left = torch.linalg.qr(left.double())
+    q_right, r_right = torch.linalg.qr(right.double().T)
+    u, s, vt = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
+    error = float(s[rank:].norm() / s.norm()) if float(s.norm()) else 0.0
+    logger.info("%s: truncated from rank %d to %d, relative error %.2e", name, left.shape[1], rank, error)
+    root = s[:rank].sqrt()
+    return (q_left @ (u[:, :rank] * root)).float(), ((root[:, None] * vt[:rank]) @ q_right.T).float()

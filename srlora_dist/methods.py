@@ -1,0 +1,165 @@
+"""The methods that the trainer can run, each behind the same five verbs.
+
+``SRLoRA`` is the product (PiSSA is SRLoRA that never switches); ``LoRA`` and ``AdaLoRA`` are baselines of PEFT.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from accelerate import Accelerator
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from srlora_dist.config import RunConfig
+from srlora_dist.export import export_adapter
+from srlora_dist.sites import find_sites
+from srlora_dist.storage import find_storage
+from srlora_dist.switcher import Switcher, SwitchReport
+
+
+@dataclass
+class Seconds:
+    """Time that a method adds to plain LoRA training."""
+
+    svd: float = 0.0
+    switch: float = 0.0
+    tracking: float = 0.0
+
+
+class Method(Protocol):
+    """What the trainer asks of a method.
+
+    Attributes:
+        model: The base model with its adapter, for ``accelerator.prepare``.
+    """
+
+    model: PeftModel
+
+    def bind(self, model: nn.Module, optimizer: object) -> str:
+        """Take what ``prepare`` returned; gives the name of the storage. Collective: every rank calls it."""
+
+    def step(self, num_steps_done: int) -> SwitchReport | None:
+        """After an optimizer step and before the gradients are cleared. Collective: every rank calls it."""
+
+    def export(self, folder: Path) -> None:
+        """Write a PEFT adapter for the untouched base. Collective: every rank calls it."""
+
+    def seconds(self) -> Seconds:
+        """Time spent on this rank so far."""
+
+
+def build_method(config: RunConfig, base: PreTrainedModel, peft_type: str, num_steps: int, engine: str) -> Method:
+    """Put an adapter on the base model.
+
+    Args:
+        config: The run.
+        base: The untouched model.
+        peft_type: PEFT's ``task_type``.
+        num_steps: Optimizer steps of the run.
+        engine: The engine that it will run on.
+
+    Raises:
+        ValueError: No layer matches ``lora.target_modules``, or the method cannot run like this.
+    """
+    targets = config.lora.target_modules
+    options = {
+        "lora_alpha": config.lora.alpha,
+        "lora_dropout": config.lora.dropout,
+        "target_modules": targets if targets == "all-linear" else [name.strip() for name in targets.split(",")],
+        "task_type": peft_type,
+    }
+    if config.method == "adalora":
+        return AdaLoRA(config, base, options, num_steps, engine)
+    adapter = LoraConfig(r=config.lora.rank, use_rslora=config.lora.use_rslora, **options)
+    model = get_peft_model(base, adapter, adapter_name=config.srlora.adapter_name)
+    return LoRA(config, model) if config.method == "lora" else SRLoRA(config, model, num_steps)
+
+
+class LoRA:
+    """Plain LoRA: one fixed subspace."""
+
+    def __init__(self, config: RunConfig, model: PeftModel) -> None:
+        self.model = model
+        self.sites = find_sites(model, config.srlora.adapter_name)
+
+    def bind(self, model: nn.Module, optimizer: object) -> str:
+        self.storage = find_storage(model, optimizer, self.sites)
+        return self.storage.name
+
+    def step(self, num_steps_done: int) -> None:
+        return None
+
+    def export(self, folder: Path) -> None:
+        export_adapter(self.model, self.storage, self.sites, None, folder)
+
+    def seconds(self) -> Seconds:
+        return Seconds()
+
+
+class SRLoRA:
+    """SRLoRA, or PiSSA: then the target is the rank itself, so that switch 0 is the only one."""
+
+    def __init__(self, config: RunConfig, model: PeftModel, num_steps: int) -> None:
+        self.model = model
+        options = config.srlora
+        if config.method == "pissa":
+            options = replace(options, target_rank=config.lora.rank)
+        self.switcher = Switcher(model, options, num_training_steps=num_steps)
+
+    def bind(self, model: nn.Module, optimizer: object) -> str:
+        self.switcher.bind(model, optimizer)
+        return self.switcher.storage.name
+
+    def step(self, num_steps_done: int) -> SwitchReport | None:
+        return self.switcher.step()
+
+    def export(self, folder: Path) -> None:
+        self.switcher.export(folder)
+
+    def seconds(self) -> Seconds:
+        switcher = self.switcher
+        return Seconds(switcher.svd_seconds, switcher.switch_seconds, switcher.tracking_seconds)
+
+
+class AdaLoRA:
+    """PEFT's AdaLoRA. It starts at ``lora.rank``, so that as much is trained as with LoRA, and prunes to 2/3 of it.
+
+    The ratio of 1.5 between the first and the final budget is the AdaLoRA paper's, its schedule in thirds of the run
+    close to the paper's: warm-up for a tenth, pruning until the half, then fixed ranks.
+    """
+
+    def __init__(
+        self, config: RunConfig, base: PreTrainedModel, options: dict[str, object], num_steps: int, engine: str
+    ) -> None:
+        if engine not in ("plain", "ddp"):
+            raise ValueError(f"method adalora needs whole gradients, which {engine} does not keep: use plain or ddp")
+        if config.lora.use_rslora:
+            raise ValueError("lora.use_rslora has no meaning for AdaLoRA: leave it out")
+        self.engine = engine
+        self.adapter = AdaLoraConfig(
+            init_r=config.lora.rank,
+            target_r=max(1, round(config.lora.rank / 1.5)),
+            tinit=num_steps // 10,
+            tfinal=num_steps // 2,
+            deltaT=max(1, num_steps // 100),
+            total_step=num_steps,
+            **options,
+        )
+        self.model = get_peft_model(base, self.adapter, adapter_name=config.srlora.adapter_name)
+
+    def bind(self, model: nn.Module, optimizer: object) -> str:
+        return self.engine
+
+    def step(self, num_steps_done: int) -> None:
+        self.model.base_model.update_and_allocate(num_steps_done)
+
+    def export(self, folder: Path) -> None:
+        if Accelerator().is_main_process:
+            self.model.save_pretrained(folder)
+
+    def seconds(self) -> Seconds:
+        return Seconds()

@@ -1,0 +1,45 @@
+"""When to switch and which pairs (Eq. 8, 13 and 14)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from torch import Tensor
+
+
+def num_fused(rank: int, fusion_ratio: float) -> int:
+    """Eq. 13: pairs that one switch fuses at a site of this rank, r' = gamma r, at least one."""
+    return max(1, round(fusion_ratio * rank))
+
+
+def due_steps(num_training_steps: int, ranks: Iterable[tuple[int, int]], fusion_ratio: float) -> list[int]:
+    """Eq. 14: the optimizer steps after which a switch is due, t_interval = N_all / N_switch apart.
+
+    A last, smaller switch takes the remainder of the directions. A switch that no training would follow is left out.
+
+    Args:
+        num_training_steps: Optimizer steps of the whole run, N_all.
+        ranks: (rank, target rank) of each site; the site with the most switches sets the pace.
+        fusion_ratio: The paper's gamma.
+
+    Raises:
+        ValueError: There are more switches than steps.
+    """
+    num_switches = max(
+        (math.ceil((target - rank) / num_fused(rank, fusion_ratio)) for rank, target in ranks if target > rank),
+        default=0,
+    )
+    if num_switches > num_training_steps:
+        raise ValueError(
+            f"srlora.target_rank asks for {num_switches} switches in {num_training_steps} steps: "
+            "train longer, lower target_rank or raise fusion_ratio"
+        )
+    steps = [(k + 1) * num_training_steps // num_switches for k in range(num_switches)]
+    return [step for step in steps if step < num_training_steps]
+
+
+def choose_slots(scores: Tensor, count: int) -> list[int]:
+    """Eq. 8: the ``count`` slots of the lowest scores (r,), in rising order; of equal scores the lower slot goes first."""
+    order = scores.argsort(stable=True)[:count]
+    return order.sort().values.tolist()

@@ -1,0 +1,170 @@
+"""Finds the adapted layers of a PEFT model and refuses, with a remedy, those that SRLoRA cannot work on."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+
+@dataclass(eq=False)
+class Site:
+    """One adapted linear layer, ``y = x (W + scale * B A)^T``.
+
+    Args:
+        name: Of the layer in the untouched base model.
+        weight: W, shape (m, n); under ZeRO-3 a placeholder that knows its shape.
+        lora_a: A, shape (r, n).
+        lora_b: B, shape (m, r).
+        shape: (m, n).
+        rank: r.
+        scale: ``alpha / r``, or ``alpha / sqrt(r)`` with rsLoRA.
+        target_rank: Directions to use by the end of training, at most min(m, n).
+        num_taken: Directions used so far.
+        held: The direction that the pair in each slot was started along, -1 for none.
+    """
+
+    name: str
+    weight: nn.Parameter
+    lora_a: nn.Parameter
+    lora_b: nn.Parameter
+    shape: tuple[int, int]
+    rank: int
+    scale: float
+    target_rank: int = 0
+    num_taken: int = 0
+    held: list[int] | None = None
+
+    def factor(self, name: str) -> nn.Parameter:
+        """The parameter called ``"A"`` or ``"B"``."""
+        return self.lora_a if name == "A" else self.lora_b
+
+    def factor_shape(self, name: str) -> torch.Size:
+        """Shape of the whole factor ``"A"`` or ``"B"``, however it is stored."""
+        return torch.Size((self.rank, self.shape[1]) if name == "A" else (self.shape[0], self.rank))
+
+
+PAIR_DIM = {"A": 0, "B": 1}
+"""Which dimension of a factor counts pairs."""
+
+
+def find_sites(model: nn.Module, adapter_name: str = "default") -> list[Site]:
+    """The sites of one adapter, in the order of the model's modules.
+
+    Raises:
+        ValueError: There is no such adapter or no adapted layer, or a layer is not a plain float32 linear LoRA layer.
+    """
+    peft_model = next((module for module in model.modules() if isinstance(module, PeftModel)), None)
+    if peft_model is None:
+        raise ValueError("the model has no LoRA layers: wrap it with peft.get_peft_model(model, LoraConfig(...)) first")
+    if adapter_name not in peft_model.peft_config:
+        raise ValueError(
+            f"srlora.adapter_name is {adapter_name!r}, but the model has {sorted(peft_model.peft_config)}: name one"
+        )
+    base = peft_model.get_base_model()
+    layers = {
+        name: module
+        for name, module in base.named_modules()
+        if isinstance(module, LoraLayer) and adapter_name in module.scaling
+    }
+    if not layers:
+        raise ValueError(f"adapter {adapter_name!r} has no LoRA layers: check target_modules of the LoraConfig")
+    _refuse(layers, adapter_name)
+    _refuse_shared_weights(peft_model, layers)
+    sites = [_site(name, layer, adapter_name) for name, layer in layers.items()]
+    require_float32(sites)
+    return sites
+
+
+def clamp_target_ranks(sites: list[Site], target_rank: int) -> None:
+    """Set each site's target rank, at most min(m, n), with one warning that lists the sites where that is less.
+
+    Raises:
+        ValueError: The target is below the rank of a site.
+    """
+    low = [f"{site.name} (r={site.rank})" for site in sites if target_rank < site.rank]
+    if low:
+        raise ValueError(
+            f"srlora.target_rank {target_rank} is below the LoRA rank of {_some(low)}: raise target_rank or lower r"
+        )
+    clamped = []
+    for site in sites:
+        site.target_rank = min(target_rank, *site.shape)
+        if site.target_rank < target_rank:
+            clamped.append(f"{site.name} {site.shape}: {site.target_rank}")
+    if clamped:
+        warnings.warn(
+            f"srlora.target_rank {target_rank} is more than these matrices hold, clamped: {'; '.join(clamped)}",
+            stacklevel=3,
+        )
+
+
+def _refuse(layers: dict[str, LoraLayer], adapter_name: str) -> None:
+    """Raise one error for each kind of layer that cannot be worked on, listing the sites."""
+    checks = (
+        ("is not a linear layer", "leave it out of target_modules", lambda x: not _is_linear(x)),
+        ("uses DoRA or another LoRA variant", "set use_dora=False", lambda x: adapter_name in x.lora_variant),
+        (
+            "has LoRA dropout, which breaks the preservation of the function",
+            "set lora_dropout=0",
+            lambda x: not isinstance(x.lora_dropout[adapter_name], nn.Identity) and x.lora_dropout[adapter_name].p > 0,
+        ),
+        ("has a bias in its LoRA pair", "set lora_bias=False", lambda x: x.lora_bias.get(adapter_name, False)),
+        ("is merged", "call unmerge_adapter() first", lambda x: x.merged),
+    )
+    for what, remedy, holds in checks:
+        names = [name for name, layer in layers.items() if holds(layer)]
+        if names:
+            raise ValueError(f"SRLoRA cannot work on a layer that {what}: {_some(names)}; {remedy}")
+
+
+def _refuse_shared_weights(model: nn.Module, layers: dict[str, LoraLayer]) -> None:
+    """Raise where W is also the weight of another layer, which an edit would change too."""
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    shared = [name for name, layer in layers.items() if uses[id(layer.get_base_layer().weight)] > 1]
+    if shared:
+        raise ValueError(
+            f"SRLoRA cannot edit a weight that several layers share: {_some(shared)}; leave it out of target_modules"
+        )
+
+
+def require_float32(sites: list[Site]) -> None:
+    """Refuse 16-bit and quantised storage.
+
+    Raises:
+        ValueError: A weight or factor is stored in another type.
+    """
+    for site in sites:
+        for parameter in (site.weight, site.lora_a, site.lora_b):
+            if parameter.dtype != torch.float32 or hasattr(parameter, "quant_state"):
+                kind = type(parameter).__name__ if hasattr(parameter, "quant_state") else str(parameter.dtype)
+                raise ValueError(
+                    f"{site.name} is stored as {kind}, and SRLoRA supports float32 alone so far: load the model with "
+                    "dtype=torch.float32 without quantisation, and turn mixed precision off in the engine"
+                )
+
+
+def _is_linear(layer: LoraLayer) -> bool:
+    return isinstance(layer.get_base_layer(), nn.Linear)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _site(name: str, layer: LoraLayer, adapter_name: str) -> Site:
+    linear = layer.get_base_layer()
+    return Site(
+        name=name,
+        weight=linear.weight,
+        lora_a=layer.lora_A[adapter_name].weight,
+        lora_b=layer.lora_B[adapter_name].weight,
+        shape=(linear.out_features, linear.in_features),
+        rank=layer.r[adapter_name],
+        scale=float(layer.scaling[adapter_name]),
+    )

@@ -1,0 +1,33 @@
+"""Every rank holds everything: one process, DDP, or DeepSpeed without ZeRO."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from srlora_dist.sites import Site
+from srlora_dist.storage.base import Run, Storage, deal_by_size
+
+
+class PlainStorage(Storage):
+    """Whole tensors on every rank; the sites are dealt to ranks by size, and a rank tracks only its own."""
+
+    def __init__(self, optimizer: Optimizer, sites: list[Site]) -> None:
+        super().__init__(optimizer, sites)
+        self.name = "ddp" if self.world_size > 1 else "plain"
+        self.dealt_to = deal_by_size([site.rank * sum(site.shape) for site in sites], self.world_size)
+        for number, site in enumerate(sites):
+            for factor in ("A", "B"):
+                parameter = site.factor(factor)
+                self.held.append(Run(number, factor, 0, parameter, 0, parameter.numel()))
+        self.tracked = [run for run in self.held if self.dealt_to[run.site] == self.rank]
+
+    def weight_run(self, number: int) -> tuple[Tensor, int]:
+        flat = self.sites[number].weight.detach().view(-1)
+        return (flat if self.dealt_to[number] == self.rank else flat[:0]), 0
+
+    def gather_weight(self, number: int) -> Tensor | None:
+        return self.sites[number].weight.detach() if self.rank == 0 else None
+
+    def gather_parameters(self, parameters: list[nn.Parameter]) -> list[Tensor]:
+        return [parameter.detach() for parameter in parameters]

@@ -1,0 +1,161 @@
+"""Directions of every site: computed once on rank 0, site by site, kept in one safetensors file, broadcast when used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from pathlib import Path
+
+import scipy.linalg
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from srlora_dist.cache import cache_dir
+from srlora_dist.digest import combine, digest_run
+from srlora_dist.storage import Storage
+
+METHOD = "full-1"
+
+
+def compute_directions(weight: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The first ``count`` singular triplets: U (m, count), S (count,) falling, Vt (count, n), of the weight's dtype.
+
+    The largest entry of each column of U is positive, so that the signs do not depend on the driver. Where the driver
+    fails to converge, LAPACK's slower ``gesvd`` is tried in float64.
+
+    Raises:
+        ValueError: The weight holds NaN or inf, or both drivers failed.
+    """
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError("the weight holds NaN or inf: check the model's files")
+    try:
+        left, values, right = torch.linalg.svd(weight, full_matrices=False)
+    except torch.linalg.LinAlgError:
+        left, values, right = _svd_in_float64(weight)
+    left, values, right = left[:, :count], values[:count], right[:count]
+    sign = left.gather(0, left.abs().argmax(0, keepdim=True)).sign()
+    return (left * sign).contiguous(), values.contiguous(), (right * sign.T).contiguous()
+
+
+def _svd_in_float64(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    try:
+        triplet = scipy.linalg.svd(weight.double().cpu().numpy(), full_matrices=False, lapack_driver="gesvd")
+    except scipy.linalg.LinAlgError as error:
+        raise ValueError("the singular value decomposition did not converge with gesdd or with gesvd") from error
+    return tuple(torch.from_numpy(part).to(weight.device, weight.dtype) for part in triplet)
+
+
+class Directions:
+    """Gives every rank the directions it is about to use; rank 0 reads them from the file or computes them.
+
+    1. All ranks digest the weights they hold; one all-reduce gives the fingerprint, which names the file.
+    2. Rank 0 looks for a whole file of that fingerprint; one small broadcast tells the others.
+    3. If there is none, for each site: W is gathered on rank 0 alone, factored, and a few bytes tell the others that it
+       worked, so that no rank waits longer than one site takes.
+    """
+
+    def __init__(self, storage: Storage, cache: str | None) -> None:
+        self.storage = storage
+        self.folder = Path(cache) if cache is not None else cache_dir() / "svd"
+        self.path: Path | None = None
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Make the file if there is none.
+
+        Collective: the three phases above, on every rank.
+
+        Raises:
+            ValueError: A site could not be factored, or the folder cannot be written.
+        """
+        key = self._fingerprint()
+        self.path = self.folder / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.safetensors"
+        found = torch.zeros(1, dtype=torch.int64, device=self.storage.device)
+        if self.storage.rank == 0:
+            found += self._is_whole()
+        if self.storage.broadcast_(found).item():
+            return
+        tensors = self._compute()
+        error = self._write(tensors) if self.storage.rank == 0 else None
+        self.storage.raise_together(error)
+
+    def take(self, wanted: list[tuple[int, int, int]]) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Directions ``first`` to ``last`` of each wanted (site number, first, last): U (m, k), S (k,), Vt (k, n).
+
+        Collective: one broadcast of all of them together from rank 0.
+        """
+        sites = self.storage.sites
+        shapes = [(sites[i].shape[0], last - first, sites[i].shape[1]) for i, first, last in wanted]
+        sizes = [size for m, k, n in shapes for size in (m * k, k, k * n)]
+        packed = torch.zeros(sum(sizes), device=self.storage.device)
+        parts = packed.split(sizes)
+        if self.storage.rank == 0 and packed.numel():
+            with safe_open(self.path, "pt") as file:
+                for j, (i, first, last) in enumerate(wanted):
+                    for part, name in zip(parts[3 * j : 3 * j + 3], ("Ut", "S", "Vt"), strict=True):
+                        part.copy_(file.get_slice(f"{sites[i].name}.{name}")[first:last].flatten())
+        self.storage.broadcast_(packed)
+        triplets = zip(parts[0::3], parts[1::3], parts[2::3], shapes, strict=True)
+        return [(left.view(k, m).T, values, right.view(k, n)) for left, values, right, (m, k, n) in triplets]
+
+    def _fingerprint(self) -> list:
+        """What the directions depend on: method, and each site's name, shape, count and digest of W."""
+        storage = self.storage
+        halves = torch.zeros(len(storage.sites), 2, dtype=torch.int64)
+        for number in range(len(storage.sites)):
+            digest = digest_run(*storage.weight_run(number))
+            halves[number] = torch.tensor([digest >> 32, digest & 0xFFFFFFFF])  # halves cannot overflow in the sum
+        halves = storage.all_reduce_(halves.to(storage.device)).tolist()
+        digests = [((high << 32) + low) % 2**64 for high, low in halves]
+        entries = zip(storage.sites, digests, strict=True)
+        return [METHOD, *([site.name, *site.shape, site.target_rank, digest] for site, digest in entries)]
+
+    def _is_whole(self) -> bool:
+        """Whether the file is there and its content matches its own digest; a damaged one is reported."""
+        if not self.path.exists():
+            return False
+        try:
+            with safe_open(self.path, "pt") as file:
+                names = sorted(file.keys())
+                digest = combine(*(digest_run(file.get_tensor(name)) for name in names))
+                if file.metadata().get("digest") == str(digest):
+                    return True
+        except (SafetensorError, OSError, AttributeError):
+            pass
+        warnings.warn(f"the file of directions {self.path} is damaged and will be computed again", stacklevel=2)
+        return False
+
+    def _compute(self) -> dict[str, Tensor]:
+        """The triplets of all sites, on rank 0 and on the CPU; an empty dict elsewhere. Collective: see the class."""
+        storage, tensors = self.storage, {}
+        bar = tqdm(storage.sites, desc="directions (SVD)", unit="matrix", disable=storage.rank != 0, leave=False)
+        for number, site in enumerate(bar):
+            weight = storage.gather_weight(number)
+            error = None
+            if weight is not None:
+                try:
+                    left, values, right = compute_directions(weight, site.target_rank)
+                    tensors[f"{site.name}.Ut"] = left.T.contiguous().cpu()
+                    tensors[f"{site.name}.S"] = values.cpu()
+                    tensors[f"{site.name}.Vt"] = right.cpu()
+                except (ValueError, RuntimeError) as failure:  # RuntimeError: out of memory
+                    error = ValueError(f"{site.name}: {failure}")
+            storage.raise_together(error)
+        return tensors
+
+    def _write(self, tensors: dict[str, Tensor]) -> ValueError | None:
+        """Write beside, then rename; gives the error instead of raising it, for the other ranks wait."""
+        digest = combine(*(digest_run(tensors[name]) for name in sorted(tensors)))
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
+            save_file(tensors, temporary, metadata={"method": METHOD, "digest": str(digest)})
+            temporary.rename(self.path)
+        except (OSError, SafetensorError) as error:
+            return ValueError(f"cannot write the directions to srlora.svd_cache {self.folder}: {error}")
+        return None

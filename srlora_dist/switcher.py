@@ -1,0 +1,266 @@
+"""SRLoRA as the paper's Algorithm 1, in terms of spans, storages and the ledger."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from srlora_dist.config import SRLoRAConfig
+from srlora_dist.digest import combine, digest_run, to_int64
+from srlora_dist.export import export_adapter
+from srlora_dist.importance import Importance
+from srlora_dist.ledger import Ledger, SiteSwitch, SwitchReport
+from srlora_dist.schedule import choose_slots, due_steps, num_fused
+from srlora_dist.sites import Site, clamp_target_ranks, find_sites
+from srlora_dist.storage import Storage, find_storage
+from srlora_dist.svd import Directions
+
+logger = logging.getLogger(__name__)
+
+BUCKET_BYTES = 64 << 20
+"""Sites are switched in groups of about this much of factors, so that few large messages are sent."""
+
+
+class Switcher:
+    """Retires the least important pairs into W at intervals and starts new ones along unused directions.
+
+    Between switches nothing is sent. A switch, on every rank in the same order:
+
+    1. One all-reduce adds up the pair scores; every rank chooses the same slots (Eq. 7-8).
+    2. For each bucket of sites: rank 0 broadcasts the next directions; under ZeRO-3 the small factors are gathered.
+    3. Each rank edits the span of W it holds, ``W <- W + s B_k A_k - s B_new A_new`` (Eq. 8-12), writes the new pairs
+       to every copy it holds, resets their moments and its statistics. No base weight is sent.
+    4. One all-reduce compares a digest of slots, directions and factors; a difference stops the run.
+
+    Args:
+        model: A PEFT model with LoRA layers, not yet prepared.
+        config: Options.
+        num_training_steps: Optimizer steps of the whole run (N_all of Eq. 14).
+
+    Raises:
+        ValueError: The model or the options cannot be worked with; the message names the remedy.
+    """
+
+    def __init__(self, model: nn.Module, config: SRLoRAConfig, num_training_steps: int) -> None:
+        self.config = config
+        self.sites = self._find_sites(model)
+        ranks = [(site.rank, site.target_rank) for site in self.sites]
+        self.due_steps = due_steps(num_training_steps, ranks, config.fusion_ratio)
+        self.num_steps = 0
+        self.num_switches = 0
+        self.svd_seconds = self.switch_seconds = 0.0
+        self.storage: Storage | None = None
+        self._importance: Importance | None = None
+        self._stepped = False
+
+    def bind(self, model: nn.Module, optimizer: object) -> SwitchReport:
+        """Find the storage, and perform switch 0: start every pair along the top directions (Eq. 2).
+
+        Args:
+            model: What ``accelerator.prepare`` returned.
+            optimizer: Likewise.
+
+        Collective: the directions (see :class:`Directions`), then the phases 2 to 4 of a switch.
+
+        Raises:
+            ValueError: The storage is not supported, or the adapter has been trained already.
+        """
+        self.sites = self._find_sites(model)
+        self.storage = find_storage(model, optimizer, self.sites)
+        self._model = model
+        _require_resettable(self.storage, self.config.optimizer_reset)
+        self._require_fresh_adapter()
+        began = time.perf_counter()
+        self._directions = Directions(self.storage, self.config.svd_cache)
+        self._directions.prepare()
+        self.svd_seconds = time.perf_counter() - began
+        self._ledger = self._open_ledger()
+        for site in self.sites:
+            site.held = [-1] * site.rank
+        report = self._switch([list(range(min(site.rank, site.target_rank))) for site in self.sites], scores=None)
+        if self.due_steps:
+            self._importance = Importance(self.storage, self.config.beta1, self.config.beta2)
+        self.storage.on_optimizer_step(self._before_optimizer_step)
+        logger.info("SRLoRA on %s: %d sites, switches after steps %s", self.storage.name, len(self.sites), self.due_steps)
+        return report
+
+    def step(self) -> SwitchReport | None:
+        """Call after each ``optimizer.step()``; switches if that step was due.
+
+        A call after which no optimizer step happened (accumulation, overflow) does nothing.
+
+        Collective: nothing, or on a due step the phases 1 to 4 of a switch.
+
+        Returns:
+            What the switch did, or None.
+
+        Raises:
+            RuntimeError: The ranks no longer agree.
+        """
+        if not self._stepped:
+            return None
+        self._stepped = False
+        self.num_steps += 1
+        if self.num_steps not in self.due_steps:
+            return None
+        scores = self._importance.pair_scores()
+        slots = [choose_slots(score, self._num_to_fuse(site)) for site, score in zip(self.sites, scores, strict=True)]
+        report = self._switch(slots, scores)
+        if self.num_steps == self.due_steps[-1]:
+            logger.info("step %d: that was the last switch; training goes on with these pairs", self.num_steps)
+        return report
+
+    def export(self, folder: str | Path, max_rank: int | None = None) -> None:
+        """Write a plain PEFT adapter that gives this model's outputs on the untouched base.
+
+        Args:
+            folder: Where to write.
+            max_rank: Truncate each site to this rank by SVD and log the relative error; None keeps it exact.
+
+        Collective: every rank must call it; under ZeRO-3 the trainable parameters are gathered.
+        """
+        export_adapter(self._model, self.storage, self.sites, self._ledger, folder, max_rank, self.config.adapter_name)
+
+    @property
+    def tracking_seconds(self) -> float:
+        """Time spent on the moving averages so far."""
+        return self._importance.seconds if self._importance is not None else 0.0
+
+    def _find_sites(self, model: nn.Module) -> list[Site]:
+        sites = find_sites(model, self.config.adapter_name)
+        clamp_target_ranks(sites, self.config.target_rank)
+        return sites
+
+    def _before_optimizer_step(self, owners: list[Tensor]) -> None:
+        self._stepped = True
+        if self._importance is not None and self.num_steps < self.due_steps[-1]:
+            self._importance.observe_(owners)
+
+    def _num_to_fuse(self, site: Site) -> int:
+        return min(num_fused(site.rank, self.config.fusion_ratio), site.target_rank - site.num_taken)
+
+    @torch.no_grad()
+    def _switch(self, slots: list[list[int]], scores: list[Tensor] | None) -> SwitchReport:
+        """Fuse and restart the given slots of every site; switch 0 has no scores and fuses nothing."""
+        began = time.perf_counter()
+        report = SwitchReport(self.num_steps, self.num_switches, [])
+        digests = []
+        for bucket in self._buckets():
+            bucket = [number for number in bucket if slots[number]]
+            if not bucket:
+                continue
+            starts = [self.sites[number].num_taken for number in bucket]
+            wanted = [(number, start, start + len(slots[number])) for number, start in zip(bucket, starts, strict=True)]
+            triplets = self._directions.take(wanted)
+            factors = self.storage.gather_parameters(
+                [self.sites[number].factor(name) for number in bucket for name in ("A", "B")]
+            )
+            for j, number in enumerate(bucket):
+                score = scores[number].tolist() if scores is not None else []
+                part = self._switch_site(number, slots[number], score, triplets[j], *factors[2 * j : 2 * j + 2])
+                report.sites.append(part[0])
+                digests.append(part[1])
+        self._compare(report, digests)
+        self.storage.raise_together(self._close_ledger(report))
+        self.num_switches += 1
+        self.switch_seconds += time.perf_counter() - began
+        return report
+
+    def _switch_site(
+        self, number: int, slots: list[int], scores: list[float], triplet: tuple, a: Tensor, b: Tensor
+    ) -> tuple[SiteSwitch, int]:
+        """Eq. 8-12 at one site: one edit of W of rank 2 r', then the new pairs take the fused ones' slots."""
+        site, config = self.sites[number], self.config
+        left, values, right = triplet
+        root = (values / site.scale).sqrt()
+        new_b, new_a = left * root, right * root[:, None]
+        chosen = torch.tensor(slots)
+        fuses = bool(scores)
+        index = chosen.to(a.device)
+        lefts = [site.scale * b[:, index]] * fuses + [-site.scale * new_b]
+        rights = [a[index]] * fuses + [new_a]
+        edit = torch.cat(lefts, 1), torch.cat(rights, 0)
+        self.storage.edit_weight_(number, *edit)
+        if self._ledger is not None:
+            self._ledger.add(site.name, *edit)
+        whole_a, whole_b = a.index_copy(0, index, new_a), b.index_copy(1, index, new_b)
+        self.storage.write_pairs_(number, "A", chosen, whole_a, config.optimizer_reset)
+        self.storage.write_pairs_(number, "B", chosen, whole_b, config.optimizer_reset)
+        if self._importance is not None:
+            self._importance.reset_(number, None if config.score_reset == "all" else chosen)
+        taken = list(range(site.num_taken, site.num_taken + len(slots)))
+        part = SiteSwitch(site.name, slots, [site.held[slot] for slot in slots] if fuses else [], taken, scores)
+        for slot, direction in zip(slots, taken, strict=True):
+            site.held[slot] = direction
+        site.num_taken += len(slots)
+        tensors = (chosen, *edit, whole_a, whole_b)
+        return part, combine(*slots, *taken, *(digest_run(tensor) for tensor in tensors))
+
+    def _buckets(self) -> Iterator[list[int]]:
+        """Site numbers in order, cut where a bucket's factors reach ``BUCKET_BYTES``."""
+        bucket, size = [], 0
+        for number, site in enumerate(self.sites):
+            bucket.append(number)
+            size += 4 * site.rank * sum(site.shape)
+            if size >= BUCKET_BYTES:
+                yield bucket
+                bucket, size = [], 0
+        if bucket:
+            yield bucket
+
+    def _compare(self, report: SwitchReport, digests: list[int]) -> None:
+        """Raise on every rank if any rank fused, took or wrote something else. Collective: one all-reduce."""
+        mine = torch.tensor([to_int64(digest) for digest in digests], dtype=torch.int64, device=self.storage.device)
+        highest = self.storage.all_reduce_(torch.stack([mine, ~mine]), "max")  # ~x falls as x rises: max and min at once
+        differs = (highest[0] != ~highest[1]).nonzero()
+        if len(differs):
+            name = report.sites[int(differs[0])].site
+            raise RuntimeError(
+                f"switch {report.switch} after step {report.step}: the ranks disagree on slots, directions or factors, "
+                f"first at {name}; they have drifted apart, so the run stops. Restart from the last good state"
+            )
+
+    def _require_fresh_adapter(self) -> None:
+        """Switch 0 overwrites the pairs, so they must not hold anything yet (PEFT's default: B is 0)."""
+        used = [run for run in self.storage.held if run.factor == "B" and bool(run.of(run.owner).any())]
+        error = None
+        if used:
+            error = ValueError(
+                f"the adapter at {self.sites[used[0].site].name} is not freshly initialised (B is not 0), and switch 0 "
+                "would overwrite it: use LoraConfig(init_lora_weights=True) and a new adapter"
+            )
+        self.storage.raise_together(error)
+
+    def _open_ledger(self) -> Ledger | None:
+        ledger, error = None, None
+        if self.storage.rank == 0:
+            try:
+                ledger = Ledger(self.config.ledger_dir)
+            except (ValueError, OSError) as failure:
+                error = failure
+        self.storage.raise_together(error)
+        return ledger
+
+    def _close_ledger(self, report: SwitchReport) -> Exception | None:
+        try:
+            if self._ledger is not None:
+                self._ledger.close_switch(report)
+        except OSError as error:
+            return OSError(f"cannot append switch {report.switch} to the ledger {self.config.ledger_dir}: {error}")
+        return None
+
+
+def _require_resettable(storage: Storage, optimizer_reset: str) -> None:
+    """Only optimizers whose moments have the shape of the weight can be reset pair by pair."""
+    known = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.NAdam, torch.optim.RAdam)
+    name = type(storage.optimizer).__name__
+    if optimizer_reset == "keep" or isinstance(storage.optimizer, known) or name in ("DeepSpeedCPUAdam", "FusedAdam"):
+        return
+    raise ValueError(
+        f"srlora.optimizer_reset {optimizer_reset!r} is not supported with {name}: use AdamW or SGD, or choose keep"
+    )

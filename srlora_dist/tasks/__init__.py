@@ -1,0 +1,85 @@
+"""What is learnt: each task is one short file that returns a :class:`Task`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from srlora_dist.config import RunConfig
+from srlora_dist.tasks import demo, glue
+from srlora_dist.tasks.minilm import base_model
+
+if TYPE_CHECKING:  # so that check_task can refuse a run before these seconds of imports are spent
+    import datasets
+    import numpy as np
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TASK_NAMES = ("demo", *glue.GLUE)
+
+
+@dataclass
+class Task:
+    """A model and the data to fine-tune it on.
+
+    Args:
+        model: The untouched pretrained base, with the task's head.
+        tokenizer: Its tokenizer.
+        train: Rows of model inputs and ``labels``, not padded.
+        eval: The same for evaluation.
+        collate: Makes a padded batch of tensors out of rows.
+        metrics: Takes outputs of shape (rows, labels) and true labels of shape (rows,), gives named figures.
+        main_metric: The name of the figure to report first; higher is better.
+        peft_type: PEFT's ``task_type`` for the adapter.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    train: datasets.Dataset
+    eval: datasets.Dataset
+    collate: Callable[[list[dict]], dict[str, Tensor]]
+    metrics: Callable[[np.ndarray, np.ndarray], dict[str, float]]
+    main_metric: str
+    peft_type: str
+
+
+def check_task(config: RunConfig) -> None:
+    """Refuse a task that cannot be loaded, without reading its data or importing torch.
+
+    Args:
+        config: The run; ``config.task`` and ``config.model`` are looked at.
+
+    Raises:
+        ValueError: The task is unknown, one of its options is out of range, or a file that it needs is missing.
+    """
+    task, dropout = config.task, config.model.dropout
+    if task.name not in TASK_NAMES:
+        raise ValueError(f"task.name is {task.name!r}: choose one of {', '.join(TASK_NAMES)}")
+    for option in ("max_length", "max_train_samples", "max_eval_samples"):
+        value = getattr(task, option)
+        if value is not None and value < 1:
+            raise ValueError(f"task.{option} is {value}: choose at least 1")
+    if dropout is not None and not 0 <= dropout < 1:
+        raise ValueError(f"model.dropout is {dropout}: choose a share in [0, 1), or null for the model's own")
+    base_model(config)
+    if task.name == "demo" and task.data_dir is not None:
+        raise ValueError(f"task.data_dir is {task.data_dir!r}, but the demo brings its own data: leave it out")
+    if task.name != "demo" and task.data_dir is not None:
+        glue.split_files(task.name, task.data_dir)
+
+
+def load_task(config: RunConfig) -> Task:
+    """Build the task that ``config.task.name`` asks for; every process builds the same one.
+
+    Args:
+        config: The run; ``config.seed`` draws the task's head and nothing else.
+
+    Returns:
+        The model, its data and its metrics.
+
+    Raises:
+        ValueError: As :func:`check_task`, or the data or the model cannot be read.
+    """
+    check_task(config)
+    return demo.load(config) if config.task.name == "demo" else glue.load(config)

@@ -1,0 +1,149 @@
+"""Every engine against tests/reference.py: slots, weights, factors, losses, outputs around a switch, ranks against ranks."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from srlora_dist import SRLoRAConfig, Switcher
+from tests.ranks.engines import BATCH, make_batch, make_net, prepare
+from tests.ranks.world import run_ranks
+from tests.reference import Reference, Site, due_steps
+
+NUM_STEPS, RATE, CLIP, TARGET, RATIO = 12, 1e-2, 0.5, 10, 0.5
+SITES = ("first", "second")
+
+
+def train(rank: int, world_size: int, engine_name: str, zero: dict, cache: str, accumulation: int) -> dict:
+    """The sharded run under test; returns what this rank saw."""
+    model = make_net()
+    switcher = Switcher(model, SRLoRAConfig(target_rank=TARGET, fusion_ratio=RATIO, svd_cache=cache), NUM_STEPS)
+    engine = prepare(engine_name, model, RATE, CLIP, accumulation, **zero)
+    probe = torch.randn(BATCH, 13, generator=torch.Generator().manual_seed(5))
+    seen = {"outputs": [engine.model(probe).detach()], "losses": [], "slots": [], "scores": []}
+    switcher.bind(engine.model, engine.optimizer)
+    seen["storage"] = switcher.storage.name
+    seen["outputs"].append(engine.model(probe).detach())
+    for step in range(NUM_STEPS):
+        x, y = (t.chunk(world_size)[rank] for t in make_batch(step))
+        loss = 0.0
+        for micro_x, micro_y in zip(x.chunk(accumulation), y.chunk(accumulation), strict=True):
+            micro_loss = (engine.model(micro_x) - micro_y).square().mean()
+            engine.backward(micro_loss)
+            engine.step()
+            loss += micro_loss.detach() / accumulation
+            before = engine.model(probe).detach() if switcher.num_steps + 1 in switcher.due_steps else None
+            report = switcher.step()
+        torch.distributed.all_reduce(loss)
+        seen["losses"].append(loss / world_size)
+        if report is not None:
+            seen["outputs"] += [before, engine.model(probe).detach()]
+            seen["slots"].append([part.slots for part in report.sites])
+            seen["scores"].append([part.scores for part in report.sites])
+    seen.update(state_of(switcher))
+    seen["steps"], seen["due"] = switcher.num_steps, switcher.due_steps
+    return seen
+
+
+def state_of(switcher: Switcher) -> dict:
+    """Whole weights (rank 0, or every copy), factors and moments as this rank can see them."""
+    storage = switcher.storage
+    weights = [storage.gather_weight(number) for number in range(len(SITES))]
+    if storage.name != "zero3":
+        weights = [site.weight for site in storage.sites]
+    factors = storage.gather_parameters([site.factor(f) for site in storage.sites for f in "AB"])
+    moments = {}
+    for number, name in enumerate(SITES):
+        for f in "AB":
+            whole = torch.zeros(storage.sites[number].factor_shape(f).numel())
+            for run in storage.held:
+                if (run.site, run.factor) == (number, f):
+                    whole[run.start : run.start + run.numel] = run.of(storage.optimizer.state[run.owner]["exp_avg_sq"])
+            if storage.name.startswith("zero"):
+                torch.distributed.all_reduce(whole)
+            moments[f"{name}.{f}"] = whole
+    return {
+        "weights": [w.detach().clone() for w in weights if w is not None],
+        "factors": [f.detach().clone() for f in factors],
+        "moments": moments,
+    }
+
+
+def reference_run() -> dict:
+    """The same training with the specification."""
+    model = make_net().base_model.model
+    layers = {name: getattr(model, name) for name in SITES}
+    sites = {}
+    for name, layer in layers.items():
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        sites[name] = Site(layer.base_layer.weight, a, b, layer.scaling["default"], min(TARGET, *layer.base_layer.weight.shape))
+    reference = Reference(sites, RATIO)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0)
+    due = due_steps(NUM_STEPS, 4, TARGET, RATIO)
+    losses, slots, scores = [], [], []
+    for step in range(NUM_STEPS):
+        x, y = make_batch(step)
+        loss = (model(x) - y).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+        reference.observe()
+        optimizer.step()
+        losses.append(loss.detach())
+        if step + 1 in due:
+            scores.append([reference.scores(site) for site in sites.values()])
+            slots.append(list(reference.switch(optimizer).values()))
+    return {
+        "losses": losses,
+        "slots": slots,
+        "scores": scores,
+        "due": due,
+        "weights": [site.W.detach() for site in sites.values()],
+        "factors": [f.detach() for site in sites.values() for f in (site.A, site.B)],
+        "moments": {f"{n}.{f}": optimizer.state[getattr(s, f)]["exp_avg_sq"].flatten() for n, s in sites.items() for f in "AB"},
+    }
+
+
+CASES = [
+    pytest.param("plain", 1, {}, 1, id="plain"),
+    pytest.param("ddp", 2, {}, 1, id="ddp-2"),
+    pytest.param("ddp", 4, {}, 1, id="ddp-4-more-ranks-than-sites"),
+    pytest.param("zero1", 2, {}, 1, id="zero1-2"),
+    pytest.param("zero2", 2, {}, 2, id="zero2-2-accumulation"),
+    pytest.param("zero2", 3, {}, 1, id="zero2-3-uneven"),
+    pytest.param("zero3", 2, {"stage3_param_persistence_threshold": 0}, 1, id="zero3-2-partitioned"),
+    pytest.param("zero3", 3, {"stage3_param_persistence_threshold": 0}, 1, id="zero3-3-uneven"),
+    pytest.param("zero3", 2, {}, 2, id="zero3-2-persistent-accumulation"),
+    pytest.param("zero3", 4, {"stage3_param_persistence_threshold": 100, "sub_group_size": 50}, 1, id="zero3-4-mixed"),
+]
+
+
+@pytest.mark.timeout(150)
+@pytest.mark.parametrize(("name", "world_size", "zero", "accumulation"), CASES)
+def test_engine_equals_the_reference(name: str, world_size: int, zero: dict, accumulation: int, tmp_path) -> None:
+    ranks = run_ranks(train, world_size, name, zero, str(tmp_path), accumulation)
+    expected = reference_run()
+    first = ranks[0]
+    assert first["storage"] == name  # the engine asked for is the one that ran
+    assert first["due"] == expected["due"] and len(expected["due"]) == 2
+    assert first["steps"] == NUM_STEPS
+    assert first["slots"] == expected["slots"]
+    for mine, theirs in zip(first["scores"], expected["scores"], strict=True):
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(torch.tensor(a), b, rtol=1e-3, atol=1e-12, check_dtype=False)
+    torch.testing.assert_close(first["losses"], expected["losses"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(first["weights"], expected["weights"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(first["factors"], expected["factors"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(first["moments"], expected["moments"], rtol=1e-3, atol=1e-8)
+    for before, after in zip(first["outputs"][0::2], first["outputs"][1::2], strict=True):  # invariant 1
+        assert (after - before).norm() <= 1e-5 * before.norm()
+    for other in ranks[1:]:  # invariant 2: bit for bit
+        assert other["slots"] == first["slots"]
+        assert all(torch.equal(a, b) for a, b in zip(other["factors"], first["factors"], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(other["weights"], first["weights"], strict=False))
+
+
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
