@@ -6,14 +6,21 @@ import logging
 
 import pytest
 import torch
+from peft import PeftModel
 
 from srlora_dist import SRLoRAConfig, Switcher
-from tests.ranks.engines import BATCH, make_batch, make_net, prepare
+from tests.ranks.engines import BATCH, Net, make_batch, make_net, prepare
 from tests.ranks.world import run_ranks
 from tests.reference import Reference, Site, due_steps
 
 NUM_STEPS, RATE, CLIP, TARGET, RATIO = 12, 1e-2, 0.5, 10, 0.5
 SITES = ("first", "second")
+PROBE = torch.randn(BATCH, 13, generator=torch.Generator().manual_seed(5))
+
+
+def rate_of(step: int) -> float:
+    """0 for the step right after a switch: what a switch preserves must survive the optimizer's copies."""
+    return 0.0 if step in (0, *due_steps(NUM_STEPS, 4, TARGET, RATIO)) else RATE
 
 
 def train(rank: int, world_size: int, engine_name: str, zero: dict, cache: str, accumulation: int) -> dict:
@@ -21,12 +28,13 @@ def train(rank: int, world_size: int, engine_name: str, zero: dict, cache: str, 
     model = make_net()
     switcher = Switcher(model, SRLoRAConfig(target_rank=TARGET, fusion_ratio=RATIO, svd_cache=cache), NUM_STEPS)
     engine = prepare(engine_name, model, RATE, CLIP, accumulation, **zero)
-    probe = torch.randn(BATCH, 13, generator=torch.Generator().manual_seed(5))
-    seen = {"outputs": [engine.model(probe).detach()], "losses": [], "slots": [], "scores": []}
+    seen = {"before": [engine.model(PROBE).detach()], "after": [], "still": [], "losses": [], "slots": [], "scores": []}
     switcher.bind(engine.model, engine.optimizer)
     seen["storage"] = switcher.storage.name
-    seen["outputs"].append(engine.model(probe).detach())
+    seen["after"].append(engine.model(PROBE).detach())
     for step in range(NUM_STEPS):
+        for group in switcher.storage.optimizer.param_groups:
+            group["lr"] = rate_of(step)
         x, y = (t.chunk(world_size)[rank] for t in make_batch(step))
         loss = 0.0
         for micro_x, micro_y in zip(x.chunk(accumulation), y.chunk(accumulation), strict=True):
@@ -34,14 +42,22 @@ def train(rank: int, world_size: int, engine_name: str, zero: dict, cache: str, 
             engine.backward(micro_loss)
             engine.step()
             loss += micro_loss.detach() / accumulation
-            before = engine.model(probe).detach() if switcher.num_steps + 1 in switcher.due_steps else None
+            if switcher.num_steps + 1 in switcher.due_steps:
+                before = engine.model(PROBE).detach()
             report = switcher.step()
         torch.distributed.all_reduce(loss)
         seen["losses"].append(loss / world_size)
+        if rate_of(step) == 0:  # a step that changes nothing, right after a switch
+            seen["still"].append(engine.model(PROBE).detach())
         if report is not None:
-            seen["outputs"] += [before, engine.model(probe).detach()]
+            seen["before"].append(before)
+            seen["after"].append(engine.model(PROBE).detach())
             seen["slots"].append([part.slots for part in report.sites])
             seen["scores"].append([part.scores for part in report.sites])
+    if engine_name == "zero3":
+        seen["whole"] = [site.weight.ds_status.name == "AVAILABLE" for site in switcher.storage.sites]
+    seen["final"] = engine.model(PROBE).detach()
+    switcher.export(f"{cache}/adapter")
     seen.update(state_of(switcher))
     seen["steps"], seen["due"] = switcher.num_steps, switcher.due_steps
     return seen
@@ -85,6 +101,7 @@ def reference_run() -> dict:
     due = due_steps(NUM_STEPS, 4, TARGET, RATIO)
     losses, slots, scores = [], [], []
     for step in range(NUM_STEPS):
+        optimizer.param_groups[0]["lr"] = rate_of(step)
         x, y = make_batch(step)
         loss = (model(x) - y).square().mean()
         optimizer.zero_grad()
@@ -105,6 +122,12 @@ def reference_run() -> dict:
         "factors": [f.detach() for site in sites.values() for f in (site.A, site.B)],
         "moments": {f"{n}.{f}": optimizer.state[getattr(s, f)]["exp_avg_sq"].flatten() for n, s in sites.items() for f in "AB"},
     }
+
+
+def untouched() -> Net:
+    """The base that the runs started from."""
+    torch.manual_seed(0)
+    return Net()
 
 
 CASES = [
@@ -138,8 +161,12 @@ def test_engine_equals_the_reference(name: str, world_size: int, zero: dict, acc
     torch.testing.assert_close(first["weights"], expected["weights"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(first["factors"], expected["factors"], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(first["moments"], expected["moments"], rtol=1e-3, atol=1e-8)
-    for before, after in zip(first["outputs"][0::2], first["outputs"][1::2], strict=True):  # invariant 1
+    for before, after, still in zip(first["before"], first["after"], first["still"], strict=True):  # invariant 1
         assert (after - before).norm() <= 1e-5 * before.norm()
+        assert (still - before).norm() <= 1e-5 * before.norm()
+    assert first.get("whole", []) == [zero.get("stage3_param_persistence_threshold", 1e5) > n for n in (221, 187)][: 2 * (name == "zero3")]
+    exported = PeftModel.from_pretrained(untouched(), tmp_path / "adapter")  # invariant 4
+    assert (exported(PROBE) - first["final"]).abs().max() <= 1e-5
     for other in ranks[1:]:  # invariant 2: bit for bit
         assert other["slots"] == first["slots"]
         assert all(torch.equal(a, b) for a, b in zip(other["factors"], first["factors"], strict=True))
