@@ -15,9 +15,9 @@ def cache_dir() -> Path:
     Raises:
         ValueError: The folder cannot be made.
     """
-    own, users = os.environ.get("SRLORA_CACHE"), os.environ.get("XDG_CACHE_HOME", "")
+    own, users = os.environ.get("SRLORA_CACHE"), Path(os.environ.get("XDG_CACHE_HOME", ""))
     # The XDG specification has relative paths ignored.
-    parent = Path(users) if os.path.isabs(users) else Path.home() / ".cache"
+    parent = users if users.is_absolute() else Path.home() / ".cache"
     folder = Path(own).expanduser() if own else parent / "srlora_dist"
     try:
         folder.mkdir(parents=True, exist_ok=True)

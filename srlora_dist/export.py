@@ -69,9 +69,7 @@ def _write(
     max_rank: int | None,
     adapter_name: str,
 ) -> None:
-    tensors = get_peft_model_state_dict(
-        model, state_dict=state, adapter_name=adapter_name, save_embedding_layers=False
-    )
+    tensors = get_peft_model_state_dict(model, state_dict=state, adapter_name=adapter_name, save_embedding_layers=False)
     config = copy.deepcopy(model.peft_config[adapter_name])
     config.inference_mode = True
     if ledger is not None:

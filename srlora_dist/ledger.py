@@ -68,7 +68,9 @@ class Ledger:
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             if any(self.folder.glob("switch-*.safetensors")):
-                raise ValueError(f"srlora.ledger_dir {self.folder} holds the ledger of another run: choose a new folder")
+                raise ValueError(
+                    f"srlora.ledger_dir {self.folder} holds the ledger of another run: choose a new folder"
+                )
 
     def add(self, site: str, left: Tensor, right: Tensor) -> None:
         """Note that ``left @ right``, (m, k) times (k, n), is added to a site's W by the switch under way."""

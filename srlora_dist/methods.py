@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from accelerate import Accelerator
+from accelerate import PartialState
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
@@ -35,12 +35,14 @@ class Method(Protocol):
 
     Attributes:
         model: The base model with its adapter, for ``accelerator.prepare``.
+        storage_name: How the ranks hold its tensors, known after ``bind``.
     """
 
     model: PeftModel
+    storage_name: str
 
-    def bind(self, model: nn.Module, optimizer: object) -> str:
-        """Take what ``prepare`` returned; gives the name of the storage. Collective: every rank calls it."""
+    def bind(self, model: nn.Module, optimizer: object) -> SwitchReport | None:
+        """Take what ``prepare`` returned; gives the report of switch 0. Collective: every rank calls it."""
 
     def step(self, num_steps_done: int) -> SwitchReport | None:
         """After an optimizer step and before the gradients are cleared. Collective: every rank calls it."""
@@ -84,17 +86,18 @@ class LoRA:
 
     def __init__(self, config: RunConfig, model: PeftModel) -> None:
         self.model = model
-        self.sites = find_sites(model, config.srlora.adapter_name)
+        self.adapter_name = config.srlora.adapter_name
+        self.sites = find_sites(model, self.adapter_name)
 
-    def bind(self, model: nn.Module, optimizer: object) -> str:
+    def bind(self, model: nn.Module, optimizer: object) -> None:
         self.storage = find_storage(model, optimizer, self.sites)
-        return self.storage.name
+        self.storage_name = self.storage.name
 
     def step(self, num_steps_done: int) -> None:
         return None
 
     def export(self, folder: Path) -> None:
-        export_adapter(self.model, self.storage, self.sites, None, folder)
+        export_adapter(self.model, self.storage, self.sites, None, folder, adapter_name=self.adapter_name)
 
     def seconds(self) -> Seconds:
         return Seconds()
@@ -110,9 +113,10 @@ class SRLoRA:
             options = replace(options, target_rank=config.lora.rank)
         self.switcher = Switcher(model, options, num_training_steps=num_steps)
 
-    def bind(self, model: nn.Module, optimizer: object) -> str:
-        self.switcher.bind(model, optimizer)
-        return self.switcher.storage.name
+    def bind(self, model: nn.Module, optimizer: object) -> SwitchReport:
+        report = self.switcher.bind(model, optimizer)
+        self.storage_name = self.switcher.storage.name
+        return report
 
     def step(self, num_steps_done: int) -> SwitchReport | None:
         return self.switcher.step()
@@ -128,8 +132,8 @@ class SRLoRA:
 class AdaLoRA:
     """PEFT's AdaLoRA. It starts at ``lora.rank``, so that as much is trained as with LoRA, and prunes to 2/3 of it.
 
-    The ratio of 1.5 between the first and the final budget is the AdaLoRA paper's, its schedule in thirds of the run
-    close to the paper's: warm-up for a tenth, pruning until the half, then fixed ranks.
+    The ratio of 1.5 between the first and the final budget is the AdaLoRA paper's; its schedule is close to the paper's
+    for GLUE: all ranks for a tenth of the run, pruning until the half, then fixed ranks.
     """
 
     def __init__(
@@ -151,14 +155,14 @@ class AdaLoRA:
         )
         self.model = get_peft_model(base, self.adapter, adapter_name=config.srlora.adapter_name)
 
-    def bind(self, model: nn.Module, optimizer: object) -> str:
-        return self.engine
+    def bind(self, model: nn.Module, optimizer: object) -> None:
+        self.storage_name = self.engine
 
     def step(self, num_steps_done: int) -> None:
         self.model.base_model.update_and_allocate(num_steps_done)
 
     def export(self, folder: Path) -> None:
-        if Accelerator().is_main_process:
+        if PartialState().is_main_process:
             self.model.save_pretrained(folder)
 
     def seconds(self) -> Seconds:

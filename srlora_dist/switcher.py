@@ -48,7 +48,8 @@ class Switcher:
 
     def __init__(self, model: nn.Module, config: SRLoRAConfig, num_training_steps: int) -> None:
         self.config = config
-        self.sites = self._find_sites(model)
+        self.sites = find_sites(model, config.adapter_name)
+        clamp_target_ranks(self.sites, config.target_rank)
         ranks = [(site.rank, site.target_rank) for site in self.sites]
         self.due_steps = due_steps(num_training_steps, ranks, config.fusion_ratio)
         self.num_steps = 0
@@ -70,7 +71,7 @@ class Switcher:
         Raises:
             ValueError: The storage is not supported, or the adapter has been trained already.
         """
-        self.sites = self._find_sites(model)
+        self.sites = self._find_same_sites(model)
         self.storage = find_storage(model, optimizer, self.sites)
         self._model = model
         _require_resettable(self.storage, self.config.optimizer_reset)
@@ -86,7 +87,9 @@ class Switcher:
         if self.due_steps:
             self._importance = Importance(self.storage, self.config.beta1, self.config.beta2)
         self.storage.on_optimizer_step(self._before_optimizer_step)
-        logger.info("SRLoRA on %s: %d sites, switches after steps %s", self.storage.name, len(self.sites), self.due_steps)
+        logger.info(
+            "SRLoRA on %s: %d sites, switches after steps %s", self.storage.name, len(self.sites), self.due_steps
+        )
         return report
 
     def step(self) -> SwitchReport | None:
@@ -111,8 +114,12 @@ class Switcher:
         scores = self._importance.pair_scores()
         slots = [choose_slots(score, self._num_to_fuse(site)) for site, score in zip(self.sites, scores, strict=True)]
         report = self._switch(slots, scores)
-        if self.num_steps == self.due_steps[-1]:
-            logger.info("step %d: that was the last switch; training goes on with these pairs", self.num_steps)
+        num_exhausted = sum(site.num_taken >= site.target_rank for site in self.sites)
+        if num_exhausted:
+            logger.info(
+                "step %d: %d of %d sites have used all their directions and train on without switches",
+                *(self.num_steps, num_exhausted, len(self.sites)),
+            )
         return report
 
     def export(self, folder: str | Path, max_rank: int | None = None) -> None:
@@ -131,9 +138,13 @@ class Switcher:
         """Time spent on the moving averages so far."""
         return self._importance.seconds if self._importance is not None else 0.0
 
-    def _find_sites(self, model: nn.Module) -> list[Site]:
+    def _find_same_sites(self, model: nn.Module) -> list[Site]:
+        """The sites again, because preparing a model can replace its parameters."""
         sites = find_sites(model, self.config.adapter_name)
-        clamp_target_ranks(sites, self.config.target_rank)
+        if [(site.name, site.shape) for site in sites] != [(site.name, site.shape) for site in self.sites]:
+            raise ValueError("bind() got another model than Switcher(): pass what prepare() made of the same one")
+        for site, known in zip(sites, self.sites, strict=True):
+            site.target_rank = known.target_rank
         return sites
 
     def _before_optimizer_step(self, owners: list[Tensor]) -> None:
@@ -216,7 +227,9 @@ class Switcher:
     def _compare(self, report: SwitchReport, digests: list[int]) -> None:
         """Raise on every rank if any rank fused, took or wrote something else. Collective: one all-reduce."""
         mine = torch.tensor([to_int64(digest) for digest in digests], dtype=torch.int64, device=self.storage.device)
-        highest = self.storage.all_reduce_(torch.stack([mine, ~mine]), "max")  # ~x falls as x rises: max and min at once
+        highest = self.storage.all_reduce_(
+            torch.stack([mine, ~mine]), "max"
+        )  # ~x falls as x rises: max and min at once
         differs = (highest[0] != ~highest[1]).nonzero()
         if len(differs):
             name = report.sites[int(differs[0])].site

@@ -35,7 +35,9 @@ def find_storage(model: nn.Module, optimizer: object, sites: list[Site]) -> Stor
         layers.append(layers[-1].optimizer)
     innermost = layers[-1]
     if not isinstance(innermost, Optimizer):
-        raise ValueError(f"found no torch.optim.Optimizer inside {type(optimizer).__name__}: pass what prepare returned")
+        raise ValueError(
+            f"found no torch.optim.Optimizer inside {type(optimizer).__name__}: pass what prepare returned"
+        )
     for layer in layers:
         if _is_a(layer, "deepspeed.runtime.zero.stage3", "DeepSpeedZeroOptimizer_Stage3"):
             return Zero3Storage(innermost, sites, layer)

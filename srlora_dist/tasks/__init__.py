@@ -10,7 +10,7 @@ from srlora_dist.config import RunConfig
 from srlora_dist.tasks import demo, glue
 from srlora_dist.tasks.minilm import base_model
 
-if TYPE_CHECKING:  # so that check_task can refuse a run before these seconds of imports are spent
+if TYPE_CHECKING:  # so that check_task can refuse a run without these seconds of imports
     import datasets
     import numpy as np
     from torch import Tensor
@@ -45,7 +45,7 @@ class Task:
 
 
 def check_task(config: RunConfig) -> None:
-    """Refuse a task that cannot be loaded, without reading its data or importing torch.
+    """Refuse a task that cannot be loaded, before data or model are read.
 
     Args:
         config: The run; ``config.task`` and ``config.model`` are looked at.

@@ -47,13 +47,12 @@ def _read_intact(path: Path) -> bytes | None:
     if not path.is_file():
         return None
     content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() == TEXT_SHA256:
-        return content
-    warnings.warn(f"{path} does not have the expected checksum: it is fetched again", stacklevel=3)
-    return None
+    return content if hashlib.sha256(content).hexdigest() == TEXT_SHA256 else None
 
 
 def _fetch(path: Path) -> bytes:
+    if path.exists():
+        warnings.warn(f"{path} does not have the expected checksum: it is fetched again", stacklevel=3)
     with tempfile.TemporaryDirectory() as folder:
         content = _extract(_download(Path(folder)))
     if hashlib.sha256(content).hexdigest() != TEXT_SHA256:

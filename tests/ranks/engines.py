@@ -48,7 +48,9 @@ class Engine:
     step: Callable[[], None]
 
 
-def prepare(name: str, model: nn.Module, learning_rate: float, clip: float, accumulation: int = 1, **zero: object) -> Engine:
+def prepare(
+    name: str, model: nn.Module, learning_rate: float, clip: float, accumulation: int = 1, **zero: object
+) -> Engine:
     """Prepare with torch alone, DDP, or a real DeepSpeed engine; ``zero`` is added to its zero_optimization."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate, weight_decay=0)
     if name.startswith("zero"):

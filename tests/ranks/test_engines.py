@@ -94,7 +94,9 @@ def reference_run() -> dict:
     sites = {}
     for name, layer in layers.items():
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        sites[name] = Site(layer.base_layer.weight, a, b, layer.scaling["default"], min(TARGET, *layer.base_layer.weight.shape))
+        sites[name] = Site(
+            layer.base_layer.weight, a, b, layer.scaling["default"], min(TARGET, *layer.base_layer.weight.shape)
+        )
     reference = Reference(sites, RATIO)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0)
@@ -120,7 +122,9 @@ def reference_run() -> dict:
         "due": due,
         "weights": [site.W.detach() for site in sites.values()],
         "factors": [f.detach() for site in sites.values() for f in (site.A, site.B)],
-        "moments": {f"{n}.{f}": optimizer.state[getattr(s, f)]["exp_avg_sq"].flatten() for n, s in sites.items() for f in "AB"},
+        "moments": {
+            f"{n}.{f}": optimizer.state[getattr(s, f)]["exp_avg_sq"].flatten() for n, s in sites.items() for f in "AB"
+        },
     }
 
 
@@ -164,7 +168,10 @@ def test_engine_equals_the_reference(name: str, world_size: int, zero: dict, acc
     for before, after, still in zip(first["before"], first["after"], first["still"], strict=True):  # invariant 1
         assert (after - before).norm() <= 1e-5 * before.norm()
         assert (still - before).norm() <= 1e-5 * before.norm()
-    assert first.get("whole", []) == [zero.get("stage3_param_persistence_threshold", 1e5) > n for n in (221, 187)][: 2 * (name == "zero3")]
+    assert (
+        first.get("whole", [])
+        == [zero.get("stage3_param_persistence_threshold", 1e5) > n for n in (221, 187)][: 2 * (name == "zero3")]
+    )
     exported = PeftModel.from_pretrained(untouched(), tmp_path / "adapter")  # invariant 4
     assert (exported(PROBE) - first["final"]).abs().max() <= 1e-5
     for other in ranks[1:]:  # invariant 2: bit for bit

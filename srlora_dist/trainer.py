@@ -1,0 +1,342 @@
+"""The training loop, the same for every method and engine."""
+
+from __future__ import annotations
+
+import math
+import platform
+import resource
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, Sampler
+from tqdm import tqdm
+
+from srlora_dist.config import RunConfig
+from srlora_dist.engine import build_accelerator, require_engine
+from srlora_dist.figures import draw
+from srlora_dist.methods import build_method
+from srlora_dist.runlog import RunLog
+from srlora_dist.tasks import Task, check_task, load_task
+
+NUM_EVALUATIONS = 10
+
+
+def train(config: RunConfig) -> dict[str, object]:
+    """Run one training and leave its results in ``config.output_dir``.
+
+    Collective: every process of the launch calls it.
+
+    Returns:
+        The content of ``summary.json``, on every process.
+
+    Raises:
+        ValueError: The options, the task, the launch or the output folder cannot be worked with; the message names
+            the value and the remedy.
+    """
+    check_task(config)
+    accelerator, engine = build_accelerator(config)
+    log = RunLog(Path(config.output_dir), config) if accelerator.is_main_process else None
+    accelerator.wait_for_everyone()  # no rank looks at the folder before what an earlier run left there is gone
+    ledger_dir = config.srlora.ledger_dir or str(Path(config.output_dir) / "ledger")
+    config = replace(config, srlora=replace(config.srlora, ledger_dir=ledger_dir))
+    set_seed(config.seed)
+    trainer = Trainer(config, accelerator, engine, load_task(config), log)
+    summary = trainer.run()
+    if log is not None:
+        log.summary(summary)
+        draw(log.folder)
+    accelerator.end_training()
+    return summary
+
+
+class SampleOrder(Sampler[int]):
+    """The order of the samples of a whole run, a new permutation each epoch: the same for any engine and world size.
+
+    One sampler for the run, so that an epoch never ends in the middle of an optimizer step; what is left of an epoch
+    after its last whole batch is dropped.
+
+    Args:
+        num_samples: In the training split.
+        batch_size: Samples of one optimizer step.
+        num_steps: Optimizer steps of the run.
+        seed: Decides the order alone.
+    """
+
+    def __init__(self, num_samples: int, batch_size: int, num_steps: int, seed: int) -> None:
+        self.num_samples = num_samples
+        self.epoch_length = num_samples - num_samples % batch_size
+        self.length = batch_size * num_steps
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed)
+        left = self.length
+        while left > 0:
+            order = torch.randperm(self.num_samples, generator=generator)[: min(self.epoch_length, left)]
+            yield from order.tolist()
+            left -= len(order)
+
+
+class Window:
+    """What has been seen since the last line of the log: loss, tokens and time."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget everything and start the clock."""
+        self.num_batches = self.num_steps = self.tokens = 0
+        self.loss: Tensor | float = 0.0
+        self.seconds = 0.0
+        self.resume()
+
+    def pause(self) -> None:
+        """Stop the clock: what follows is not training."""
+        self.seconds += time.perf_counter() - self.began
+
+    def resume(self) -> None:
+        """Start the clock again."""
+        self.began = time.perf_counter()
+
+    def add(self, loss: Tensor, batch: dict[str, Tensor]) -> None:
+        """Count one micro-batch; nothing is read back from the device."""
+        self.num_batches += 1
+        self.loss = self.loss + loss.detach().double()
+        if "attention_mask" in batch:
+            self.tokens = self.tokens + batch["attention_mask"].sum()
+
+    def means(self, accelerator: Accelerator) -> dict[str, float]:
+        """Loss over all ranks, seconds a step, tokens a second of all ranks. Collective: one all-reduce of two numbers."""
+        totals = torch.stack([torch.as_tensor(x, dtype=torch.float64).to(accelerator.device) for x in self._totals()])
+        loss, tokens = accelerator.reduce(totals, "sum").tolist()
+        figures = {
+            "loss": loss / self.num_batches / accelerator.num_processes,
+            "step_time": self.seconds / self.num_steps,
+        }
+        return figures | ({"tokens_per_second": tokens / self.seconds} if tokens else {})
+
+    def _totals(self) -> tuple[Tensor | float, Tensor | int]:
+        return self.loss, self.tokens
+
+
+class Trainer:
+    """One run: model, data, optimizer and method, prepared for the engine.
+
+    Args:
+        config: The run.
+        accelerator: On the engine that was asked for.
+        engine: Its name.
+        task: What is learnt.
+        log: The output folder, on the main process; None elsewhere.
+
+    Collective: prepares the model and performs switch 0.
+
+    Raises:
+        ValueError: The data, the adapter or the storage cannot be worked with.
+    """
+
+    def __init__(
+        self, config: RunConfig, accelerator: Accelerator, engine: str, task: Task, log: RunLog | None
+    ) -> None:
+        self.config, self.accelerator, self.task, self.log = config, accelerator, task, log
+        options = config.train
+        self.steps_per_epoch = len(task.train) // options.batch_size
+        if self.steps_per_epoch == 0:
+            raise ValueError(
+                f"the training split has {len(task.train)} samples, fewer than train.batch_size {options.batch_size}: "
+                "choose a smaller batch"
+            )
+        self.num_steps = options.max_steps or max(1, round(options.epochs * self.steps_per_epoch))
+        set_seed(config.seed)
+        self.method = build_method(config, task.model, task.peft_type, self.num_steps, engine)
+        self.num_trainable = _num_trainable(self.method.model)
+        self._prepare()
+        self.record_switch(self.method.bind(self.model, self.optimizer))
+        require_engine(engine, self.method.storage_name, "the model is held as")
+        set_seed(config.seed, device_specific=True)  # dropout must differ between ranks
+        self.best: dict[str, object] | None = None
+        self.final: dict[str, object] = {}
+
+    def _prepare(self) -> None:
+        options, task, accelerator = self.config.train, self.task, self.accelerator
+        order = SampleOrder(len(task.train), options.batch_size, self.num_steps, self.config.seed)
+        micro_batch_size = options.batch_size // options.accumulation_steps
+        train_loader = DataLoader(
+            task.train, batch_size=micro_batch_size, sampler=order, collate_fn=task.collate, drop_last=True
+        )
+        eval_loader = DataLoader(task.eval, batch_size=options.eval_batch_size, collate_fn=task.collate)
+        model = self.method.model
+        self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(self.trainable, lr=options.learning_rate, weight_decay=options.weight_decay)
+        scheduler = LambdaLR(optimizer, _warm_up_and_decay(self.num_steps, options.warmup_ratio))
+        self.model, self.optimizer, self.train_loader, self.eval_loader, self.scheduler = accelerator.prepare(
+            model, optimizer, train_loader, eval_loader, scheduler
+        )
+
+    def run(self) -> dict[str, object]:
+        """Train to the last step; gives the summary. Collective: every rank calls it."""
+        options, window, done = self.config.train, Window(), 0
+        due = _due_evaluations(self.num_steps, options.eval_every)
+        train_seconds = 0.0
+        bar = tqdm(total=self.num_steps, desc=self.config.method, unit="step", disable=self.log is None)
+        self.model.train()
+        for batch in self.train_loader:
+            loss, grad_norm, learning_rate = self._micro_step(batch, done + 1)
+            window.add(loss, batch)
+            if not self.accelerator.sync_gradients:
+                continue
+            done += 1
+            window.num_steps += 1
+            bar.update()
+            if done % options.log_every == 0 or done == self.num_steps:
+                window.pause()
+                train_seconds += window.seconds
+                figures = {"learning_rate": learning_rate, "grad_norm": grad_norm, **window.means(self.accelerator)}
+                bar.set_postfix(loss=f"{figures['loss']:.4f}")
+                self._record("train", done, figures)
+                window.restart()
+            if done in due:
+                window.pause()
+                self._evaluate_and_export(done)
+                window.resume()
+        bar.close()
+        return self._summary(train_seconds)
+
+    def _micro_step(self, batch: dict[str, Tensor], step: int) -> tuple[Tensor, float | None, float]:
+        """One micro-batch, and at the end of an accumulation the optimizer step and the switch if one is due."""
+        accelerator, max_norm, norm = self.accelerator, self.config.train.max_grad_norm, None
+        learning_rate = self.scheduler.get_last_lr()[0]
+        with accelerator.accumulate(self.model):
+            loss = self.model(**batch).loss
+            accelerator.backward(loss)
+            if accelerator.sync_gradients and max_norm > 0:
+                norm = accelerator.clip_grad_norm_(self.trainable, max_norm)
+            self.optimizer.step()
+            self.scheduler.step()
+            if accelerator.sync_gradients:
+                self.record_switch(self.method.step(step))
+            self.optimizer.zero_grad()
+        return loss, None if norm is None else float(norm), learning_rate
+
+    def record_switch(self, report: object) -> None:
+        """Write what a switch did, if there was one."""
+        if report is not None and self.log is not None:
+            self.log.switch(report)
+
+    def _record(self, split: str, step: int, figures: dict[str, object]) -> None:
+        if self.log is not None:
+            self.log.metrics({"step": step, "epoch": step / self.steps_per_epoch, "split": split, **figures})
+
+    def _evaluate_and_export(self, step: int) -> None:
+        """Evaluate; export the adapter if it is the best so far, and in any case after the last step."""
+        figures = evaluate(self.accelerator, self.model, self.eval_loader, self.task)
+        self._record("eval", step, figures)
+        self.final = figures
+        folder = Path(self.config.output_dir)
+        if self.best is None or figures["loss"] < self.best["loss"]:
+            self.best = {"step": step, **figures}
+            self.method.export(folder / "adapter")
+        if step == self.num_steps:
+            self.method.export(folder / "adapter_last")
+
+    def _summary(self, train_seconds: float) -> dict[str, object]:
+        """The content of ``summary.json``. Collective: one gather of a number."""
+        best = dict(self.best)
+        seconds = self.method.seconds()
+        return {
+            "method": self.config.method,
+            "task": self.config.task.name,
+            "seed": self.config.seed,
+            "world_size": self.accelerator.num_processes,
+            "storage": self.method.storage_name,
+            "steps": self.num_steps,
+            "best_step": best.pop("step"),
+            "best": best,
+            "final": self.final,
+            "main_metric": self.task.main_metric,
+            "trainable_parameters": self.num_trainable,
+            "train_seconds": train_seconds,
+            **{f"{name}_seconds": value for name, value in asdict(seconds).items()},
+            "peak_memory_bytes": _peak_memory(self.accelerator),
+            "versions": _versions(),
+        }
+
+
+@torch.no_grad()
+def evaluate(accelerator: Accelerator, model: nn.Module, loader: DataLoader, task: Task) -> dict[str, float]:
+    """Loss and figures over the whole evaluation split, each sample counted once on any world size.
+
+    The loss is computed from the gathered outputs, not averaged over ranks: the last batch is filled up with repeated
+    samples, which would weigh in. Cross-entropy for class labels, mean squared error for labels that are floats.
+
+    Collective: every rank calls it; gathers outputs and labels batch by batch.
+    """
+    model.eval()
+    outputs, labels = [], []
+    for batch in loader:
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        gathered = accelerator.gather_for_metrics((model(**inputs).logits.contiguous(), batch["labels"]))
+        outputs.append(gathered[0].double().cpu())
+        labels.append(gathered[1].cpu())
+    model.train()
+    output, label = torch.cat(outputs), torch.cat(labels)
+    if label.is_floating_point():
+        loss = nn.functional.mse_loss(output.squeeze(-1), label.double())
+    else:
+        loss = nn.functional.cross_entropy(output, label)
+    return {"loss": loss.item(), **task.metrics(output.numpy(), label.numpy())}
+
+
+def _warm_up_and_decay(num_steps: int, warmup_ratio: float):
+    """Share of the peak learning rate at a step: linear up, then linear down to 0 after the last step."""
+    num_warmup = round(warmup_ratio * num_steps)
+
+    def share(step: int) -> float:
+        if step < num_warmup:
+            return (step + 1) / num_warmup
+        return max(0.0, (num_steps - step) / max(1, num_steps - num_warmup))
+
+    return share
+
+
+def _due_evaluations(num_steps: int, eval_every: int | None) -> set[int]:
+    """Steps after which to evaluate: every so many, or ten times a run; the last step always."""
+    if eval_every is not None:
+        return {*range(eval_every, num_steps, eval_every), num_steps}
+    return {math.ceil(num_steps * k / NUM_EVALUATIONS) for k in range(1, NUM_EVALUATIONS + 1)}
+
+
+def _num_trainable(model: nn.Module) -> int:
+    # Under ZeRO-3 a parameter is a placeholder that knows its size.
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+
+
+def _peak_memory(accelerator: Accelerator) -> int:
+    """Of the rank that needed most, in bytes: of the GPU, or resident where there is none."""
+    if accelerator.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+    return int(accelerator.gather(torch.tensor([peak], dtype=torch.int64, device=accelerator.device)).max())
+
+
+def _versions() -> dict[str, str]:
+    names = ("torch", "accelerate", "deepspeed", "transformers", "peft", "srlora_dist")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,52 @@
+"""When to switch and which pairs (Eq. 8, 13, 14)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from srlora_dist.schedule import choose_slots, due_steps, num_fused
+from srlora_dist.storage import deal_by_size
+from tests import reference
+
+
+@pytest.mark.parametrize(("steps", "r", "target", "gamma"), [(240, 8, 32, 0.5), (100, 4, 11, 0.5), (7, 8, 20, 0.25)])
+def test_due_steps_equal_the_reference(steps: int, r: int, target: int, gamma: float) -> None:
+    assert due_steps(steps, [(r, target)] * 3, gamma) == reference.due_steps(steps, r, target, gamma)
+
+
+def test_the_paper_schedule_in_figures() -> None:
+    # r' = 4, N_switch = (32 - 8) / 4 = 6, t_interval = 240 / 6 = 40; the sixth falls on the end and is skipped.
+    assert num_fused(8, 0.5) == 4
+    assert due_steps(240, [(8, 32)], 0.5) == [40, 80, 120, 160, 200]
+
+
+def test_a_smaller_last_switch_takes_the_remainder() -> None:
+    assert len(due_steps(1000, [(4, 11)], 0.5)) == 3  # 7 directions in twos: 4 switches, the last at the very end
+
+
+def test_no_switch_where_the_target_is_the_rank() -> None:
+    assert due_steps(100, [(8, 8), (4, 4)], 0.5) == []
+
+
+def test_the_site_with_the_most_switches_sets_the_pace() -> None:
+    assert due_steps(240, [(8, 32), (8, 10)], 0.5) == due_steps(240, [(8, 32)], 0.5)
+
+
+def test_more_switches_than_steps_is_refused() -> None:
+    with pytest.raises(ValueError, match="6 switches in 5 steps.*lower target_rank"):
+        due_steps(5, [(8, 32)], 0.5)
+
+
+def test_ties_go_to_the_lower_slot() -> None:
+    assert choose_slots(torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0]), 2) == [1, 3]
+    assert choose_slots(torch.zeros(4), 0) == []
+
+
+def test_sites_are_dealt_evenly() -> None:
+    sizes = [9, 7, 5, 5, 4, 1]
+    ranks = deal_by_size(sizes, 3)
+    loads = [sum(size for size, rank in zip(sizes, ranks, strict=True) if rank == r) for r in range(3)]
+    assert sum(loads) == sum(sizes)
+    assert max(loads) - min(loads) <= 2
+    assert deal_by_size([3], 4) == [0]

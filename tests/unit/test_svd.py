@@ -1,0 +1,103 @@
+"""Directions: signs, fallbacks, the file and its damage."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import srlora_dist.svd
+from srlora_dist.digest import digest_run
+from srlora_dist.sites import clamp_target_ranks, find_sites
+from srlora_dist.storage import find_storage
+from srlora_dist.svd import Directions, compute_directions
+from tests import reference
+from tests.ranks.engines import make_net
+
+
+def directions_of(folder, scale: float = 1.0, target: int = 6) -> Directions:
+    model = make_net()
+    with torch.no_grad():
+        model.base_model.model.first.base_layer.weight.mul_(scale)
+    sites = find_sites(model)
+    clamp_target_ranks(sites, target)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    return Directions(find_storage(model, optimizer, sites), str(folder))
+
+
+@pytest.mark.parametrize("shape", [(9, 5), (5, 9), (6, 6)])
+def test_directions_equal_the_reference(shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape)
+    left, values, right = compute_directions(weight, 4)
+    expected = reference.directions(weight)
+    torch.testing.assert_close((left, values, right), (expected[0][:, :4], expected[1][:4], expected[2][:4]))
+    assert bool((left.gather(0, left.abs().argmax(0, keepdim=True)) > 0).all())
+
+
+def test_a_failing_driver_is_retried_in_float64(monkeypatch) -> None:
+    weight = torch.randn(6, 5)
+    expected = compute_directions(weight, 3)
+
+    def fail(*args, **kwargs):
+        raise torch.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr(torch.linalg, "svd", fail)
+    torch.testing.assert_close(compute_directions(weight, 3), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_site_that_cannot_be_factored_is_named(tmp_path) -> None:
+    with pytest.raises(ValueError, match="first: the weight holds NaN"):
+        directions_of(tmp_path, scale=float("nan")).prepare()
+
+
+def test_the_file_is_reused_and_read_back(tmp_path, monkeypatch) -> None:
+    first = directions_of(tmp_path)
+    first.prepare()
+    whole = compute_directions(first.storage.sites[0].weight.detach(), 6)
+    monkeypatch.setattr(srlora_dist.svd, "compute_directions", None)  # a second computation would fail
+    second = directions_of(tmp_path)
+    second.prepare()
+    assert second.path == first.path
+    (left, values, right), (_, more, _) = second.take([(0, 1, 3), (1, 0, 6)])
+    torch.testing.assert_close((left, values, right), (whole[0][:, 1:3], whole[1][1:3], whole[2][1:3]))
+    assert more.shape == (6,)
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty"])
+def test_a_damaged_file_is_noticed_and_rebuilt(tmp_path, damage: str) -> None:
+    directions = directions_of(tmp_path)
+    directions.prepare()
+    good = directions.path.read_bytes()
+    tensors = {name: tensor.clone() for name, tensor in load_file(directions.path).items()}
+    flipped = good[:-7] + bytes([good[-7] ^ 1]) + good[-6:]
+    directions.path.write_bytes({"flip": flipped, "truncate": good[:-9], "empty": b""}[damage])
+    with pytest.warns(UserWarning, match="damaged and will be computed again"):
+        directions_of(tmp_path).prepare()
+    rebuilt = load_file(directions.path)
+    assert all(torch.equal(rebuilt[name], tensors[name]) for name in tensors)
+
+
+def test_other_weights_or_ranks_get_another_file(tmp_path) -> None:
+    paths = set()
+    for options in ({}, {"scale": 1 + 1e-6}, {"target": 5}):
+        directions = directions_of(tmp_path, **options)
+        directions.prepare()
+        paths.add(directions.path)
+    assert len(paths) == 3
+
+
+def test_an_unwritable_cache_is_an_error_with_the_option(tmp_path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="srlora.svd_cache"):
+        directions_of(tmp_path / "file" / "below").prepare()
+
+
+def test_the_digest_adds_up_over_runs_and_sees_every_element() -> None:
+    whole = torch.randn(101)
+    digest = digest_run(whole)
+    assert (digest_run(whole[:37]) + digest_run(whole[37:], 37)) % 2**64 == digest
+    for i in range(101):
+        changed = whole.clone()
+        changed[i] = torch.nextafter(changed[i], torch.tensor(9.0))
+        assert digest_run(changed) != digest
+    assert digest_run(whole.flip(0)) != digest

@@ -1,0 +1,241 @@
+"""The door: refusals with remedies, ledger and export over many switches, what a switch leaves alone."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from srlora_dist import SRLoRAConfig, Switcher
+from srlora_dist.ledger import Ledger
+from tests.ranks.engines import Net, make_batch, make_net
+
+
+def bound(tmp_path, model=None, steps: int = 20, optimizer=None, **options):
+    model = make_net() if model is None else model
+    switcher = Switcher(model, SRLoRAConfig(svd_cache=str(tmp_path / "svd"), **options), steps)
+    optimizer = optimizer or torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    switcher.bind(model, optimizer)
+    return model, optimizer, switcher
+
+
+def take_steps(model, optimizer, switcher, count: int) -> list:
+    reports = []
+    for step in range(count):
+        x, y = make_batch(step)
+        optimizer.zero_grad()
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+        reports.append(switcher.step())
+    return [report for report in reports if report is not None]
+
+
+def wide_net(shape: tuple[int, int], rank: int) -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(shape[1], shape[0]), nn.Tanh(), nn.Linear(shape[0], 3))
+    return get_peft_model(net, LoraConfig(r=rank, lora_alpha=rank, target_modules=["0"]))
+
+
+BAD_MODELS = {
+    "not a PEFT model": (lambda: Net(), "no LoRA layers"),
+    "dropout": (lambda: make_net(lora_dropout=0.1), "dropout.*first.*lora_dropout=0"),
+    "DoRA": (lambda: make_net(use_dora=True), "DoRA.*use_dora=False"),
+    "LoRA bias": (lambda: make_net(lora_bias=True), "lora_bias=False"),
+    "bf16": (lambda: make_net().bfloat16(), "first is stored as torch.bfloat16.*float32"),
+    "rank above the target": (lambda: make_net(rank=9), "target_rank 8 is below the LoRA rank of first .r=9."),
+    "embedding": (
+        lambda: get_peft_model(nn.Sequential(nn.Embedding(9, 8)), LoraConfig(r=2, target_modules=["0"])),
+        "not a linear layer: 0",
+    ),
+    "convolution": (
+        lambda: get_peft_model(nn.Sequential(nn.Conv2d(3, 8, 3)), LoraConfig(r=2, target_modules=["0"])),
+        "not a linear layer: 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_MODELS)
+def test_a_model_that_cannot_be_worked_on_is_refused(name: str) -> None:
+    make, message = BAD_MODELS[name]
+    with pytest.raises(ValueError, match=message):
+        Switcher(make(), SRLoRAConfig(target_rank=8), 100)
+
+
+def test_a_shared_weight_is_refused() -> None:
+    net = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    net[1].weight = net[0].weight
+    model = get_peft_model(net, LoraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(ValueError, match="several layers share: 0"):
+        Switcher(model, SRLoRAConfig(target_rank=4), 100)
+
+
+def test_an_adapter_in_use_is_refused(tmp_path) -> None:
+    with pytest.raises(ValueError, match="first is not freshly initialised"):
+        bound(tmp_path, make_net(init_lora_weights=False), target_rank=6)
+
+
+def test_another_adapter_name_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'other', but the model has \['default'\]"):
+        Switcher(make_net(), SRLoRAConfig(adapter_name="other"), 100)
+
+
+def test_an_optimizer_of_another_layout_is_refused(tmp_path) -> None:
+    model = make_net()
+    with pytest.raises(ValueError, match="optimizer_reset 'zero' is not supported with Adafactor"):
+        bound(tmp_path, model, optimizer=torch.optim.Adafactor(model.parameters()))
+
+
+@pytest.mark.parametrize(
+    "options", [{"fusion_ratio": 0}, {"fusion_ratio": 1.1}, {"beta1": 1}, {"beta2": -0.1}, {"target_rank": 0}]
+)
+def test_options_out_of_range_are_refused(options: dict) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        SRLoRAConfig(**options)
+
+
+def test_a_small_matrix_clamps_its_target_with_one_warning(tmp_path) -> None:
+    with pytest.warns(UserWarning, match=r"clamped: first \(17, 13\): 13; second \(11, 17\): 11") as caught:
+        _, _, switcher = bound(tmp_path, target_rank=40)
+    assert len([w for w in caught if "clamped" in str(w.message)]) == 1
+    assert [site.target_rank for site in switcher.sites] == [13, 11]
+
+
+@pytest.mark.filterwarnings("ignore:srlora.target_rank")
+def test_directions_that_run_out_end_the_switches_not_the_training(tmp_path, caplog) -> None:
+    model, optimizer, switcher = bound(tmp_path, steps=40, target_rank=30, fusion_ratio=0.25)
+    with caplog.at_level(logging.INFO):
+        reports = take_steps(model, optimizer, switcher, 40)
+    assert [site.num_taken for site in switcher.sites] == [12, 11]  # the ninth switch would fall on the end
+    assert [part.site for part in reports[-1].sites] == ["first"]  # only the larger one had a direction to give
+    assert "1 of 2 sites have used all their directions" in caplog.text
+    assert switcher.num_steps == 40
+
+
+@pytest.mark.filterwarnings("ignore:srlora.target_rank")
+def test_a_rank_above_the_matrix_keeps_the_surplus_pairs_as_plain_lora(tmp_path) -> None:
+    model, x = wide_net((3, 20), rank=5), torch.randn(7, 20)
+    before = model(x)
+    with pytest.raises(ValueError, match="below"):
+        Switcher(model, SRLoRAConfig(target_rank=4), 10)
+    _, _, switcher = bound(tmp_path, model, target_rank=5)
+    assert switcher.sites[0].held == [0, 1, 2, -1, -1]
+    assert switcher.due_steps == []
+    torch.testing.assert_close(model(x), before)
+
+
+@pytest.mark.parametrize(
+    ("options", "scale"), [({"lora_alpha": 3}, 0.75), ({"lora_alpha": 8, "use_rslora": True}, 4.0)]
+)
+def test_any_lora_scale_keeps_the_function_and_exports(tmp_path, options: dict, scale: float) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(
+        Net(), LoraConfig(r=4, target_modules=["first", "second"], modules_to_save=["head"], **options)
+    )
+    x, _ = make_batch(99)
+    before = model(x).detach()
+    model, optimizer, switcher = bound(tmp_path, model, target_rank=10, fusion_ratio=0.25)
+    assert switcher.sites[0].scale == scale
+    torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-5)
+    assert len(take_steps(model, optimizer, switcher, 20)) == 5
+    switcher.export(tmp_path / "adapter")
+    torch.manual_seed(0)
+    torch.testing.assert_close(
+        PeftModel.from_pretrained(Net(), tmp_path / "adapter")(x), model(x), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_a_truncated_export_logs_its_error_and_gets_better_with_rank(tmp_path, caplog) -> None:
+    model, optimizer, switcher = bound(tmp_path, target_rank=10)
+    take_steps(model, optimizer, switcher, 20)
+    x, _ = make_batch(99)
+    errors = []
+    for rank in (1, 6, 13):
+        with caplog.at_level(logging.INFO):
+            switcher.export(tmp_path / f"adapter-{rank}", max_rank=rank)
+        torch.manual_seed(0)
+        exported = PeftModel.from_pretrained(Net(), tmp_path / f"adapter-{rank}")
+        assert max(exported.peft_config["default"].rank_pattern.values(), default=rank) <= rank
+        errors.append((exported(x) - model(x)).norm().item())
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 1e-4  # the smaller side of the larger matrix is 13
+    assert "truncated from rank" in caplog.text
+    assert "relative error" in caplog.text
+
+
+def test_w_equals_w0_plus_ledger_after_500_switches(tmp_path) -> None:
+    torch.manual_seed(1)
+    model = wide_net((530, 510), rank=2)
+    start = model.base_model.model[0].base_layer.weight.detach().double()
+    switcher = Switcher(
+        model, SRLoRAConfig(target_rank=503, svd_cache=str(tmp_path), ledger_dir=str(tmp_path / "l")), 502
+    )
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    switcher.bind(model, optimizer)
+    x, y = torch.randn(4, 510), torch.randn(4, 3)
+    outputs = []
+    for _ in range(501):
+        optimizer.zero_grad()
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+        before = model(x).detach()
+        if switcher.step() is not None:
+            outputs.append(float((model(x) - before).norm() / before.norm()))
+    assert switcher.num_switches == 501
+    assert len(outputs) == 500
+    assert max(outputs) < 1e-5
+    left, right = switcher._ledger.factors(["0"])["0"]
+    expected = start + left.double() @ right.double()
+    weight = model.base_model.model[0].base_layer.weight
+    assert float((weight - expected).norm() / expected.norm()) < 1e-6
+    assert len(list((tmp_path / "l").glob("switch-*.safetensors"))) == 501
+
+
+def test_a_ledger_folder_in_use_is_refused(tmp_path) -> None:
+    (tmp_path / "switch-00000.safetensors").touch()
+    with pytest.raises(ValueError, match="ledger of another run"):
+        Ledger(tmp_path)
+
+
+@pytest.mark.parametrize(("reset", "first", "second"), [("zero", 0, 0), ("first_moment", 0, 1), ("keep", 1, 1)])
+def test_a_switch_resets_the_chosen_slots_only(tmp_path, reset: str, first: int, second: int) -> None:
+    model, optimizer, switcher = bound(
+        tmp_path, target_rank=8, optimizer_reset=reset, score_reset="restarted", steps=16
+    )
+    take_steps(model, optimizer, switcher, switcher.due_steps[0] - 1)
+    x, y = make_batch(50)
+    optimizer.zero_grad()
+    (model(x) - y).square().mean().backward()
+    optimizer.step()
+    site = switcher.sites[0]
+    state = {key: optimizer.state[site.lora_a][key].clone() for key in ("exp_avg", "exp_avg_sq")}
+    factors = site.lora_a.detach().clone(), site.lora_b.detach().clone()
+    head = optimizer.state[switcher._model.base_model.model.head.modules_to_save["default"].weight]["exp_avg"].clone()
+    scores = switcher._importance._means[switcher.storage.tracked[0]].view(4, -1).clone()
+    report = switcher.step()
+    chosen = report.sites[0].slots
+    others = [slot for slot in range(4) if slot not in chosen]
+    for key, kept in (("exp_avg", first), ("exp_avg_sq", second)):
+        now = optimizer.state[site.lora_a][key]
+        assert torch.equal(now[others], state[key][others])
+        assert torch.equal(now[chosen], state[key][chosen] * kept)
+    assert torch.equal(site.lora_a[others], factors[0][others])
+    assert torch.equal(site.lora_b[:, others], factors[1][:, others])
+    assert not torch.equal(site.lora_a[chosen], factors[0][chosen])
+    assert torch.equal(
+        optimizer.state[switcher._model.base_model.model.head.modules_to_save["default"].weight]["exp_avg"], head
+    )
+    now = switcher._importance._means[switcher.storage.tracked[0]].view(4, -1)
+    assert torch.equal(now[others], scores[others])
+    assert not now[chosen].any()
+
+
+def test_a_step_that_does_not_happen_counts_for_nothing(tmp_path) -> None:
+    model, optimizer, switcher = bound(tmp_path, target_rank=8)
+    for _ in range(30):
+        assert switcher.step() is None
+    assert switcher.num_steps == 0
+    take_steps(model, optimizer, switcher, 3)
+    assert switcher.num_steps == 3
