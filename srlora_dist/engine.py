@@ -76,7 +76,7 @@ def build_accelerator(config: RunConfig) -> tuple[Accelerator, str]:
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.train.accumulation_steps),
         kwargs_handlers=handlers,
     )
-    require_engine(asked, _accelerated_engine(accelerator, asked), "Accelerate set up")
+    require_engine(asked, _accelerated_engine(accelerator), "Accelerate set up")
     _require_divisible(config, accelerator.num_processes)
     if asked.startswith("zero"):
         _fill_deepspeed(accelerator, config)
@@ -91,16 +91,15 @@ def require_engine(asked: str, got: str, who: str) -> None:
     """
     if asked in ("auto", got):
         return
-    remedy = {"plain": "cpu1.yaml or single.yaml", "ddp": "cpu2.yaml or ddp.yaml"}.get(
-        asked, f"{asked}_cpu.yaml or {asked}.yaml"
-    )
+    files = {"plain": "cpu1.yaml or single.yaml", "ddp": "cpu2.yaml or ddp.yaml"}
+    remedy = files.get(asked, f"{asked}_cpu.yaml or {asked}.yaml, with use_cpu false")
     raise ValueError(
         f"the engine asked for is {asked}, but {who} {got}: "
-        f"use accelerate launch --config_file launch/accelerate/{remedy}, without use_cpu under DeepSpeed"
+        f"use accelerate launch --config_file launch/accelerate/{remedy}"
     )
 
 
-def _accelerated_engine(accelerator: Accelerator, asked: str) -> str:
+def _accelerated_engine(accelerator: Accelerator) -> str:
     """What the Accelerator is, with the number of processes where that is not what was launched."""
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != launched:

@@ -82,7 +82,7 @@ def _draw_losses(folder: Path, title: str, switch_steps: list[int]) -> Path:
         label = "training (mean since the last point)" if split == "train" else "validation"
         axes.plot(steps, [np.nan if loss is None else loss for loss in losses], label=label, **style)
     _mark_switches(axes, switch_steps)
-    axes.set(title=f"Loss: {title}", xlabel="optimizer step", ylabel="loss (nats, or squared error)")
+    axes.set(title=f"Loss: {title}", xlabel="optimizer step", ylabel="loss (nats; for a regression squared error)")
     axes.legend()
     return _save(figure, folder / "figures" / "loss.png")
 
@@ -119,7 +119,8 @@ def _draw_lengths(folder: Path, title: str, intervals: dict[str, list[Interval]]
     right.bar(range(len(variances)), variances, color=TRAIN, label="one site")
     right.axhline(np.mean(variances), color=EVAL, linestyle="--", label="mean of the sites")
     right.set(title="Variance within a site", xlabel="site, in the order of the model", ylabel="variance (steps²)")
-    right.legend()
+    right.set_ylim(top=1.25 * max(variances))  # room for the legend
+    right.legend(loc="upper right")
     figure.suptitle(title)
     return _save(figure, folder / "figures" / "interval_lengths.png")
 

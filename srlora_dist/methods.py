@@ -1,4 +1,4 @@
-"""The methods that the trainer can run, each behind the same five verbs.
+"""The methods that the trainer can run, each behind the same four verbs.
 
 ``SRLoRA`` is the product (PiSSA is SRLoRA that never switches); ``LoRA`` and ``AdaLoRA`` are baselines of PEFT.
 """
@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 from accelerate import PartialState
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
+from typing_extensions import override
 
 from srlora_dist.config import RunConfig
 from srlora_dist.export import export_adapter
@@ -30,8 +30,8 @@ class Seconds:
     tracking: float = 0.0
 
 
-class Method(Protocol):
-    """What the trainer asks of a method.
+class Method:
+    """What the trainer asks of a method; what is empty here does nothing.
 
     Attributes:
         model: The base model with its adapter, for ``accelerator.prepare``.
@@ -52,6 +52,7 @@ class Method(Protocol):
 
     def seconds(self) -> Seconds:
         """Time spent on this rank so far."""
+        return Seconds()
 
 
 def build_method(config: RunConfig, base: PreTrainedModel, peft_type: str, num_steps: int, engine: str) -> Method:
@@ -77,11 +78,14 @@ def build_method(config: RunConfig, base: PreTrainedModel, peft_type: str, num_s
     if config.method == "adalora":
         return AdaLoRA(config, base, options, num_steps, engine)
     adapter = LoraConfig(r=config.lora.rank, use_rslora=config.lora.use_rslora, **options)
-    model = get_peft_model(base, adapter, adapter_name=config.srlora.adapter_name)
+    try:
+        model = get_peft_model(base, adapter, adapter_name=config.srlora.adapter_name)
+    except ValueError as error:
+        raise ValueError(f"lora.target_modules is {targets!r}: {error}") from error
     return LoRA(config, model) if config.method == "lora" else SRLoRA(config, model, num_steps)
 
 
-class LoRA:
+class LoRA(Method):
     """Plain LoRA: one fixed subspace."""
 
     def __init__(self, config: RunConfig, model: PeftModel) -> None:
@@ -89,21 +93,17 @@ class LoRA:
         self.adapter_name = config.srlora.adapter_name
         self.sites = find_sites(model, self.adapter_name)
 
+    @override
     def bind(self, model: nn.Module, optimizer: object) -> None:
         self.storage = find_storage(model, optimizer, self.sites)
         self.storage_name = self.storage.name
 
-    def step(self, num_steps_done: int) -> None:
-        return None
-
+    @override
     def export(self, folder: Path) -> None:
         export_adapter(self.model, self.storage, self.sites, None, folder, adapter_name=self.adapter_name)
 
-    def seconds(self) -> Seconds:
-        return Seconds()
 
-
-class SRLoRA:
+class SRLoRA(Method):
     """SRLoRA, or PiSSA: then the target is the rank itself, so that switch 0 is the only one."""
 
     def __init__(self, config: RunConfig, model: PeftModel, num_steps: int) -> None:
@@ -113,27 +113,32 @@ class SRLoRA:
             options = replace(options, target_rank=config.lora.rank)
         self.switcher = Switcher(model, options, num_training_steps=num_steps)
 
+    @override
     def bind(self, model: nn.Module, optimizer: object) -> SwitchReport:
         report = self.switcher.bind(model, optimizer)
         self.storage_name = self.switcher.storage.name
         return report
 
+    @override
     def step(self, num_steps_done: int) -> SwitchReport | None:
         return self.switcher.step()
 
+    @override
     def export(self, folder: Path) -> None:
         self.switcher.export(folder)
 
+    @override
     def seconds(self) -> Seconds:
         switcher = self.switcher
         return Seconds(switcher.svd_seconds, switcher.switch_seconds, switcher.tracking_seconds)
 
 
-class AdaLoRA:
+class AdaLoRA(Method):
     """PEFT's AdaLoRA. It starts at ``lora.rank``, so that as much is trained as with LoRA, and prunes to 2/3 of it.
 
     The ratio of 1.5 between the first and the final budget is the AdaLoRA paper's; its schedule is close to the paper's
-    for GLUE: all ranks for a tenth of the run, pruning until the half, then fixed ranks.
+    for GLUE: all ranks for a tenth of the run, pruning until the half, then fixed ranks. The training loss contains
+    its orthogonality penalty, the validation loss does not.
     """
 
     def __init__(
@@ -143,8 +148,8 @@ class AdaLoRA:
             raise ValueError(f"method adalora needs whole gradients, which {engine} does not keep: use plain or ddp")
         if config.lora.use_rslora:
             raise ValueError("lora.use_rslora has no meaning for AdaLoRA: leave it out")
-        self.engine = engine
-        self.adapter = AdaLoraConfig(
+        self.storage_name = engine
+        adapter = AdaLoraConfig(
             init_r=config.lora.rank,
             target_r=max(1, round(config.lora.rank / 1.5)),
             tinit=num_steps // 10,
@@ -153,17 +158,13 @@ class AdaLoRA:
             total_step=num_steps,
             **options,
         )
-        self.model = get_peft_model(base, self.adapter, adapter_name=config.srlora.adapter_name)
+        self.model = get_peft_model(base, adapter, adapter_name=config.srlora.adapter_name)
 
-    def bind(self, model: nn.Module, optimizer: object) -> None:
-        self.storage_name = self.engine
-
+    @override
     def step(self, num_steps_done: int) -> None:
         self.model.base_model.update_and_allocate(num_steps_done)
 
+    @override
     def export(self, folder: Path) -> None:
         if PartialState().is_main_process:
             self.model.save_pretrained(folder)
-
-    def seconds(self) -> Seconds:
-        return Seconds()

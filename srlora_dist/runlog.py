@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 
+import torch
+from accelerate import Accelerator
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from srlora_dist.config import RunConfig
@@ -16,7 +20,9 @@ WRITTEN_FILES = (
     "metrics.jsonl",
     "switches.jsonl",
     "summary.json",
-    "figures/*.png",
+    "figures/loss.png",
+    "figures/active_intervals.png",
+    "figures/interval_lengths.png",
     "tensorboard/events.out.tfevents.*",
     "ledger/switch-*.safetensors",
     "ledger/switch-*.tmp",
@@ -46,17 +52,17 @@ class RunLog:
             folder.mkdir(parents=True, exist_ok=True)
             _remove_earlier_run(folder)
             config.save(folder / "config.yaml")
+            self._writer = SummaryWriter(str(folder / "tensorboard"))
         except OSError as error:
             raise ValueError(
                 f"output_dir {folder} cannot be written ({error.strerror}): choose another with --output_dir"
             ) from error
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
 
     def metrics(self, record: dict[str, object]) -> None:
         """Append one line to ``metrics.jsonl`` and the same figures to TensorBoard."""
         self._append("metrics.jsonl", record)
         for name, value in record.items():
-            if name not in ("step", "split") and value is not None:
+            if name not in ("step", "split"):
                 self._writer.add_scalar(f"{record['split']}/{name}", value, record["step"])
 
     def switch(self, report: SwitchReport) -> None:
@@ -71,8 +77,53 @@ class RunLog:
         self._writer.close()
 
     def _append(self, name: str, record: dict[str, object]) -> None:
-        with open(self.folder / name, "a") as file:
+        with (self.folder / name).open("a") as file:
             file.write(json.dumps(_finite(record)) + "\n")
+
+
+class Window:
+    """What has been seen since the last line of the log: loss, tokens and time."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget everything and start the clock."""
+        self.num_batches = self.num_steps = self.tokens = 0
+        self.loss: Tensor | float = 0.0
+        self.seconds = 0.0
+        self.resume()
+
+    def pause(self) -> None:
+        """Stop the clock: what follows is not training."""
+        self.seconds += time.perf_counter() - self.began
+
+    def resume(self) -> None:
+        """Start the clock again."""
+        self.began = time.perf_counter()
+
+    def add(self, loss: Tensor, batch: dict[str, Tensor]) -> None:
+        """Count one micro-batch; nothing is read back from the device."""
+        self.num_batches += 1
+        self.loss = self.loss + loss.detach().double()
+        if "attention_mask" in batch:
+            self.tokens = self.tokens + batch["attention_mask"].sum()
+
+    def means(self, accelerator: Accelerator) -> dict[str, float]:
+        """Loss over all ranks, seconds a step, tokens a second of all ranks.
+
+        Collective: one all-reduce of two numbers.
+        """
+        totals = torch.stack([torch.as_tensor(x, dtype=torch.float64).to(accelerator.device) for x in self._totals()])
+        loss, tokens = accelerator.reduce(totals, "sum").tolist()
+        figures = {
+            "loss": loss / self.num_batches / accelerator.num_processes,
+            "step_time": self.seconds / self.num_steps,
+        }
+        return figures | ({"tokens_per_second": tokens / self.seconds} if tokens else {})
+
+    def _totals(self) -> tuple[Tensor | float, Tensor | int]:
+        return self.loss, self.tokens
 
 
 def read_lines(path: Path) -> list[dict]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import platform
 import resource
-import time
-from collections.abc import Iterator
+import sys
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
@@ -16,17 +14,17 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from srlora_dist.config import RunConfig
 from srlora_dist.engine import build_accelerator, require_engine
 from srlora_dist.figures import draw
+from srlora_dist.ledger import SwitchReport
 from srlora_dist.methods import build_method
-from srlora_dist.runlog import RunLog
+from srlora_dist.plan import SampleOrder, due_evaluations, warm_up_and_decay
+from srlora_dist.runlog import RunLog, Window
 from srlora_dist.tasks import Task, check_task, load_task
-
-NUM_EVALUATIONS = 10
 
 
 def train(config: RunConfig) -> dict[str, object]:
@@ -55,79 +53,6 @@ def train(config: RunConfig) -> dict[str, object]:
         draw(log.folder)
     accelerator.end_training()
     return summary
-
-
-class SampleOrder(Sampler[int]):
-    """The order of the samples of a whole run, a new permutation each epoch: the same for any engine and world size.
-
-    One sampler for the run, so that an epoch never ends in the middle of an optimizer step; what is left of an epoch
-    after its last whole batch is dropped.
-
-    Args:
-        num_samples: In the training split.
-        batch_size: Samples of one optimizer step.
-        num_steps: Optimizer steps of the run.
-        seed: Decides the order alone.
-    """
-
-    def __init__(self, num_samples: int, batch_size: int, num_steps: int, seed: int) -> None:
-        self.num_samples = num_samples
-        self.epoch_length = num_samples - num_samples % batch_size
-        self.length = batch_size * num_steps
-        self.seed = seed
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed)
-        left = self.length
-        while left > 0:
-            order = torch.randperm(self.num_samples, generator=generator)[: min(self.epoch_length, left)]
-            yield from order.tolist()
-            left -= len(order)
-
-
-class Window:
-    """What has been seen since the last line of the log: loss, tokens and time."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        """Forget everything and start the clock."""
-        self.num_batches = self.num_steps = self.tokens = 0
-        self.loss: Tensor | float = 0.0
-        self.seconds = 0.0
-        self.resume()
-
-    def pause(self) -> None:
-        """Stop the clock: what follows is not training."""
-        self.seconds += time.perf_counter() - self.began
-
-    def resume(self) -> None:
-        """Start the clock again."""
-        self.began = time.perf_counter()
-
-    def add(self, loss: Tensor, batch: dict[str, Tensor]) -> None:
-        """Count one micro-batch; nothing is read back from the device."""
-        self.num_batches += 1
-        self.loss = self.loss + loss.detach().double()
-        if "attention_mask" in batch:
-            self.tokens = self.tokens + batch["attention_mask"].sum()
-
-    def means(self, accelerator: Accelerator) -> dict[str, float]:
-        """Loss over all ranks, seconds a step, tokens a second of all ranks. Collective: one all-reduce of two numbers."""
-        totals = torch.stack([torch.as_tensor(x, dtype=torch.float64).to(accelerator.device) for x in self._totals()])
-        loss, tokens = accelerator.reduce(totals, "sum").tolist()
-        figures = {
-            "loss": loss / self.num_batches / accelerator.num_processes,
-            "step_time": self.seconds / self.num_steps,
-        }
-        return figures | ({"tokens_per_second": tokens / self.seconds} if tokens else {})
-
-    def _totals(self) -> tuple[Tensor | float, Tensor | int]:
-        return self.loss, self.tokens
 
 
 class Trainer:
@@ -162,7 +87,7 @@ class Trainer:
         self.method = build_method(config, task.model, task.peft_type, self.num_steps, engine)
         self.num_trainable = _num_trainable(self.method.model)
         self._prepare()
-        self.record_switch(self.method.bind(self.model, self.optimizer))
+        self._record_switch(self.method.bind(self.model, self.optimizer))
         require_engine(engine, self.method.storage_name, "the model is held as")
         set_seed(config.seed, device_specific=True)  # dropout must differ between ranks
         self.best: dict[str, object] | None = None
@@ -179,7 +104,7 @@ class Trainer:
         model = self.method.model
         self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(self.trainable, lr=options.learning_rate, weight_decay=options.weight_decay)
-        scheduler = LambdaLR(optimizer, _warm_up_and_decay(self.num_steps, options.warmup_ratio))
+        scheduler = LambdaLR(optimizer, warm_up_and_decay(self.num_steps, options.warmup_ratio))
         self.model, self.optimizer, self.train_loader, self.eval_loader, self.scheduler = accelerator.prepare(
             model, optimizer, train_loader, eval_loader, scheduler
         )
@@ -187,9 +112,9 @@ class Trainer:
     def run(self) -> dict[str, object]:
         """Train to the last step; gives the summary. Collective: every rank calls it."""
         options, window, done = self.config.train, Window(), 0
-        due = _due_evaluations(self.num_steps, options.eval_every)
+        due = due_evaluations(self.num_steps, options.eval_every)
         train_seconds = 0.0
-        bar = tqdm(total=self.num_steps, desc=self.config.method, unit="step", disable=self.log is None)
+        bar = self._progress_bar()
         self.model.train()
         for batch in self.train_loader:
             loss, grad_norm, learning_rate = self._micro_step(batch, done + 1)
@@ -202,8 +127,9 @@ class Trainer:
             if done % options.log_every == 0 or done == self.num_steps:
                 window.pause()
                 train_seconds += window.seconds
-                figures = {"learning_rate": learning_rate, "grad_norm": grad_norm, **window.means(self.accelerator)}
-                bar.set_postfix(loss=f"{figures['loss']:.4f}")
+                figures = {"learning_rate": learning_rate, **window.means(self.accelerator)}
+                figures |= {} if grad_norm is None else {"grad_norm": float(grad_norm)}
+                bar.set_postfix(loss=f"{figures['loss']:.4f}", refresh=False)
                 self._record("train", done, figures)
                 window.restart()
             if done in due:
@@ -213,7 +139,7 @@ class Trainer:
         bar.close()
         return self._summary(train_seconds)
 
-    def _micro_step(self, batch: dict[str, Tensor], step: int) -> tuple[Tensor, float | None, float]:
+    def _micro_step(self, batch: dict[str, Tensor], step: int) -> tuple[Tensor, Tensor | float | None, float]:
         """One micro-batch, and at the end of an accumulation the optimizer step and the switch if one is due."""
         accelerator, max_norm, norm = self.accelerator, self.config.train.max_grad_norm, None
         learning_rate = self.scheduler.get_last_lr()[0]
@@ -225,12 +151,18 @@ class Trainer:
             self.optimizer.step()
             self.scheduler.step()
             if accelerator.sync_gradients:
-                self.record_switch(self.method.step(step))
+                self._record_switch(self.method.step(step))
             self.optimizer.zero_grad()
-        return loss, None if norm is None else float(norm), learning_rate
+        return loss, norm, learning_rate
 
-    def record_switch(self, report: object) -> None:
-        """Write what a switch did, if there was one."""
+    def _progress_bar(self) -> tqdm:
+        # A log file keeps every refresh, a terminal only the last.
+        pause = 0.1 if sys.stderr.isatty() else 10.0
+        return tqdm(
+            total=self.num_steps, desc=self.config.method, unit="step", disable=self.log is None, mininterval=pause
+        )
+
+    def _record_switch(self, report: SwitchReport | None) -> None:
         if report is not None and self.log is not None:
             self.log.switch(report)
 
@@ -296,25 +228,6 @@ def evaluate(accelerator: Accelerator, model: nn.Module, loader: DataLoader, tas
     else:
         loss = nn.functional.cross_entropy(output, label)
     return {"loss": loss.item(), **task.metrics(output.numpy(), label.numpy())}
-
-
-def _warm_up_and_decay(num_steps: int, warmup_ratio: float):
-    """Share of the peak learning rate at a step: linear up, then linear down to 0 after the last step."""
-    num_warmup = round(warmup_ratio * num_steps)
-
-    def share(step: int) -> float:
-        if step < num_warmup:
-            return (step + 1) / num_warmup
-        return max(0.0, (num_steps - step) / max(1, num_steps - num_warmup))
-
-    return share
-
-
-def _due_evaluations(num_steps: int, eval_every: int | None) -> set[int]:
-    """Steps after which to evaluate: every so many, or ten times a run; the last step always."""
-    if eval_every is not None:
-        return {*range(eval_every, num_steps, eval_every), num_steps}
-    return {math.ceil(num_steps * k / NUM_EVALUATIONS) for k in range(1, NUM_EVALUATIONS + 1)}
 
 
 def _num_trainable(model: nn.Module) -> int:

@@ -24,11 +24,40 @@ class Net(nn.Module):
         return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))))
 
 
+class OddNet(Net):
+    """With a third site so small that on 4 ranks some hold nothing of it (9, 3 and 3 elements under ZeRO-3)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tiny = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tiny(super().forward(x))
+
+
+SHAPES = {"first": (17, 13), "second": (11, 17), "tiny": (3, 3)}
+RANKS = {"first": 4, "second": 4, "tiny": 1}
+
+
 def make_net(rank: int = 4, alpha: float = 6, seed: int = 0, **lora: object) -> nn.Module:
     """The PEFT model, the same in every process; its scale is not 1."""
     torch.manual_seed(seed)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=["first", "second"], modules_to_save=["head"], **lora)
     return get_peft_model(Net(), config)
+
+
+def make_odd_net() -> nn.Module:
+    """The same with the tiny site, of rank 1."""
+    torch.manual_seed(0)
+    config = LoraConfig(
+        r=4,
+        lora_alpha=6,
+        rank_pattern={"tiny": 1},
+        alpha_pattern={"tiny": 1.5},
+        target_modules=list(SHAPES),
+        modules_to_save=["head"],
+    )
+    return get_peft_model(OddNet(), config)
 
 
 def make_batch(step: int) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from srlora_dist import SRLoRAConfig, Switcher
 from srlora_dist.sites import find_sites
 from srlora_dist.storage import find_storage
-from tests.ranks.engines import make_batch, make_net, prepare
+from tests.ranks.engines import RANKS, SHAPES, make_batch, make_odd_net, prepare
 from tests.ranks.world import run_ranks
 
 NUM_STEPS, TARGET = 9, 8  # r = 4, r' = 2: switches after steps 4 and 9, and the last falls on the end
@@ -37,7 +37,7 @@ class Traffic(TorchDispatchMode):
 
 def train(rank: int, world_size: int, engine_name: str, zero: dict, cache: str | None) -> dict:
     """Train, with a switcher if there is a cache, and list what each step and each switch sent."""
-    model = make_net()
+    model = make_odd_net()
     switcher = Switcher(model, SRLoRAConfig(target_rank=TARGET, svd_cache=cache), NUM_STEPS) if cache else None
     engine = prepare(engine_name, model, 1e-2, 0.5, **zero)
     seen = {"steps": [], "switches": []}
@@ -68,22 +68,22 @@ def test_what_is_sent(name: str, zero: dict, tmp_path) -> None:
     assert any(plain[0]["steps"])  # the counter sees the engine's own traffic
     for rank in (0, 1):
         assert ours[rank]["steps"] == plain[rank]["steps"]
-    floats = 4 * (4 * (13 + 17) + 4 * (17 + 11))
-    directions = 4 * sum(2 * (m + n + 1) for m, n in ((17, 13), (11, 17)))
-    switch = [("allreduce_", 8 * 8), ("broadcast_", directions)]
+    num_sites, floats = len(SHAPES), 4 * sum(RANKS[site] * (m + n) for site, (m, n) in SHAPES.items())
+    switch = [("allreduce_", 8 * sum(RANKS.values()))]
+    switch += [("broadcast_", 4 * sum(max(1, RANKS[site] // 2) * (m + n + 1) for site, (m, n) in SHAPES.items()))]
     switch += [("allreduce_", floats)] * (name == "zero3")
-    switch += [("allreduce_", 16 * 2), ("allreduce_", 8)]
+    switch += [("allreduce_", 16 * num_sites), ("allreduce_", 8)]
     assert ours[0]["switches"] == [switch]
     # Binding with a warm file: freshness, fingerprint, found, ledger opened, then switch 0; no weight is sent.
-    bind = [("allreduce_", 8), ("allreduce_", 32), ("broadcast_", 8), ("allreduce_", 8)]
-    first = [("broadcast_", 4 * sum(4 * (m + n + 1) for m, n in ((17, 13), (11, 17))))]
+    bind = [("allreduce_", 8), ("allreduce_", 16 * num_sites), ("broadcast_", 8), ("allreduce_", 8)]
+    first = [("broadcast_", 4 * sum(RANKS[site] * (m + n + 1) for site, (m, n) in SHAPES.items()))]
     assert ours[0]["bind"] == bind + first + switch[2:]
     # Tracking is shared out: the ranks' parts add up to one mean and one deviation of every element.
     assert sum(seen["importance_bytes"] for seen in ours) == 2 * floats
 
 
 def disagree(rank: int, world_size: int, cache: str) -> dict:
-    model = make_net()
+    model = make_odd_net()
     switcher = Switcher(model, SRLoRAConfig(target_rank=TARGET, svd_cache=cache), NUM_STEPS)
     engine = prepare("ddp", model, 1e-2, 0)
     switcher.bind(engine.model, engine.optimizer)
@@ -111,7 +111,7 @@ def test_a_difference_in_one_bit_stops_every_rank_and_names_the_site(tmp_path) -
 
 
 def fail_alone(rank: int, world_size: int, cache: str, damage: str) -> dict:
-    model = make_net()
+    model = make_odd_net()
     if damage == "nan":
         with torch.no_grad():
             model.base_model.model.second.base_layer.weight[0, 0] = float("nan")
@@ -135,13 +135,13 @@ def test_a_failure_on_rank_0_is_an_error_on_every_rank(tmp_path, damage: str, me
 
 
 def shares(rank: int, world_size: int) -> dict:
-    model = make_net()
+    model = make_odd_net()
     engine = prepare("ddp", model, 1e-2, 0)
     storage = find_storage(engine.model, engine.optimizer, find_sites(model))
     return {"tracked": sorted({run.site for run in storage.tracked}), "held": len(storage.held)}
 
 
 def test_ddp_deals_sites_and_a_rank_may_get_none() -> None:
-    ranks = run_ranks(shares, 3)
-    assert sorted(seen["tracked"] for seen in ranks) == [[], [0], [1]]
-    assert all(seen["held"] == 4 for seen in ranks)
+    ranks = run_ranks(shares, 4)
+    assert sorted(seen["tracked"] for seen in ranks) == [[], [0], [1], [2]]
+    assert all(seen["held"] == 2 * len(SHAPES) for seen in ranks)

@@ -1,4 +1,4 @@
-"""Every engine against tests/reference.py: slots, weights, factors, losses, outputs around a switch, ranks against ranks."""
+"""Every engine against tests/reference.py, around each switch and at the end, and ranks against ranks."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 from peft import PeftModel
 
 from srlora_dist import SRLoRAConfig, Switcher
-from tests.ranks.engines import BATCH, Net, make_batch, make_net, prepare
+from tests.ranks.engines import BATCH, RANKS, SHAPES, OddNet, make_batch, make_odd_net, prepare
 from tests.ranks.world import run_ranks
 from tests.reference import Reference, Site, due_steps
 
 NUM_STEPS, RATE, CLIP, TARGET, RATIO = 12, 1e-2, 0.5, 10, 0.5
-SITES = ("first", "second")
+SITES = tuple(SHAPES)
 PROBE = torch.randn(BATCH, 13, generator=torch.Generator().manual_seed(5))
 
 
@@ -25,7 +25,7 @@ def rate_of(step: int) -> float:
 
 def train(rank: int, world_size: int, engine_name: str, zero: dict, cache: str, accumulation: int) -> dict:
     """The sharded run under test; returns what this rank saw."""
-    model = make_net()
+    model = make_odd_net()
     switcher = Switcher(model, SRLoRAConfig(target_rank=TARGET, fusion_ratio=RATIO, svd_cache=cache), NUM_STEPS)
     engine = prepare(engine_name, model, RATE, CLIP, accumulation, **zero)
     seen = {"before": [engine.model(PROBE).detach()], "after": [], "still": [], "losses": [], "slots": [], "scores": []}
@@ -89,7 +89,7 @@ def state_of(switcher: Switcher) -> dict:
 
 def reference_run() -> dict:
     """The same training with the specification."""
-    model = make_net().base_model.model
+    model = make_odd_net().base_model.model
     layers = {name: getattr(model, name) for name in SITES}
     sites = {}
     for name, layer in layers.items():
@@ -128,10 +128,10 @@ def reference_run() -> dict:
     }
 
 
-def untouched() -> Net:
+def untouched() -> OddNet:
     """The base that the runs started from."""
     torch.manual_seed(0)
-    return Net()
+    return OddNet()
 
 
 CASES = [
@@ -143,6 +143,7 @@ CASES = [
     pytest.param("zero2", 3, {}, 1, id="zero2-3-uneven"),
     pytest.param("zero3", 2, {"stage3_param_persistence_threshold": 0}, 1, id="zero3-2-partitioned"),
     pytest.param("zero3", 3, {"stage3_param_persistence_threshold": 0}, 1, id="zero3-3-uneven"),
+    pytest.param("zero3", 4, {"stage3_param_persistence_threshold": 0}, 1, id="zero3-4-empty-spans"),
     pytest.param("zero3", 2, {}, 2, id="zero3-2-persistent-accumulation"),
     pytest.param("zero3", 4, {"stage3_param_persistence_threshold": 100, "sub_group_size": 50}, 1, id="zero3-4-mixed"),
 ]
@@ -155,23 +156,24 @@ def test_engine_equals_the_reference(name: str, world_size: int, zero: dict, acc
     expected = reference_run()
     first = ranks[0]
     assert first["storage"] == name  # the engine asked for is the one that ran
-    assert first["due"] == expected["due"] and len(expected["due"]) == 2
+    assert first["due"] == expected["due"]
+    assert len(expected["due"]) == 2
     assert first["steps"] == NUM_STEPS
     assert first["slots"] == expected["slots"]
     for mine, theirs in zip(first["scores"], expected["scores"], strict=True):
         for a, b in zip(mine, theirs, strict=True):
             torch.testing.assert_close(torch.tensor(a), b, rtol=1e-3, atol=1e-12, check_dtype=False)
     torch.testing.assert_close(first["losses"], expected["losses"], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(first["weights"], expected["weights"], rtol=1e-5, atol=1e-5)
+    for mine, theirs in zip(first["weights"], expected["weights"], strict=True):
+        assert (mine - theirs).norm() <= 1e-6 * theirs.norm()
     torch.testing.assert_close(first["factors"], expected["factors"], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(first["moments"], expected["moments"], rtol=1e-3, atol=1e-8)
     for before, after, still in zip(first["before"], first["after"], first["still"], strict=True):  # invariant 1
         assert (after - before).norm() <= 1e-5 * before.norm()
         assert (still - before).norm() <= 1e-5 * before.norm()
-    assert (
-        first.get("whole", [])
-        == [zero.get("stage3_param_persistence_threshold", 1e5) > n for n in (221, 187)][: 2 * (name == "zero3")]
-    )
+    if name == "zero3":  # both ways of holding W were run
+        threshold = zero.get("stage3_param_persistence_threshold", 100_000)
+        assert first["whole"] == [threshold > m * n for m, n in SHAPES.values()]
     exported = PeftModel.from_pretrained(untouched(), tmp_path / "adapter")  # invariant 4
     assert (exported(PROBE) - first["final"]).abs().max() <= 1e-5
     for other in ranks[1:]:  # invariant 2: bit for bit

@@ -1,0 +1,33 @@
+# make demo: train SRLoRA on two CPU processes on real sentences, from nothing but Python, pip, make and a compiler.
+# make test: lint and every test that needs no GPU.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(abspath $(VENV))/bin
+# DeepSpeed compiles a small operator with the ninja of this environment.
+export PATH := $(BIN):$(PATH)
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: install demo lint test clean
+
+install: $(VENV)/.installed
+
+# torch comes first and alone: another package would pull the newest one with gigabytes of CUDA.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[deepspeed,quant,demo,dev]"
+	touch $@
+
+demo: install
+	$(BIN)/accelerate launch --config_file launch/accelerate/cpu2.yaml launch/train.py
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test: lint
+	$(BIN)/pytest
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

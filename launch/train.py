@@ -1,0 +1,68 @@
+"""Train one model: ``accelerate launch launch/train.py [--config FILE] [--section.option value ...]``.
+
+Without arguments it runs the demo. ``--help`` lists the options; ``SRLORA_DEBUG=1`` shows where an error came from.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package may not be installed
+if not torch.accelerator.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed decides when it is imported
+
+# Torch, Transformers and DeepSpeed announce each other's deprecations every step, through the progress bar.
+warnings.filterwarnings("ignore", category=FutureWarning)
+
+from srlora_dist.config import parse  # noqa: E402 (after the environment is set)
+from srlora_dist.trainer import train  # noqa: E402
+
+# The launcher ends the other ranks within a moment of the main process, so that one message is enough.
+GRACE_SECONDS = 5
+
+
+def main() -> None:
+    """Run, and report on the main process."""
+    try:
+        config = parse()
+        summary = train(config)
+    except (ValueError, OSError) as error:
+        if os.environ.get("SRLORA_DEBUG"):
+            raise
+        _fail(error)
+    if os.environ.get("RANK", "0") == "0":
+        _report(summary, Path(config.output_dir))
+
+
+def _fail(error: Exception) -> None:
+    """End this process with one line, which a rank other than 0 prints only if rank 0 has not failed as well."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(GRACE_SECONDS)
+    where = "" if rank == "0" else f" (on rank {rank} of {os.environ.get('WORLD_SIZE')})"
+    print(f"srlora_dist: error: {' '.join(str(error).split())}{where}", file=sys.stderr, flush=True)
+    # Not sys.exit: leaving the interpreter can wait for ranks that are still in a collective.
+    os._exit(1)
+
+
+def _report(summary: dict[str, object], folder: Path) -> None:
+    """Print the results and where they are."""
+    print(f"\n{summary['method']} on {summary['task']}: {summary['steps']} steps on {summary['world_size']} x", end=" ")
+    print(f"{summary['storage']}, {summary['trainable_parameters']:,} trainable parameters")
+    print(f"{'':8}{'best':>12}{'final':>12}")
+    for name in summary["best"]:
+        print(f"{name:8}{summary['best'][name]:12.4f}{summary['final'][name]:12.4f}")
+    times = {name.removesuffix("_seconds"): value for name, value in summary.items() if name.endswith("_seconds")}
+    print("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in times.items()))
+    for name, path in (("adapter", "adapter"), ("TensorBoard", "tensorboard"), ("figures", "figures")):
+        print(f"{name}: {folder / path}")
+
+
+if __name__ == "__main__":
+    main()

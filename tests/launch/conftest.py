@@ -1,0 +1,151 @@
+"""A tiny BERT and a few rows of RTE in the official layout, and ways to start real runs on them."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+WORDS = "the cat dog sat ran on a mat road it was good bad not very we they saw".split()
+NUM_TRAIN, NUM_DEV = 41, 13  # neither divides by a batch or by two ranks
+
+
+@dataclass
+class Ended:
+    """A process that has ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+    seconds: float
+
+    @property
+    def errors(self) -> list[str]:
+        """The lines that the program prints for its user."""
+        return [line for line in self.stderr.splitlines() if "srlora_dist: error:" in line]
+
+
+@dataclass
+class Bench:
+    """A folder with a model and data; runs go into ``runs/``."""
+
+    folder: Path
+
+    def arguments(self, name: str, **options: object) -> list[str]:
+        """The command line of a short run into ``runs/name``; ``train__max_steps=3`` becomes ``--train.max_steps 3``."""
+        chosen = {
+            "output_dir": self.run_folder(name),
+            "task.name": "rte",
+            "task.data_dir": self.folder / "glue",
+            "task.max_length": 32,
+            "model.name_or_path": self.folder / "model",
+            "lora.rank": 4,
+            "lora.alpha": 4,
+            "srlora.target_rank": 8,
+            "srlora.svd_cache": self.folder / "svd",
+            "train.max_steps": 6,
+            "train.batch_size": 8,
+            "train.eval_batch_size": 6,
+            "train.accumulation_steps": 2,
+            "train.learning_rate": 0.01,
+            "train.max_grad_norm": 0.1,
+            "train.log_every": 1,
+        }
+        chosen |= {key.replace("__", "."): value for key, value in options.items()}
+        return [part for key, value in chosen.items() for part in (f"--{key}", str(value))]
+
+    def run_folder(self, name: str) -> Path:
+        return self.folder / "runs" / name
+
+    def environment(self) -> dict[str, str]:
+        return os.environ | {
+            "SRLORA_CACHE": str(self.folder / "cache"),
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+
+    def launch(self, *arguments: str, script: Path = ROOT / "launch" / "train.py", before: tuple = ()) -> Ended:
+        """``accelerate launch [before] script [arguments]`` from the root of the repository."""
+        command = [sys.executable, "-m", "accelerate.commands.launch", *before, str(script), *arguments]
+        return _run(command, self.environment(), limit=240)
+
+    def launch_yaml(self, yaml: str, *arguments: str, **more: object) -> Ended:
+        return self.launch(*arguments, before=("--config_file", f"launch/accelerate/{yaml}.yaml"), **more)
+
+    def run_all(self, cases: dict[str, list[str]]) -> dict[str, Ended]:
+        """Each case in a plain process of its own; the imports are paid for once (see ``one_by_one.py``)."""
+        orders = self.folder / "cases.json"
+        orders.write_text(json.dumps(cases))
+        process = _run(
+            [sys.executable, str(Path(__file__).with_name("one_by_one.py")), str(orders)], self.environment(), 280
+        )
+        assert process.returncode == 0, process.stderr
+        return {name: Ended(**result) for name, result in json.loads(process.stdout.splitlines()[-1]).items()}
+
+
+def _run(command: list[str], environment: dict[str, str], limit: int) -> Ended:
+    began = time.perf_counter()
+    ended = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit, check=False
+    )
+    return Ended(ended.returncode, ended.stdout, ended.stderr, time.perf_counter() - began)
+
+
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    folder = tmp_path_factory.mktemp("bench")
+    write_model(folder / "model")
+    write_rte(folder / "glue")
+    return Bench(folder)
+
+
+def write_model(folder: Path) -> None:
+    """Two layers, hidden 32, no dropout, so that every engine has the same losses."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, set_seed
+
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    tokenizer = Tokenizer(models.WordLevel({word: k for k, word in enumerate(names + WORDS)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=32, **special).save_pretrained(folder)
+    set_seed(0)
+    config = BertConfig(
+        vocab_size=len(names + WORDS),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=32,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    BertModel(config).save_pretrained(folder)
+
+
+def write_rte(folder: Path, header: str = "index\tsentence1\tsentence2\tlabel", odd_label: str | None = None) -> Path:
+    """Rows in the official layout, of which the last training row may get an odd label."""
+    draw = random.Random(0)
+    (folder / "RTE").mkdir(parents=True)
+    for name, count in (("train", NUM_TRAIN), ("dev", NUM_DEV)):
+        rows = [header]
+        for index in range(count):
+            first, second = (" ".join(draw.choices(WORDS, k=draw.randint(2, 8))) for _ in range(2))
+            label = "entailment" if ("good" in first) == ("good" in second) else "not_entailment"
+            if odd_label is not None and name == "train" and index == count - 1:
+                label = odd_label
+            rows.append(f"{index}\t{first}\t{second}\t{label}")
+        (folder / "RTE" / f"{name}.tsv").write_text("\n".join(rows) + "\n")
+    return folder

@@ -1,0 +1,55 @@
+"""Runs launch/train.py for each command line in a JSON file, each in a child that is forked after the imports."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+SCRIPT = Path(__file__).parents[2] / "launch" / "train.py"
+
+
+def run(main: object, arguments: list[str]) -> dict[str, object]:
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        began = time.perf_counter()
+        child = os.fork()
+        if child == 0:
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+            sys.argv = [str(SCRIPT), *arguments]
+            status = 1
+            try:
+                main()
+                status = 0
+            except SystemExit as leaving:
+                status = int(leaving.code or 0)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        texts = []
+        for file in (out, err):
+            file.seek(0)
+            texts.append(file.read().decode())
+        return {"returncode": status, "stdout": texts[0], "stderr": texts[1], "seconds": time.perf_counter() - began}
+
+
+def load_main() -> object:
+    spec = importlib.util.spec_from_file_location("launch_train", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+if __name__ == "__main__":
+    main = load_main()
+    cases = json.loads(Path(sys.argv[1]).read_text())
+    print(json.dumps({name: run(main, arguments) for name, arguments in cases.items()}))

@@ -1,0 +1,109 @@
+"""A run that cannot work ends at once with one line that names the value, on any number of ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.launch.conftest import ROOT, Bench, Ended, write_rte
+
+LIMIT_SECONDS = 60
+
+CASES = {
+    "unknown task": ({"task__name": "nope"}, "task.name is 'nope'"),
+    "missing folder": ({"task__data_dir": "/no/such/folder"}, "task.data_dir is '/no/such/folder'"),
+    "wrong columns": ({"task__data_dir": "{columns}"}, "needs the columns sentence1, sentence2, label"),
+    "label outside the classes": ({"task__data_dir": "{labels}"}, "the label is 'perhaps'"),
+    "misspelt key": ({"train__batchsize": 8}, "train.batchsize"),
+    "unwritable output folder": ({"output_dir": "{file}/below"}, "cannot be written"),
+    "engine that was not launched": ({"engine": "zero2"}, "asked for is zero2, but the launch asks for plain"),
+    "target below the rank": ({"srlora__target_rank": 2}, "srlora.target_rank 2 is below the LoRA rank"),
+    "no pair to fuse": ({"srlora__fusion_ratio": 0}, "srlora.fusion_ratio is 0"),
+    "LoRA dropout": ({"lora__dropout": 0.1}, "LoRA dropout"),
+    "no matching layers": ({"lora__target_modules": "foo,bar"}, "lora.target_modules is 'foo,bar'"),
+    "bf16 base": ({"model__dtype": "bfloat16"}, "model.dtype is bfloat16"),
+    "batch above the data": ({"train__batch_size": 64}, "fewer than train.batch_size 64"),
+    "accumulation does not divide": ({"train__batch_size": 9}, "train.batch_size 9 does not divide"),
+    "more switches than steps": ({"srlora__fusion_ratio": 0.1, "train__max_steps": 2}, "switches in 2 steps"),
+}
+
+
+@pytest.fixture(scope="module")
+def ended(bench: Bench) -> dict[str, Ended]:
+    places = {"columns": bench.folder / "columns", "labels": bench.folder / "labels", "file": bench.folder / "file"}
+    write_rte(places["columns"], header="index\tpremise\thypothesis\tlabel")
+    write_rte(places["labels"], odd_label="perhaps")
+    places["file"].write_text("not a folder")
+    cases = {}
+    for name, (options, _) in CASES.items():
+        filled = {key: value.format(**places) if isinstance(value, str) else value for key, value in options.items()}
+        cases[name] = bench.arguments(f"bad {name}", **filled)
+    return bench.run_all(cases)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_line_names_what_is_wrong(name: str, ended: dict[str, Ended]) -> None:
+    run = ended[name]
+    assert run.returncode != 0
+    assert run.seconds < LIMIT_SECONDS
+    assert len(run.errors) == 1, run.stderr
+    assert run.errors[0].startswith("srlora_dist: error: ")
+    assert CASES[name][1] in run.errors[0]
+    assert "Traceback" not in run.stderr
+
+
+def assert_refused(run: Ended, *wanted: str) -> None:
+    """One line of ours; the launcher adds that its child failed, but our script shows no traceback."""
+    assert run.returncode != 0
+    assert run.seconds < LIMIT_SECONDS
+    assert len(run.errors) == 1, run.stderr
+    for text in wanted:
+        assert text in run.errors[0]
+    assert 'launch/train.py", line' not in run.stderr
+
+
+def test_fsdp_is_refused(bench: Bench) -> None:
+    run = bench.launch(
+        *bench.arguments("fsdp"), before=("--use_fsdp", "--num_processes", "2", "--main_process_port", "0")
+    )
+    assert_refused(run, "asks for FSDP", "launch/accelerate/ddp.yaml")
+
+
+def test_two_ranks_that_fail_alike_print_once(bench: Bench) -> None:
+    arguments = bench.arguments("odd", train__batch_size=9, train__accumulation_steps=1)
+    assert_refused(bench.launch_yaml("cpu2", *arguments), "train.batch_size 9", "2 processes", "multiple of 2")
+
+
+def test_deepspeed_that_accelerate_would_drop_is_refused(bench: Bench, tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text((ROOT / "launch/accelerate/zero2_cpu.yaml").read_text())
+    run = bench.launch(
+        *bench.arguments("dropped"),
+        before=("--config_file", str(wrong)),
+        script=script_with(tmp_path, 'os.environ["ACCELERATE_USE_CPU"] = "true"'),
+    )
+    assert_refused(run, "asked for is zero2, but Accelerate set up ddp")
+
+
+def test_several_cpu_processes_that_accelerate_would_not_start_are_refused(bench: Bench) -> None:
+    run = bench.launch(*bench.arguments("mpi"), before=("--cpu", "--num_processes", "2"))
+    assert_refused(run, "launch/accelerate/cpu2.yaml")
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_rank_that_fails_alone_speaks_for_itself(rank: str, bench: Bench, tmp_path: Path) -> None:
+    labels = write_rte(tmp_path / "labels", odd_label="perhaps")
+    script = script_with(
+        tmp_path, f'if os.environ["RANK"] == "{rank}": sys.argv += ["--task.data_dir", {str(labels)!r}]'
+    )
+    run = bench.launch_yaml("cpu2", *bench.arguments(f"alone{rank}"), script=script)
+    assert_refused(run, "the label is 'perhaps'", *(["on rank 1 of 2"] if rank == "1" else []))
+
+
+def script_with(folder: Path, line: str) -> Path:
+    """launch/train.py with one line before it."""
+    script = folder / "start.py"
+    train = str(ROOT / "launch" / "train.py")
+    script.write_text(f"import os, runpy, sys\n{line}\nrunpy.run_path({train!r}, run_name='__main__')\n")
+    return script

@@ -1,0 +1,122 @@
+"""Every CPU file of launch/accelerate really trains on its engine, and all of them train the same model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.launch.conftest import NUM_DEV, NUM_TRAIN, Bench, Ended
+
+ENGINES = {"cpu1": ("plain", 1), "cpu2": ("ddp", 2), "zero1_cpu": ("zero1", 2), "zero2_cpu": ("zero2", 2)}
+ENGINES |= {"zero3_cpu": ("zero3", 2)}
+FILES = {
+    "config.yaml",
+    "metrics.jsonl",
+    "switches.jsonl",
+    "summary.json",
+    "figures/loss.png",
+    "figures/active_intervals.png",
+    "figures/interval_lengths.png",
+    "adapter/adapter_config.json",
+    "adapter/adapter_model.safetensors",
+    "adapter_last/adapter_config.json",
+    "adapter_last/adapter_model.safetensors",
+    "ledger/switch-00000.safetensors",
+    "ledger/switch-00001.safetensors",
+}
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def losses(folder: Path, split: str) -> torch.Tensor:
+    return torch.tensor([line["loss"] for line in lines(folder / "metrics.jsonl") if line["split"] == split])
+
+
+@pytest.fixture(scope="module")
+def plain(bench: Bench) -> tuple[Path, Ended]:
+    ended = bench.launch_yaml("cpu1", *bench.arguments("cpu1"))
+    return bench.run_folder("cpu1"), ended
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_trains_on_the_engine_that_was_asked_for(name: str, bench: Bench, plain: tuple[Path, Ended]) -> None:
+    reference, ended = plain
+    if name != "cpu1":
+        ended = bench.launch_yaml(name, *bench.arguments(name))
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    folder = bench.run_folder(name)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["storage"], summary["world_size"]) == ENGINES[name]
+    assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} >= FILES
+    for split in ("train", "eval"):
+        assert len(losses(folder, split)) == summary["steps"] == 6
+        torch.testing.assert_close(losses(folder, split), losses(reference, split), rtol=1e-5, atol=1e-6)
+    keys = ("step", "switch", "site", "slots", "directions", "new_directions")
+    picked, expected = (
+        [[line[key] for key in keys] for line in lines(run / "switches.jsonl")] for run in (folder, reference)
+    )
+    assert picked == expected
+    assert str(folder / "adapter") in ended.stdout
+    assert adapter_loss(bench, folder / "adapter_last") == pytest.approx(summary["final"]["loss"], rel=1e-5)
+    assert adapter_loss(bench, folder / "adapter") == pytest.approx(summary["best"]["loss"], rel=1e-5)
+
+
+def adapter_loss(bench: Bench, adapter: Path) -> float:
+    """Validation loss of an exported adapter on the untouched base."""
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    from srlora_dist.config import ModelOptions, RunConfig, TaskOptions
+    from srlora_dist.tasks import load_task
+
+    options = TaskOptions(name="rte", data_dir=str(bench.folder / "glue"), max_length=32)
+    config = RunConfig(model=ModelOptions(name_or_path=str(bench.folder / "model")), task=options)
+    task = load_task(config)
+    base = AutoModelForSequenceClassification.from_pretrained(bench.folder / "model", num_labels=2)
+    model = PeftModel.from_pretrained(base, adapter).eval()
+    with torch.no_grad():
+        return model(**task.collate([task.eval[k] for k in range(NUM_DEV)])).loss.item()
+
+
+def test_metrics_hold_what_the_design_names(plain: tuple[Path, Ended]) -> None:
+    train, evaluation = lines(plain[0] / "metrics.jsonl")[:2]
+    assert train.keys() == {
+        *("step", "epoch", "split", "loss", "learning_rate", "grad_norm", "step_time", "tokens_per_second")
+    }
+    assert evaluation.keys() == {"step", "epoch", "split", "loss", "accuracy"}
+    assert train["epoch"] == pytest.approx(1 / (NUM_TRAIN // 8))
+    assert any((plain[0] / "tensorboard").iterdir())
+
+
+def test_saved_configuration_runs_again(bench: Bench, plain: tuple[Path, Ended]) -> None:
+    saved = yaml.safe_load((plain[0] / "config.yaml").read_text())
+    assert saved["output_dir"] == str(plain[0])
+    again = bench.run_folder("again")
+    case = ["--config", str(plain[0] / "config.yaml"), "--output_dir", str(again)]
+    ended = bench.run_all({"again": case})["again"]
+    assert ended.returncode == 0, ended.stderr
+    torch.testing.assert_close(losses(again, "eval"), losses(plain[0], "eval"), rtol=1e-6, atol=0)
+
+
+def test_baselines_and_a_second_run_into_the_same_folder(bench: Bench, plain: tuple[Path, Ended]) -> None:
+    folder = bench.run_folder("same")
+    (folder / "figures").mkdir(parents=True)
+    for name in ("notes.txt", "figures/mine.png"):
+        (folder / name).write_text("keep me")
+    methods = ("srlora", "lora", "pissa", "adalora")
+    ended = bench.run_all({method: bench.arguments("same", method=method) for method in methods} | {})
+    assert {method: run.returncode for method, run in ended.items()} == dict.fromkeys(methods, 0), ended
+    assert len(lines(folder / "metrics.jsonl")) == 12
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["method"], summary["storage"]) == ("adalora", "plain")
+    assert not (folder / "switches.jsonl").exists()
+    assert not list((folder / "ledger").iterdir())
+    assert len(list((folder / "tensorboard").iterdir())) == 1
+    assert (folder / "notes.txt").read_text() == (folder / "figures" / "mine.png").read_text() == "keep me"
+    assert adapter_loss(bench, folder / "adapter_last") == pytest.approx(summary["final"]["loss"], rel=1e-5)

@@ -1,0 +1,55 @@
+"""Which samples, rates and evaluations a run has, and the intervals that its figures show."""
+
+from __future__ import annotations
+
+import pytest
+
+from srlora_dist.figures import Interval, active_intervals
+from srlora_dist.plan import SampleOrder, due_evaluations, warm_up_and_decay
+
+
+def test_each_epoch_is_another_permutation_without_its_rest() -> None:
+    order = list(SampleOrder(num_samples=41, batch_size=8, num_steps=12, seed=3))
+    assert len(order) == 96
+    first, second, third = order[:40], order[40:80], order[80:]
+    assert len(set(first)) == len(set(second)) == 40
+    assert len(set(third)) == 16
+    assert first != second
+    assert order == list(SampleOrder(41, 8, 12, seed=3))
+    assert order != list(SampleOrder(41, 8, 12, seed=4))
+
+
+def test_a_longer_run_begins_with_the_same_samples() -> None:
+    assert list(SampleOrder(41, 8, 20, 0))[:40] == list(SampleOrder(41, 8, 5, 0))
+
+
+def test_rate_rises_to_its_peak_and_never_is_zero() -> None:
+    share = warm_up_and_decay(num_steps=100, warmup_ratio=0.1)
+    shares = [share(step) for step in range(100)]
+    assert shares[0] == pytest.approx(0.1)
+    assert shares[9] == shares[10] == 1
+    assert shares[99] == pytest.approx(1 / 90)
+    assert sorted(shares[10:], reverse=True) == shares[10:]
+    assert warm_up_and_decay(3, 0.0)(0) == 1
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "every", "due"), [(5, None, {1, 2, 3, 4, 5}), (25, 10, {10, 20, 25}), (20, 10, {10, 20})]
+)
+def test_last_step_is_always_evaluated(num_steps: int, every: int | None, due: set[int]) -> None:
+    assert due_evaluations(num_steps, every) == due
+
+
+def test_ten_evaluations_a_run() -> None:
+    assert len(due_evaluations(264, None)) == 10
+
+
+def test_intervals_begin_when_a_direction_is_taken_and_end_when_it_is_fused() -> None:
+    switches = [
+        {"step": 0, "switch": 0, "site": "x", "directions": [], "new_directions": [0, 1]},
+        {"step": 4, "switch": 1, "site": "x", "directions": [1], "new_directions": [2]},
+        {"step": 8, "switch": 2, "site": "x", "directions": [2], "new_directions": [3]},
+    ]
+    assert active_intervals(switches, num_steps=10) == {
+        "x": [Interval(0, 0, 10, False), Interval(1, 0, 4, True), Interval(2, 4, 8, True), Interval(3, 8, 10, False)]
+    }
