@@ -53,7 +53,7 @@ def run(case: str, folder: Path, options: list[str]) -> dict:
     command += ["--config_file", str(launch_file(name, threshold, folder)), "--num_processes", str(num_processes)]
     command += ["launch/train.py", "--output_dir", str(folder), "--engine", case.split("-")[0]]
     command += ["--model.dropout", "0", "--train.log_every", "1", *options]
-    with open(folder / "log.txt", "w") as log:
+    with (folder / "log.txt").open("w") as log:
         subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=True)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     switches = [json.loads(line) for line in (folder / "switches.jsonl").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""SRLoRA (arXiv 2505.12433) for distributed training: LoRA that keeps learning in new subspaces of the pretrained weight."""
+"""SRLoRA (arXiv 2505.12433) for distributed training: LoRA that keeps learning in new subspaces."""
 
 from srlora_dist.config import SRLoRAConfig
 from srlora_dist.ledger import SiteSwitch, SwitchReport

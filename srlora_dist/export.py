@@ -74,23 +74,28 @@ def _write(
     config.inference_mode = True
     if ledger is not None:
         added = ledger.factors([site.name for site in sites])
-        ranks = {}
+        ranks, errors = {}, []
         for site in sites:
             a_name, b_name = (f"base_model.model.{site.name}.lora_{factor}.weight" for factor in "AB")
-            b, a = _with_live_pairs(*added[site.name], tensors[b_name].cpu(), tensors[a_name].cpu(), site.scale)
+            left, right = added[site.name]
+            b = torch.cat([left, site.scale * tensors[b_name].cpu()], 1)
+            a = torch.cat([right, tensors[a_name].cpu()], 0)
             if max_rank is not None and max_rank < a.shape[0]:
-                b, a = _truncate(b, a, max_rank, site.name)
+                b, a, error = _truncate(b, a, max_rank)
+                logger.info("%s: truncated to rank %d, relative error %.2e", site.name, max_rank, error)
+                errors.append(error)
             tensors[a_name], tensors[b_name] = a, b
             ranks[site.name] = a.shape[0]
         _set_ranks(config, ranks)
+        if errors:
+            logger.warning(
+                "export to rank %d: relative error of the change of W, mean %.2e, largest %.2e over %d sites",
+                *(max_rank, sum(errors) / len(errors), max(errors), len(errors)),
+            )
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(str(folder))
-
-
-def _with_live_pairs(left: Tensor, right: Tensor, b: Tensor, a: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return torch.cat([left, scale * b], 1), torch.cat([right, a], 0)
 
 
 def _set_ranks(config: object, ranks: dict[str, int]) -> None:
@@ -103,12 +108,11 @@ def _set_ranks(config: object, ranks: dict[str, int]) -> None:
     config.alpha_pattern = dict(config.rank_pattern)
 
 
-def _truncate(left: Tensor, right: Tensor, rank: int, name: str) -> tuple[Tensor, Tensor]:
-    """The best approximation of ``left @ right`` of this rank, from QR factors and the SVD of their small core."""
+def _truncate(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """The best ``left @ right`` of this rank, from QR factors and the SVD of their core, and its relative error."""
     q_left, r_left = torch.linalg.qr(left.double())
     q_right, r_right = torch.linalg.qr(right.double().T)
     u, s, vt = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
     error = float(s[rank:].norm() / s.norm()) if float(s.norm()) else 0.0
-    logger.info("%s: truncated from rank %d to %d, relative error %.2e", name, left.shape[1], rank, error)
     root = s[:rank].sqrt()
-    return (q_left @ (u[:, :rank] * root)).float(), ((root[:, None] * vt[:rank]) @ q_right.T).float()
+    return (q_left @ (u[:, :rank] * root)).float(), ((root[:, None] * vt[:rank]) @ q_right.T).float(), error

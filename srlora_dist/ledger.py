@@ -86,7 +86,7 @@ class Ledger:
         path = self.folder / f"switch-{report.switch:05d}.safetensors"
         temporary = path.with_suffix(".tmp")
         save_file(entry, temporary, metadata={"format": FORMAT, "report": json.dumps(asdict(report))})
-        with open(temporary, "rb") as file:
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.rename(path)
 

@@ -40,6 +40,6 @@ def due_steps(num_training_steps: int, ranks: Iterable[tuple[int, int]], fusion_
 
 
 def choose_slots(scores: Tensor, count: int) -> list[int]:
-    """Eq. 8: the ``count`` slots of the lowest scores (r,), in rising order; of equal scores the lower slot goes first."""
+    """Eq. 8: the ``count`` slots of the lowest scores (r,), sorted; of equal scores the lower slot goes first."""
     order = scores.argsort(stable=True)[:count]
     return order.sort().values.tolist()

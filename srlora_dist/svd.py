@@ -1,4 +1,4 @@
-"""Directions of every site: computed once on rank 0, site by site, kept in one safetensors file, broadcast when used."""
+"""Directions of every site: computed once on rank 0, kept in one safetensors file, broadcast as they are needed."""
 
 from __future__ import annotations
 
@@ -88,20 +88,32 @@ class Directions:
         """Directions ``first`` to ``last`` of each wanted (site number, first, last): U (m, k), S (k,), Vt (k, n).
 
         Collective: one broadcast of all of them together from rank 0.
+
+        Raises:
+            ValueError: Rank 0 cannot read the file any more.
         """
         sites = self.storage.sites
         shapes = [(sites[i].shape[0], last - first, sites[i].shape[1]) for i, first, last in wanted]
         sizes = [size for m, k, n in shapes for size in (m * k, k, k * n)]
-        packed = torch.zeros(sum(sizes), device=self.storage.device)
-        parts = packed.split(sizes)
-        if self.storage.rank == 0 and packed.numel():
-            with safe_open(self.path, "pt") as file:
-                for j, (i, first, last) in enumerate(wanted):
-                    for part, name in zip(parts[3 * j : 3 * j + 3], ("Ut", "S", "Vt"), strict=True):
-                        part.copy_(file.get_slice(f"{sites[i].name}.{name}")[first:last].flatten())
-        self.storage.broadcast_(packed)
+        packed = torch.zeros(sum(sizes) + 1, device=self.storage.device)  # the last element says that they were read
+        *parts, were_read = packed.split([*sizes, 1])
+        if self.storage.rank == 0:
+            were_read.fill_(self._read(wanted, parts))
+        if not self.storage.broadcast_(packed)[-1].item():
+            raise ValueError(f"cannot read the directions from {self.path}: was it removed? Start the run again")
         triplets = zip(parts[0::3], parts[1::3], parts[2::3], shapes, strict=True)
         return [(left.view(k, m).T, values, right.view(k, n)) for left, values, right, (m, k, n) in triplets]
+
+    def _read(self, wanted: list[tuple[int, int, int]], parts: list[Tensor]) -> bool:
+        """Fill the parts from the file; False where it cannot be read, for the other ranks wait."""
+        try:
+            with safe_open(self.path, "pt") as file:
+                for j, (number, first, last) in enumerate(wanted):
+                    for part, name in zip(parts[3 * j : 3 * j + 3], ("Ut", "S", "Vt"), strict=True):
+                        part.copy_(file.get_slice(f"{self.storage.sites[number].name}.{name}")[first:last].flatten())
+        except (OSError, SafetensorError):
+            return False
+        return True
 
     def _fingerprint(self) -> list:
         """What the directions depend on: method, and each site's name, shape, count and digest of W."""

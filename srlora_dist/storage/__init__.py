@@ -47,7 +47,7 @@ def find_storage(model: nn.Module, optimizer: object, sites: list[Site]) -> Stor
 
 
 def _is_a(thing: object, module: str, name: str) -> bool:
-    """isinstance without importing a package that the run does not use."""
+    """Like isinstance, without importing a package that the run does not use."""
     kind = getattr(sys.modules.get(module), name, None)
     return kind is not None and isinstance(thing, kind)
 

@@ -88,8 +88,8 @@ class Storage(ABC):
         """Add ``left @ right``, (m, k) times (k, n), to what this rank holds of a site's W; nothing is sent."""
         add_pairs_(self.sites[number].weight.detach().view(-1), 0, left, right)
 
-    def write_copies_(self, number: int, factor: str, slots: Tensor, whole: Tensor) -> None:
-        """Write pairs of a factor to the copies beside the one that the optimizer steps; there may be none."""
+    def write_copies_(self, number: int, factor: str, slots: Tensor, whole: Tensor) -> None:  # noqa: B027 (a default)
+        """Write pairs of a factor to the copies beside the one that the optimizer steps; here there are none."""
 
     # The same for every kind, in terms of the runs.
 
@@ -110,7 +110,7 @@ class Storage(ABC):
     def on_optimizer_step(self, hook: Callable[[list[Tensor]], None]) -> None:
         """Call ``hook`` with the tensors that are about to be stepped, their final gradients in ``.grad``."""
 
-        def pre_hook(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        def pre_hook(optimizer: Optimizer, *_: object) -> None:
             hook([owner for group in optimizer.param_groups for owner in group["params"]])
 
         self.optimizer.register_step_pre_hook(pre_hook)

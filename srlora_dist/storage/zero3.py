@@ -57,7 +57,7 @@ class Zero3Storage(Storage):
     def gather_parameters(self, parameters: list[nn.Parameter]) -> list[Tensor]:
         """See :meth:`Storage.gather_parameters`.
 
-        Collective: one all-reduce of the parameters laid end to end; each element has one non-zero term, so it is exact.
+        Collective: one all-reduce of the parameters laid end to end; it is exact, for only one rank adds to an element.
         """
         sizes = [parameter.ds_numel for parameter in parameters]
         packed = torch.zeros(sum(sizes), dtype=parameters[0].dtype, device=self.device)

@@ -70,13 +70,13 @@ def test_what_is_sent(name: str, zero: dict, tmp_path) -> None:
         assert ours[rank]["steps"] == plain[rank]["steps"]
     num_sites, floats = len(SHAPES), 4 * sum(RANKS[site] * (m + n) for site, (m, n) in SHAPES.items())
     switch = [("allreduce_", 8 * sum(RANKS.values()))]
-    switch += [("broadcast_", 4 * sum(max(1, RANKS[site] // 2) * (m + n + 1) for site, (m, n) in SHAPES.items()))]
+    switch += [("broadcast_", 4 + 4 * sum(max(1, RANKS[site] // 2) * (m + n + 1) for site, (m, n) in SHAPES.items()))]
     switch += [("allreduce_", floats)] * (name == "zero3")
     switch += [("allreduce_", 16 * num_sites), ("allreduce_", 8)]
     assert ours[0]["switches"] == [switch]
     # Binding with a warm file: freshness, fingerprint, found, ledger opened, then switch 0; no weight is sent.
     bind = [("allreduce_", 8), ("allreduce_", 16 * num_sites), ("broadcast_", 8), ("allreduce_", 8)]
-    first = [("broadcast_", 4 * sum(RANKS[site] * (m + n + 1) for site, (m, n) in SHAPES.items()))]
+    first = [("broadcast_", 4 + 4 * sum(RANKS[site] * (m + n + 1) for site, (m, n) in SHAPES.items()))]
     assert ours[0]["bind"] == bind + first + switch[2:]
     # Tracking is shared out: the ranks' parts add up to one mean and one deviation of every element.
     assert sum(seen["importance_bytes"] for seen in ours) == 2 * floats

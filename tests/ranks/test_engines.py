@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 
 from srlora_dist import SRLoRAConfig, Switcher
-from tests.ranks.engines import BATCH, RANKS, SHAPES, OddNet, make_batch, make_odd_net, prepare
+from tests.ranks.engines import BATCH, SHAPES, OddNet, make_batch, make_odd_net, prepare
 from tests.ranks.world import run_ranks
 from tests.reference import Reference, Site, due_steps
 

@@ -92,6 +92,14 @@ def test_an_unwritable_cache_is_an_error_with_the_option(tmp_path) -> None:
         directions_of(tmp_path / "file" / "below").prepare()
 
 
+def test_a_file_that_is_gone_is_an_error_with_its_name(tmp_path) -> None:
+    directions = directions_of(tmp_path)
+    directions.prepare()
+    directions.path.unlink()
+    with pytest.raises(ValueError, match=directions.path.name):
+        directions.take([(0, 0, 1)])
+
+
 def test_the_digest_adds_up_over_runs_and_sees_every_element() -> None:
     whole = torch.randn(101)
     digest = digest_run(whole)

@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
@@ -45,6 +46,10 @@ BAD_MODELS = {
     "DoRA": (lambda: make_net(use_dora=True), "DoRA.*use_dora=False"),
     "LoRA bias": (lambda: make_net(lora_bias=True), "lora_bias=False"),
     "bf16": (lambda: make_net().bfloat16(), "first is stored as torch.bfloat16.*float32"),
+    "4-bit": (
+        lambda: get_peft_model(nn.Sequential(Linear4bit(16, 8)), LoraConfig(r=2, target_modules=["0"])),
+        "0 is stored as Params4bit.*float32 alone",
+    ),
     "rank above the target": (lambda: make_net(rank=9), "target_rank 8 is below the LoRA rank of first .r=9."),
     "embedding": (
         lambda: get_peft_model(nn.Sequential(nn.Embedding(9, 8)), LoraConfig(r=2, target_modules=["0"])),
@@ -161,8 +166,8 @@ def test_a_truncated_export_logs_its_error_and_gets_better_with_rank(tmp_path, c
         errors.append((exported(x) - model(x)).norm().item())
     assert errors[0] > errors[1] > errors[2]
     assert errors[2] < 1e-4  # the smaller side of the larger matrix is 13
-    assert "truncated from rank" in caplog.text
-    assert "relative error" in caplog.text
+    assert "first: truncated to rank 6, relative error" in caplog.text
+    assert "export to rank 1: relative error of the change of W" in caplog.text
 
 
 def test_w_equals_w0_plus_ledger_after_500_switches(tmp_path) -> None:
