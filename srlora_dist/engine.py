@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -18,12 +20,15 @@ from accelerate.utils import (
     DistributedType,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
+    gather_object,
 )
 
 from srlora_dist.config import RunConfig
 
-# Rank 0 factors the weights while the others wait in a collective; DeepSpeed's own limit is 10 minutes.
-COLLECTIVE_TIMEOUT = timedelta(hours=2)
+# Rank 0 factors a large weight while the others wait in a collective; DeepSpeed's own limit is 10 minutes.
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+T = TypeVar("T")
 
 
 def launched_engine() -> str:
@@ -97,6 +102,27 @@ def require_engine(asked: str, got: str, who: str) -> None:
         f"the engine asked for is {asked}, but {who} {got}: "
         f"use accelerate launch --config_file launch/accelerate/{remedy}"
     )
+
+
+def together(work: Callable[[], T]) -> T:
+    """Do something on every rank, and raise on all of them if it failed on any: none waits for one that is gone.
+
+    Collective: every rank calls it; one gather of a message. ``work`` itself must not communicate.
+
+    Raises:
+        ValueError: ``work`` raised ValueError or OSError somewhere; the message names the rank if it was not rank 0.
+    """
+    result, error = None, None
+    try:
+        result = work()
+    except (ValueError, OSError) as failure:
+        error = failure
+    messages = gather_object([None if error is None else str(error)])
+    failed = [rank for rank, message in enumerate(messages) if message is not None]
+    if failed:
+        where = f" (on rank {failed[0]} of {len(messages)})" if failed[0] else ""
+        raise ValueError(messages[failed[0]] + where) from error
+    return result
 
 
 def _accelerated_engine(accelerator: Accelerator) -> str:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 
 import torch
+from datasets import Dataset
 from torch.utils.data import Sampler
 
 NUM_EVALUATIONS = 10
@@ -40,6 +41,14 @@ class SampleOrder(Sampler[int]):
             order = torch.randperm(self.num_samples, generator=generator)[: min(self.epoch_length, left)]
             yield from order.tolist()
             left -= len(order)
+
+
+def by_length(rows: Dataset) -> Dataset:
+    """The rows from short to long, which about halves the padding of an evaluation; as they are if not of tokens."""
+    if "input_ids" not in rows.column_names:
+        return rows
+    lengths = [len(tokens) for tokens in rows["input_ids"]]
+    return rows.select(sorted(range(len(lengths)), key=lengths.__getitem__))
 
 
 def warm_up_and_decay(num_steps: int, warmup_ratio: float) -> Callable[[int], float]:

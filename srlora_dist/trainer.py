@@ -18,11 +18,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from srlora_dist.config import RunConfig
-from srlora_dist.engine import build_accelerator, require_engine
+from srlora_dist.engine import build_accelerator, require_engine, together
 from srlora_dist.figures import draw
 from srlora_dist.ledger import SwitchReport
 from srlora_dist.methods import build_method
-from srlora_dist.plan import SampleOrder, due_evaluations, warm_up_and_decay
+from srlora_dist.plan import SampleOrder, by_length, due_evaluations, warm_up_and_decay
 from srlora_dist.runlog import RunLog, Window
 from srlora_dist.tasks import Task, check_task, load_task
 
@@ -39,20 +39,26 @@ def train(config: RunConfig) -> dict[str, object]:
         ValueError: The options, the task, the launch or the output folder cannot be worked with; the message names
             the value and the remedy.
     """
-    check_task(config)
     accelerator, engine = build_accelerator(config)
-    log = RunLog(Path(config.output_dir), config) if accelerator.is_main_process else None
-    accelerator.wait_for_everyone()  # no rank looks at the folder before what an earlier run left there is gone
+    log = together(lambda: _begin(config, accelerator))
     ledger_dir = config.srlora.ledger_dir or str(Path(config.output_dir) / "ledger")
     config = replace(config, srlora=replace(config.srlora, ledger_dir=ledger_dir))
     set_seed(config.seed)
-    trainer = Trainer(config, accelerator, engine, load_task(config), log)
+    # Under ZeRO-3 loading sends weights from rank to rank already.
+    task = load_task(config) if engine == "zero3" else together(lambda: load_task(config))
+    trainer = Trainer(config, accelerator, engine, task, log)
     summary = trainer.run()
     if log is not None:
         log.summary(summary)
         draw(log.folder)
     accelerator.end_training()
     return summary
+
+
+def _begin(config: RunConfig, accelerator: Accelerator) -> RunLog | None:
+    """What can fail is tried before anything that takes long; gives the main process its log."""
+    check_task(config)
+    return RunLog(Path(config.output_dir), config) if accelerator.is_main_process else None
 
 
 class Trainer:
@@ -100,7 +106,7 @@ class Trainer:
         train_loader = DataLoader(
             task.train, batch_size=micro_batch_size, sampler=order, collate_fn=task.collate, drop_last=True
         )
-        eval_loader = DataLoader(task.eval, batch_size=options.eval_batch_size, collate_fn=task.collate)
+        eval_loader = DataLoader(by_length(task.eval), batch_size=options.eval_batch_size, collate_fn=task.collate)
         model = self.method.model
         self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(self.trainable, lr=options.learning_rate, weight_decay=options.weight_decay)

@@ -8,13 +8,13 @@ import random
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-WORDS = "the cat dog sat ran on a mat road it was good bad not very we they saw".split()
+WORDS = ["the", "cat", "dog", "sat", "ran", "on", "a", "mat", "it", "was", "good", "bad", "not", "very", "we", "saw"]
 NUM_TRAIN, NUM_DEV = 41, 13  # neither divides by a batch or by two ranks
 
 
@@ -34,13 +34,21 @@ class Ended:
 
 
 @dataclass
+class Case:
+    """One call of launch/train.py without a launcher."""
+
+    arguments: list[str]
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
 class Bench:
     """A folder with a model and data; runs go into ``runs/``."""
 
     folder: Path
 
     def arguments(self, name: str, **options: object) -> list[str]:
-        """The command line of a short run into ``runs/name``; ``train__max_steps=3`` becomes ``--train.max_steps 3``."""
+        """The command line of a short run into ``runs/name``; ``train__epochs=3`` becomes ``--train.epochs 3``."""
         chosen = {
             "output_dir": self.run_folder(name),
             "task.name": "rte",
@@ -81,13 +89,12 @@ class Bench:
     def launch_yaml(self, yaml: str, *arguments: str, **more: object) -> Ended:
         return self.launch(*arguments, before=("--config_file", f"launch/accelerate/{yaml}.yaml"), **more)
 
-    def run_all(self, cases: dict[str, list[str]]) -> dict[str, Ended]:
+    def run_all(self, cases: dict[str, Case]) -> dict[str, Ended]:
         """Each case in a plain process of its own; the imports are paid for once (see ``one_by_one.py``)."""
         orders = self.folder / "cases.json"
-        orders.write_text(json.dumps(cases))
-        process = _run(
-            [sys.executable, str(Path(__file__).with_name("one_by_one.py")), str(orders)], self.environment(), 280
-        )
+        orders.write_text(json.dumps({name: asdict(case) for name, case in cases.items()}))
+        script = str(Path(__file__).with_name("one_by_one.py"))
+        process = _run([sys.executable, script, str(orders)], self.environment(), limit=240)
         assert process.returncode == 0, process.stderr
         return {name: Ended(**result) for name, result in json.loads(process.stdout.splitlines()[-1]).items()}
 

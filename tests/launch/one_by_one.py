@@ -14,7 +14,7 @@ from pathlib import Path
 SCRIPT = Path(__file__).parents[2] / "launch" / "train.py"
 
 
-def run(main: object, arguments: list[str]) -> dict[str, object]:
+def run(main: object, arguments: list[str], environment: dict[str, str]) -> dict[str, object]:
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         began = time.perf_counter()
         child = os.fork()
@@ -22,6 +22,7 @@ def run(main: object, arguments: list[str]) -> dict[str, object]:
             os.dup2(out.fileno(), 1)
             os.dup2(err.fileno(), 2)
             sys.argv = [str(SCRIPT), *arguments]
+            os.environ.update(environment)
             status = 1
             try:
                 main()
@@ -52,4 +53,4 @@ def load_main() -> object:
 if __name__ == "__main__":
     main = load_main()
     cases = json.loads(Path(sys.argv[1]).read_text())
-    print(json.dumps({name: run(main, arguments) for name, arguments in cases.items()}))
+    sys.stdout.write(json.dumps({name: run(main, **case) for name, case in cases.items()}) + "\n")

@@ -6,10 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.conftest import ROOT, Bench, Ended, write_rte
+from tests.launch.conftest import ROOT, Bench, Case, Ended, write_rte
 
 LIMIT_SECONDS = 60
 
+# What accelerate launch --cpu --num_processes 2 and a DeepSpeed launch from another folder leave in the environment.
+LONELY = {"ACCELERATE_USE_CPU": "True", "MASTER_PORT": "29500"}
+NO_FILE = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "no/such.json"}
+
+# Options, or in capitals variables of the environment, and what the message must name.
 CASES = {
     "unknown task": ({"task__name": "nope"}, "task.name is 'nope'"),
     "missing folder": ({"task__data_dir": "/no/such/folder"}, "task.data_dir is '/no/such/folder'"),
@@ -25,6 +30,10 @@ CASES = {
     "bf16 base": ({"model__dtype": "bfloat16"}, "model.dtype is bfloat16"),
     "batch above the data": ({"train__batch_size": 64}, "fewer than train.batch_size 64"),
     "accumulation does not divide": ({"train__batch_size": 9}, "train.batch_size 9 does not divide"),
+    "processes that Accelerate does not start": (LONELY, "launch/accelerate/cpu2.yaml"),
+    "Megatron": ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "asks for Megatron-LM"),
+    "mixed precision": ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "mixed_precision bf16"),
+    "DeepSpeed file that is not there": (NO_FILE, "no/such.json cannot be read"),
     "more switches than steps": ({"srlora__fusion_ratio": 0.1, "train__max_steps": 2}, "switches in 2 steps"),
 }
 
@@ -38,7 +47,8 @@ def ended(bench: Bench) -> dict[str, Ended]:
     cases = {}
     for name, (options, _) in CASES.items():
         filled = {key: value.format(**places) if isinstance(value, str) else value for key, value in options.items()}
-        cases[name] = bench.arguments(f"bad {name}", **filled)
+        environment = {key: filled.pop(key) for key in options if key.isupper()}
+        cases[name] = Case(bench.arguments(f"bad {name}", **filled), environment)
     return bench.run_all(cases)
 
 
@@ -76,29 +86,16 @@ def test_two_ranks_that_fail_alike_print_once(bench: Bench) -> None:
 
 
 def test_deepspeed_that_accelerate_would_drop_is_refused(bench: Bench, tmp_path: Path) -> None:
-    wrong = tmp_path / "wrong.yaml"
-    wrong.write_text((ROOT / "launch/accelerate/zero2_cpu.yaml").read_text())
-    run = bench.launch(
-        *bench.arguments("dropped"),
-        before=("--config_file", str(wrong)),
-        script=script_with(tmp_path, 'os.environ["ACCELERATE_USE_CPU"] = "true"'),
-    )
+    script = script_with(tmp_path, 'os.environ["ACCELERATE_USE_CPU"] = "true"')
+    run = bench.launch_yaml("zero2_cpu", *bench.arguments("dropped"), script=script)
     assert_refused(run, "asked for is zero2, but Accelerate set up ddp")
 
 
-def test_several_cpu_processes_that_accelerate_would_not_start_are_refused(bench: Bench) -> None:
-    run = bench.launch(*bench.arguments("mpi"), before=("--cpu", "--num_processes", "2"))
-    assert_refused(run, "launch/accelerate/cpu2.yaml")
-
-
-@pytest.mark.parametrize("rank", ["0", "1"])
-def test_a_rank_that_fails_alone_speaks_for_itself(rank: str, bench: Bench, tmp_path: Path) -> None:
+def test_a_rank_that_fails_alone_speaks_for_itself(bench: Bench, tmp_path: Path) -> None:
     labels = write_rte(tmp_path / "labels", odd_label="perhaps")
-    script = script_with(
-        tmp_path, f'if os.environ["RANK"] == "{rank}": sys.argv += ["--task.data_dir", {str(labels)!r}]'
-    )
-    run = bench.launch_yaml("cpu2", *bench.arguments(f"alone{rank}"), script=script)
-    assert_refused(run, "the label is 'perhaps'", *(["on rank 1 of 2"] if rank == "1" else []))
+    line = f'if os.environ["RANK"] == "1": sys.argv += ["--task.data_dir", {str(labels)!r}]'
+    run = bench.launch_yaml("cpu2", *bench.arguments("alone"), script=script_with(tmp_path, line))
+    assert_refused(run, "the label is 'perhaps'", "on rank 1 of 2")
 
 
 def script_with(folder: Path, line: str) -> Path:

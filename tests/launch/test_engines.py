@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from tests.launch.conftest import NUM_DEV, NUM_TRAIN, Bench, Ended
+from tests.launch.conftest import NUM_DEV, NUM_TRAIN, Bench, Case, Ended
 
 ENGINES = {"cpu1": ("plain", 1), "cpu2": ("ddp", 2), "zero1_cpu": ("zero1", 2), "zero2_cpu": ("zero2", 2)}
 ENGINES |= {"zero3_cpu": ("zero3", 2)}
@@ -80,8 +80,10 @@ def adapter_loss(bench: Bench, adapter: Path) -> float:
     task = load_task(config)
     base = AutoModelForSequenceClassification.from_pretrained(bench.folder / "model", num_labels=2)
     model = PeftModel.from_pretrained(base, adapter).eval()
+    batch = task.collate([task.eval[k] for k in range(NUM_DEV)])
+    labels = batch.pop("labels")
     with torch.no_grad():
-        return model(**task.collate([task.eval[k] for k in range(NUM_DEV)])).loss.item()
+        return torch.nn.functional.cross_entropy(model(**batch).logits, labels).item()
 
 
 def test_metrics_hold_what_the_design_names(plain: tuple[Path, Ended]) -> None:
@@ -94,27 +96,38 @@ def test_metrics_hold_what_the_design_names(plain: tuple[Path, Ended]) -> None:
     assert any((plain[0] / "tensorboard").iterdir())
 
 
-def test_saved_configuration_runs_again(bench: Bench, plain: tuple[Path, Ended]) -> None:
-    saved = yaml.safe_load((plain[0] / "config.yaml").read_text())
-    assert saved["output_dir"] == str(plain[0])
-    again = bench.run_folder("again")
-    case = ["--config", str(plain[0] / "config.yaml"), "--output_dir", str(again)]
-    ended = bench.run_all({"again": case})["again"]
-    assert ended.returncode == 0, ended.stderr
-    torch.testing.assert_close(losses(again, "eval"), losses(plain[0], "eval"), rtol=1e-6, atol=0)
+METHODS = ("srlora", "lora", "pissa", "adalora")
 
 
-def test_baselines_and_a_second_run_into_the_same_folder(bench: Bench, plain: tuple[Path, Ended]) -> None:
+@pytest.fixture(scope="module")
+def more(bench: Bench, plain: tuple[Path, Ended]) -> dict[str, Ended]:
+    """The first run again from its config.yaml, and all methods one after the other into one folder."""
     folder = bench.run_folder("same")
     (folder / "figures").mkdir(parents=True)
     for name in ("notes.txt", "figures/mine.png"):
         (folder / name).write_text("keep me")
-    methods = ("srlora", "lora", "pissa", "adalora")
-    ended = bench.run_all({method: bench.arguments("same", method=method) for method in methods} | {})
-    assert {method: run.returncode for method, run in ended.items()} == dict.fromkeys(methods, 0), ended
+    again = Case(["--config", str(plain[0] / "config.yaml"), "--output_dir", str(bench.run_folder("again"))])
+    return bench.run_all({"again": again} | {name: Case(bench.arguments("same", method=name)) for name in METHODS})
+
+
+def test_saved_configuration_runs_again(bench: Bench, plain: tuple[Path, Ended], more: dict[str, Ended]) -> None:
+    assert more["again"].returncode == 0, more["again"].stderr
+    assert yaml.safe_load((plain[0] / "config.yaml").read_text())["output_dir"] == str(plain[0])
+    again = losses(bench.run_folder("again"), "eval")
+    torch.testing.assert_close(again, losses(plain[0], "eval"), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_runs(method: str, more: dict[str, Ended]) -> None:
+    assert more[method].returncode == 0, more[method].stderr
+    assert f"{method} on rte: 6 steps on 1 x plain" in more[method].stdout
+
+
+def test_a_run_into_the_folder_of_another_starts_fresh(bench: Bench, more: dict[str, Ended]) -> None:
+    folder = bench.run_folder("same")
     assert len(lines(folder / "metrics.jsonl")) == 12
     summary = json.loads((folder / "summary.json").read_text())
-    assert (summary["method"], summary["storage"]) == ("adalora", "plain")
+    assert (summary["method"], summary["storage"]) == (METHODS[-1], "plain")
     assert not (folder / "switches.jsonl").exists()
     assert not list((folder / "ledger").iterdir())
     assert len(list((folder / "tensorboard").iterdir())) == 1

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 
+from srlora_dist.config import RunConfig, TrainOptions
+from srlora_dist.engine import _fill_deepspeed
 from tests.launch.conftest import ROOT
 
 FOLDER = ROOT / "launch" / "accelerate"
@@ -54,3 +57,34 @@ def test_deepspeed_file_leaves_to_the_run_what_the_run_decides(stage: int) -> No
     ):
         assert settings[key] == "auto"
     assert not {"optimizer", "scheduler"} & settings.keys()
+
+
+def filled(**theirs: object) -> dict[str, object]:
+    settings = {"zero_optimization": {"stage": 2}, **theirs}
+    accelerator = SimpleNamespace(
+        num_processes=2, state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config=settings))
+    )
+    options = TrainOptions(batch_size=24, accumulation_steps=3, max_grad_norm=0.5)
+    _fill_deepspeed(accelerator, RunConfig(train=options))
+    return settings
+
+
+def test_deepspeed_gets_the_values_of_the_run() -> None:
+    settings = filled(gradient_accumulation_steps="auto", gradient_clipping=0.5)
+    assert settings["train_batch_size"] == 24
+    assert settings["train_micro_batch_size_per_gpu"] == 4
+    assert settings["gradient_accumulation_steps"] == 3
+    assert settings["gradient_clipping"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("theirs", "message"),
+    [
+        ({"gradient_clipping": 1.0}, "gradient_clipping 1.0, but train.max_grad_norm is 0.5"),
+        ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps 1, but train.accumulation_steps is 3"),
+        ({"bf16": {"enabled": True}}, "enables bf16"),
+    ],
+)
+def test_deepspeed_that_would_do_something_else_is_refused(theirs: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        filled(**theirs)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "srlora_dist"
 
-# Each line may import from the lines below it; inside a line, from modules to the left of it.
+# A room may import from its own line and from the lines below it.
 LAYERS = [
     ["trainer"],
-    ["figures", "runlog", "methods", "engine", "tasks"],
+    ["figures", "runlog", "methods", "engine", "plan", "tasks"],
     ["switcher"],
     ["export", "svd", "importance"],
     ["ledger", "schedule", "digest", "cache"],
