@@ -19,7 +19,8 @@ class SRLoRAConfig:
     """How pairs are scored, fused and restarted (SRLoRA, arXiv 2505.12433).
 
     Args:
-        target_rank: Directions of each pretrained weight that are used by the end of training; the paper's r_target.
+        target_rank: Directions of each pretrained weight to share out over the run; the paper's r_target. The last
+            switch of the paper's schedule falls on the end of training and is left out, so the last ones stay unused.
         fusion_ratio: Share of a site's pairs that one switch fuses, in (0, 1]; the paper's gamma (Eq. 13).
         beta1: Decay of the moving average of the sensitivity (Eq. 4).
         beta2: Decay of the moving average of its deviation (Eq. 5).
@@ -50,6 +51,12 @@ class SRLoRAConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"srlora.{name} is {getattr(self, name)}: choose a decay in [0, 1), such as 0.85")
+        for name, allowed in (
+            ("score_reset", ("all", "restarted")),
+            ("optimizer_reset", ("zero", "first_moment", "keep")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"srlora.{name} is {getattr(self, name)!r}: choose one of {', '.join(allowed)}")
         if self.target_rank < 1:
             raise ValueError(f"srlora.target_rank is {self.target_rank}: choose at least the rank of the adapter")
 
@@ -75,6 +82,8 @@ class LoRAOptions:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"lora.rank is {self.rank}: choose at least 1")
+        if not self.alpha > 0:
+            raise ValueError(f"lora.alpha is {self.alpha}: choose a positive number")
 
 
 @dataclass

@@ -46,18 +46,22 @@ def export_adapter(
     Collective: every rank must call it; under ZeRO-3 one all-reduce of the trainable parameters.
 
     Raises:
-        ValueError: Rank 0 could not write; raised on every rank.
+        ValueError: ``max_rank`` is below 1, or rank 0 could not write; raised on every rank.
     """
     peft_model = next(module for module in model.modules() if isinstance(module, PeftModel))
-    trainable = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
-    state = dict(zip(trainable, storage.gather_parameters(list(trainable.values())), strict=True))
-    error = None
-    if storage.rank == 0:
-        try:
-            _write(peft_model, state, sites, ledger, Path(folder), max_rank, adapter_name)
-        except OSError as failure:
-            error = OSError(f"cannot write the adapter to {folder}: {failure}")
-    storage.raise_together(error)
+    if max_rank is not None and max_rank < 1:
+        raise ValueError(f"max_rank is {max_rank}: choose at least 1, or None for the exact adapter")
+    saved = {
+        name: parameter
+        for name, parameter in peft_model.named_parameters()
+        if parameter.requires_grad or f".modules_to_save.{adapter_name}." in name
+    }
+    state = dict(peft_model.named_buffers())
+    state |= zip(saved, storage.gather_parameters(list(saved.values())), strict=True)
+    storage.on_rank_0(
+        f"write the adapter to {folder}",
+        lambda: _write(peft_model, state, sites, ledger, Path(folder), max_rank, adapter_name),
+    )
 
 
 def _write(

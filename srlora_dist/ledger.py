@@ -98,7 +98,11 @@ class Ledger:
                 yield {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
 
     def factors(self, sites: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
-        """For each site all that was added to W0: columns (m, R) and rows (R, n)."""
+        """For each site all that was added to W0: columns (m, R) and rows (R, n).
+
+        Raises:
+            ValueError: There is no entry for a site.
+        """
         lefts: dict[str, list[Tensor]] = {site: [] for site in sites}
         rights: dict[str, list[Tensor]] = {site: [] for site in sites}
         for entry in self.entries():
@@ -106,4 +110,7 @@ class Ledger:
                 if f"{site}.left" in entry:
                     lefts[site].append(entry[f"{site}.left"])
                     rights[site].append(entry[f"{site}.right"])
+        missing = [site for site in sites if not lefts[site]]
+        if missing:
+            raise ValueError(f"the ledger {self.folder or 'in memory'} has no entry for {missing[0]}: was it removed?")
         return {site: (torch.cat(lefts[site], 1), torch.cat(rights[site], 0)) for site in sites}

@@ -6,10 +6,25 @@ written once, here, for a run; the whole matrix is the run that starts at 0.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 
+@contextmanager
+def exact_matmul() -> Iterator[None]:
+    """Multiply float32 in float32, whatever faster precision the training allows itself."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@exact_matmul()
 def add_pairs_(run: Tensor, start: int, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
     """Add ``scale * left @ right`` to a run of an (m, n) matrix: one GEMM for its whole rows, one short product an end.
 

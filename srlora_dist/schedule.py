@@ -16,7 +16,8 @@ def num_fused(rank: int, fusion_ratio: float) -> int:
 def due_steps(num_training_steps: int, ranks: Iterable[tuple[int, int]], fusion_ratio: float) -> list[int]:
     """Eq. 14: the optimizer steps after which a switch is due, t_interval = N_all / N_switch apart.
 
-    A last, smaller switch takes the remainder of the directions. A switch that no training would follow is left out.
+    A last, smaller switch takes the remainder of the directions. A switch that no training would follow is left out:
+    with the paper's interval that is always the last one.
 
     Args:
         num_training_steps: Optimizer steps of the whole run, N_all.

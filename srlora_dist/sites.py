@@ -115,6 +115,13 @@ def _refuse(layers: dict[str, LoraLayer], adapter_name: str) -> None:
             lambda x: not isinstance(x.lora_dropout[adapter_name], nn.Identity) and x.lora_dropout[adapter_name].p > 0,
         ),
         ("has a bias in its LoRA pair", "set lora_bias=False", lambda x: x.lora_bias.get(adapter_name, False)),
+        ("has a trainable pretrained weight", "freeze it", lambda x: x.get_base_layer().weight.requires_grad),
+        (
+            "has a frozen A or B",
+            "make it trainable, or leave it out of target_modules",
+            lambda x: not all(f[adapter_name].weight.requires_grad for f in (x.lora_A, x.lora_B)),
+        ),
+        ("has a scale of 0 or less", "set lora_alpha above 0", lambda x: x.scaling[adapter_name] <= 0),
         ("is merged", "call unmerge_adapter() first", lambda x: x.merged),
     )
     for what, remedy, holds in checks:

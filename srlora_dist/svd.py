@@ -17,11 +17,13 @@ from tqdm import tqdm
 
 from srlora_dist.cache import cache_dir
 from srlora_dist.digest import combine, digest_run
+from srlora_dist.pairs import exact_matmul
 from srlora_dist.storage import Storage
 
 METHOD = "full-1"
 
 
+@exact_matmul()
 def compute_directions(weight: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """The first ``count`` singular triplets: U (m, count), S (count,) falling, Vt (count, n), of the weight's dtype.
 
@@ -29,10 +31,10 @@ def compute_directions(weight: Tensor, count: int) -> tuple[Tensor, Tensor, Tens
     fails to converge, LAPACK's slower ``gesvd`` is tried in float64.
 
     Raises:
-        ValueError: The weight holds NaN or inf, or both drivers failed.
+        ArithmeticError: The weight holds NaN or inf, or both drivers failed.
     """
     if not bool(torch.isfinite(weight).all()):
-        raise ValueError("the weight holds NaN or inf: check the model's files")
+        raise ArithmeticError("the weight holds NaN or inf, check the model's files")
     try:
         left, values, right = torch.linalg.svd(weight, full_matrices=False)
     except torch.linalg.LinAlgError:
@@ -46,7 +48,7 @@ def _svd_in_float64(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     try:
         triplet = scipy.linalg.svd(weight.double().cpu().numpy(), full_matrices=False, lapack_driver="gesvd")
     except scipy.linalg.LinAlgError as error:
-        raise ValueError("the singular value decomposition did not converge with gesdd or with gesvd") from error
+        raise ArithmeticError("the singular value decomposition converges neither with gesdd nor with gesvd") from error
     return tuple(torch.from_numpy(part).to(weight.device, weight.dtype) for part in triplet)
 
 
@@ -61,8 +63,8 @@ class Directions:
 
     def __init__(self, storage: Storage, cache: str | None) -> None:
         self.storage = storage
-        self.folder = Path(cache) if cache is not None else cache_dir() / "svd"
-        self.path: Path | None = None
+        self.cache = cache
+        self.path: Path | None = None  # on rank 0
 
     @torch.no_grad()
     def prepare(self) -> None:
@@ -73,16 +75,13 @@ class Directions:
         Raises:
             ValueError: A site could not be factored, or the folder cannot be written.
         """
-        key = self._fingerprint()
-        self.path = self.folder / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.safetensors"
-        found = torch.zeros(1, dtype=torch.int64, device=self.storage.device)
-        if self.storage.rank == 0:
-            found += self._is_whole()
-        if self.storage.broadcast_(found).item():
+        name = hashlib.sha256(json.dumps(self._fingerprint()).encode()).hexdigest()[:32]
+        found = self.storage.on_rank_0("look for a file of directions", lambda: self._is_whole(name))
+        flag = torch.tensor([int(bool(found))], device=self.storage.device)
+        if self.storage.broadcast_(flag).item():
             return
         tensors = self._compute()
-        error = self._write(tensors) if self.storage.rank == 0 else None
-        self.storage.raise_together(error)
+        self.storage.on_rank_0("write the directions (srlora.svd_cache)", lambda: self._write(tensors))
 
     def take(self, wanted: list[tuple[int, int, int]]) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Directions ``first`` to ``last`` of each wanted (site number, first, last): U (m, k), S (k,), Vt (k, n).
@@ -100,7 +99,7 @@ class Directions:
         if self.storage.rank == 0:
             were_read.fill_(self._read(wanted, parts))
         if not self.storage.broadcast_(packed)[-1].item():
-            raise ValueError(f"cannot read the directions from {self.path}: was it removed? Start the run again")
+            raise ValueError("rank 0 cannot read its file of directions any more: was it removed? Start the run again")
         triplets = zip(parts[0::3], parts[1::3], parts[2::3], shapes, strict=True)
         return [(left.view(k, m).T, values, right.view(k, n)) for left, values, right, (m, k, n) in triplets]
 
@@ -127,8 +126,10 @@ class Directions:
         entries = zip(storage.sites, digests, strict=True)
         return [METHOD, *([site.name, *site.shape, site.target_rank, digest] for site, digest in entries)]
 
-    def _is_whole(self) -> bool:
+    def _is_whole(self, name: str) -> bool:
         """Whether the file is there and its content matches its own digest; a damaged one is reported."""
+        folder = Path(self.cache) if self.cache is not None else cache_dir() / "svd"
+        self.path = folder / f"{name}.safetensors"
         if not self.path.exists():
             return False
         try:
@@ -148,26 +149,19 @@ class Directions:
         bar = tqdm(storage.sites, desc="directions (SVD)", unit="matrix", disable=storage.rank != 0, leave=False)
         for number, site in enumerate(bar):
             weight = storage.gather_weight(number)
-            error = None
-            if weight is not None:
-                try:
-                    left, values, right = compute_directions(weight, site.target_rank)
-                    tensors[f"{site.name}.Ut"] = left.T.contiguous().cpu()
-                    tensors[f"{site.name}.S"] = values.cpu()
-                    tensors[f"{site.name}.Vt"] = right.cpu()
-                except (ValueError, RuntimeError) as failure:  # RuntimeError: out of memory
-                    error = ValueError(f"{site.name}: {failure}")
-            storage.raise_together(error)
+
+            def factor(name: str = site.name, weight: Tensor | None = weight, count: int = site.target_rank) -> None:
+                left, values, right = compute_directions(weight, count)
+                tensors[f"{name}.Ut"] = left.T.contiguous().cpu()
+                tensors[f"{name}.S"], tensors[f"{name}.Vt"] = values.cpu(), right.cpu()
+
+            storage.on_rank_0(f"factor {site.name}", factor)
         return tensors
 
-    def _write(self, tensors: dict[str, Tensor]) -> ValueError | None:
-        """Write beside, then rename; gives the error instead of raising it, for the other ranks wait."""
+    def _write(self, tensors: dict[str, Tensor]) -> None:
+        """Write beside, then rename."""
         digest = combine(*(digest_run(tensors[name]) for name in sorted(tensors)))
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
-            save_file(tensors, temporary, metadata={"method": METHOD, "digest": str(digest)})
-            temporary.rename(self.path)
-        except (OSError, SafetensorError) as error:
-            return ValueError(f"cannot write the directions to srlora.svd_cache {self.folder}: {error}")
-        return None
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
+        save_file(tensors, temporary, metadata={"method": METHOD, "digest": str(digest)})
+        temporary.rename(self.path)

@@ -57,7 +57,7 @@ class Switcher:
         self.svd_seconds = self.switch_seconds = 0.0
         self.storage: Storage | None = None
         self._importance: Importance | None = None
-        self._stepped = False
+        self._stepped: set[int] = set()
 
     def bind(self, model: nn.Module, optimizer: object) -> SwitchReport:
         """Find the storage, and perform switch 0: start every pair along the top directions (Eq. 2).
@@ -75,12 +75,12 @@ class Switcher:
         self.storage = find_storage(model, optimizer, self.sites)
         self._model = model
         _require_resettable(self.storage, self.config.optimizer_reset)
-        self._require_fresh_adapter()
+        self._require_usable_adapter()
         began = time.perf_counter()
         self._directions = Directions(self.storage, self.config.svd_cache)
         self._directions.prepare()
         self.svd_seconds = time.perf_counter() - began
-        self._ledger = self._open_ledger()
+        self._ledger = self.storage.on_rank_0("open the ledger", lambda: Ledger(self.config.ledger_dir))
         for site in self.sites:
             site.held = [-1] * site.rank
         report = self._switch([list(range(min(site.rank, site.target_rank))) for site in self.sites], scores=None)
@@ -95,7 +95,7 @@ class Switcher:
     def step(self) -> SwitchReport | None:
         """Call after each ``optimizer.step()``; switches if that step was due.
 
-        A call after which no optimizer step happened (accumulation, overflow) does nothing.
+        A call before which no optimizer step happened (accumulation, overflow) does nothing.
 
         Collective: nothing, or on a due step the phases 1 to 4 of a switch.
 
@@ -107,7 +107,7 @@ class Switcher:
         """
         if not self._stepped:
             return None
-        self._stepped = False
+        self._stepped.clear()
         self.num_steps += 1
         if self.num_steps not in self.due_steps:
             return None
@@ -148,7 +148,10 @@ class Switcher:
         return sites
 
     def _before_optimizer_step(self, owners: list[Tensor]) -> None:
-        self._stepped = True
+        owned = {id(owner) for owner in owners}
+        if self._stepped & owned:
+            raise RuntimeError("call switcher.step() after every optimizer.step(): the one before was not reported")
+        self._stepped |= owned  # ZeRO steps one group after the other
         if self._importance is not None and self.num_steps < self.due_steps[-1]:
             self._importance.observe_(owners)
 
@@ -177,7 +180,9 @@ class Switcher:
                 report.sites.append(part[0])
                 digests.append(part[1])
         self._compare(report, digests)
-        self.storage.raise_together(self._close_ledger(report))
+        self.storage.on_rank_0(
+            f"append switch {report.switch} to the ledger", lambda: self._ledger.close_switch(report)
+        )
         self.num_switches += 1
         self.switch_seconds += time.perf_counter() - began
         return report
@@ -238,34 +243,22 @@ class Switcher:
                 f"first at {name}; they have drifted apart, so the run stops. Restart from the last good state"
             )
 
-    def _require_fresh_adapter(self) -> None:
-        """Switch 0 overwrites the pairs, so they must not hold anything yet (PEFT's default: B is 0)."""
-        used = [run for run in self.storage.held if run.factor == "B" and bool(run.of(run.owner).any())]
+    def _require_usable_adapter(self) -> None:
+        """The map of factors must be right, and they must not hold anything yet: switch 0 overwrites them."""
         error = None
-        if used:
+        misplaced = self.storage.find_misplaced()
+        used = [run for run in self.storage.held if run.factor == "B" and bool(run.of(run.owner).any())]
+        if misplaced is not None:
+            error = ValueError(
+                f"the optimizer of {self.storage.name} does not hold {self.sites[misplaced.site].name} where it is "
+                "expected: use the engine's default layout, or another engine"
+            )
+        elif used:
             error = ValueError(
                 f"the adapter at {self.sites[used[0].site].name} is not freshly initialised (B is not 0), and switch 0 "
                 "would overwrite it: use LoraConfig(init_lora_weights=True) and a new adapter"
             )
         self.storage.raise_together(error)
-
-    def _open_ledger(self) -> Ledger | None:
-        ledger, error = None, None
-        if self.storage.rank == 0:
-            try:
-                ledger = Ledger(self.config.ledger_dir)
-            except (ValueError, OSError) as failure:
-                error = failure
-        self.storage.raise_together(error)
-        return ledger
-
-    def _close_ledger(self, report: SwitchReport) -> Exception | None:
-        try:
-            if self._ledger is not None:
-                self._ledger.close_switch(report)
-        except OSError as error:
-            return OSError(f"cannot append switch {report.switch} to the ledger {self.config.ledger_dir}: {error}")
-        return None
 
 
 def _require_resettable(storage: Storage, optimizer_reset: str) -> None:

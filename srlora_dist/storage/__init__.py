@@ -33,6 +33,8 @@ def find_storage(model: nn.Module, optimizer: object, sites: list[Site]) -> Stor
     layers = [optimizer]
     while hasattr(layers[-1], "optimizer"):
         layers.append(layers[-1].optimizer)
+        if getattr(layers[-2], "scaler", None) is not None:
+            raise ValueError("fp16 mixed precision with a GradScaler is not supported yet: train in fp32")
     innermost = layers[-1]
     if not isinstance(innermost, Optimizer):
         raise ValueError(
@@ -47,9 +49,17 @@ def find_storage(model: nn.Module, optimizer: object, sites: list[Site]) -> Stor
 
 
 def _is_a(thing: object, module: str, name: str) -> bool:
-    """Like isinstance, without importing a package that the run does not use."""
+    """Whether a thing is of just this kind, without importing a package that the run does not use.
+
+    Raises:
+        ValueError: It is of a kind made from this one, which may hold its tensors in another way.
+    """
     kind = getattr(sys.modules.get(module), name, None)
-    return kind is not None and isinstance(thing, kind)
+    if kind is None or not isinstance(thing, kind):
+        return False
+    if type(thing) is not kind:
+        raise ValueError(f"{type(thing).__name__} is not supported: use DeepSpeed's own {name}")
+    return True
 
 
 def _refuse_fsdp(model: nn.Module, sites: list[Site]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 from srlora_dist.pairs import add_pairs_, fill_pairs_
 from srlora_dist.sites import PAIR_DIM, Site
 
+T = TypeVar("T")
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
 
 
@@ -91,7 +93,15 @@ class Storage(ABC):
     def write_copies_(self, number: int, factor: str, slots: Tensor, whole: Tensor) -> None:  # noqa: B027 (a default)
         """Write pairs of a factor to the copies beside the one that the optimizer steps; here there are none."""
 
+    def model_run(self, run: Run) -> Tensor:
+        """The same span in the copy that the model computes with, a view."""
+        return self.sites[run.site].factor(run.factor).detach().view(-1)[run.start : run.start + run.numel]
+
     # The same for every kind, in terms of the runs.
+
+    def find_misplaced(self) -> Run | None:
+        """A run whose owner does not hold what the model computes with: then the map of this rank is wrong."""
+        return next((run for run in self.held if not torch.equal(run.of(run.owner), self.model_run(run))), None)
 
     def write_pairs_(self, number: int, factor: str, slots: Tensor, whole: Tensor, optimizer_reset: str) -> None:
         """Write the given slots of a whole factor to all copies this rank holds and reset their optimizer moments."""
@@ -111,6 +121,11 @@ class Storage(ABC):
         """Call ``hook`` with the tensors that are about to be stepped, their final gradients in ``.grad``."""
 
         def pre_hook(optimizer: Optimizer, *_: object) -> None:
+            if getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None:
+                raise RuntimeError(
+                    "the optimizer unscales fp16 gradients itself (fused=True with a GradScaler), so they cannot be "
+                    "observed: use fused=False, or train in fp32"
+                )
             hook([owner for group in optimizer.param_groups for owner in group["params"]])
 
         self.optimizer.register_step_pre_hook(pre_hook)
@@ -129,6 +144,24 @@ class Storage(ABC):
             dist.broadcast(tensor, src=0)
         return tensor
 
+    def on_rank_0(self, task: str, work: Callable[[], T]) -> T | None:
+        """Do what rank 0 alone does, files above all; None elsewhere. If it fails, every rank raises.
+
+        Collective: see :meth:`raise_together`.
+
+        Raises:
+            ValueError: Rank 0 could not do the task.
+        """
+        result, error = None, None
+        if self.rank == 0:
+            try:
+                result = work()
+            except Exception as failure:  # whatever it is, the other ranks wait
+                known = isinstance(failure, ValueError)
+                error = failure if known else OSError(f"cannot {task}: {failure or type(failure).__name__}")
+        self.raise_together(error)
+        return result
+
     def raise_together(self, error: Exception | None) -> None:
         """Raise on every rank if any has failed, so that no rank waits for one that is gone.
 
@@ -145,6 +178,14 @@ class Storage(ABC):
             messages = [None] * self.world_size
             dist.all_gather_object(messages, None if error is None else str(error))
         raise ValueError(next(message for message in messages if message is not None)) from error
+
+
+def require_stepped(site: Site, is_stepped: bool) -> None:
+    """Refuse an optimizer that does not train the pairs."""
+    if not is_stepped:
+        raise ValueError(
+            f"the optimizer does not hold the LoRA parameters of {site.name}: build it from all trainable ones"
+        )
 
 
 def deal_by_size(sizes: list[int], num_ranks: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Every rank holds everything: one process, DDP, or DeepSpeed without ZeRO."""
+"""Every rank holds every weight and factor whole: one process, DDP, or DeepSpeed without ZeRO."""
 
 from __future__ import annotations
 
@@ -6,21 +6,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from srlora_dist.sites import Site
-from srlora_dist.storage.base import Run, Storage, deal_by_size
+from srlora_dist.storage.base import Run, Storage, deal_by_size, require_stepped
 
 
-class PlainStorage(Storage):
-    """Whole tensors on every rank; the sites are dealt to ranks by size, and a rank tracks only its own."""
+class WholeWeights(Storage):
+    """What the kinds share that keep whole weights on every rank; the sites are dealt to ranks by size."""
 
     def __init__(self, optimizer: Optimizer, sites: list[Site]) -> None:
         super().__init__(optimizer, sites)
-        self.name = "ddp" if self.world_size > 1 else "plain"
+        for site in sites:
+            if not site.weight.is_contiguous():
+                raise ValueError(f"the weight of {site.name} is not contiguous: call .contiguous() on it first")
         self.dealt_to = deal_by_size([site.rank * sum(site.shape) for site in sites], self.world_size)
-        for number, site in enumerate(sites):
-            for factor in ("A", "B"):
-                parameter = site.factor(factor)
-                self.held.append(Run(number, factor, 0, parameter, 0, parameter.numel()))
-        self.tracked = [run for run in self.held if self.dealt_to[run.site] == self.rank]
 
     def weight_run(self, number: int) -> tuple[Tensor, int]:
         flat = self.sites[number].weight.detach().view(-1)
@@ -31,3 +28,18 @@ class PlainStorage(Storage):
 
     def gather_parameters(self, parameters: list[nn.Parameter]) -> list[Tensor]:
         return [parameter.detach() for parameter in parameters]
+
+
+class PlainStorage(WholeWeights):
+    """Also the optimizer holds everything; a rank tracks only the sites that were dealt to it."""
+
+    def __init__(self, optimizer: Optimizer, sites: list[Site]) -> None:
+        super().__init__(optimizer, sites)
+        self.name = "ddp" if self.world_size > 1 else "plain"
+        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for number, site in enumerate(sites):
+            for factor in ("A", "B"):
+                parameter = site.factor(factor)
+                require_stepped(site, id(parameter) in stepped)
+                self.held.append(Run(number, factor, 0, parameter, 0, parameter.numel()))
+        self.tracked = [run for run in self.held if self.dealt_to[run.site] == self.rank]

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from srlora_dist.pairs import add_pairs_, fill_pairs_
 from srlora_dist.sites import PAIR_DIM, Site
-from srlora_dist.storage.base import Run, Storage
+from srlora_dist.storage.base import Run, Storage, require_stepped
 
 
 class Zero3Storage(Storage):
@@ -24,8 +24,7 @@ class Zero3Storage(Storage):
 
     def __init__(self, optimizer: Optimizer, sites: list[Site], zero_optimizer: object) -> None:
         super().__init__(optimizer, sites)
-        for site in sites:
-            _refuse_unsupported(site)
+        _refuse_unsupported(sites, zero_optimizer)
         positions = {
             id(parameter): (group, offset)
             for group, parameters in enumerate(zero_optimizer.fp16_groups)
@@ -34,6 +33,7 @@ class Zero3Storage(Storage):
         for number, site in enumerate(sites):
             for factor in ("A", "B"):
                 parameter = site.factor(factor)
+                require_stepped(site, id(parameter) in positions)
                 group, offset = positions[id(parameter)]
                 start, numel = _span(parameter)
                 owner = zero_optimizer.fp32_partitioned_groups_flat[group]
@@ -67,6 +67,9 @@ class Zero3Storage(Storage):
             whole[start : start + run.numel()] = run
         self.all_reduce_(packed)
         return [whole.view(parameter.ds_shape) for parameter, whole in zip(parameters, wholes, strict=True)]
+
+    def model_run(self, run: Run) -> Tensor:
+        return _local_run(self.sites[run.site].factor(run.factor))[0]
 
     def edit_weight_(self, number: int, left: Tensor, right: Tensor) -> None:
         weight = self.sites[number].weight
@@ -109,11 +112,17 @@ def _is_whole(parameter: nn.Parameter) -> bool:
     return parameter.ds_status.name == "AVAILABLE"
 
 
-def _refuse_unsupported(site: Site) -> None:
-    run = site.weight.ds_tensor
-    if getattr(site.weight, "ds_secondary_tensor", None) is not None:
-        raise ValueError("zero_hpz_partition_size > 1 is not supported yet: set it to 1")
-    if hasattr(run, "ds_quant_scale"):
-        raise ValueError("zero_quantized_nontrainable_weights is not supported: set it to false")
-    if getattr(run.final_location, "value", None) == "nvme" or str(run.final_location) == "nvme":
-        raise ValueError("offload_param to nvme is not supported yet: set offload_param.device to none")
+def _refuse_unsupported(sites: list[Site], zero_optimizer: object) -> None:
+    """Raise where a part of the weights or of the optimizer is not where this file expects it."""
+    if zero_optimizer.swap_optimizer:
+        raise ValueError("offload_optimizer to nvme is not supported yet: set offload_optimizer.device to cpu or none")
+    if zero_optimizer.offload_optimizer and zero_optimizer.partial_offload < 1:
+        raise ValueError(f"offload_optimizer.ratio {zero_optimizer.partial_offload} is not supported: set it to 1")
+    for site in sites:
+        run = site.weight.ds_tensor
+        if getattr(site.weight, "ds_secondary_tensor", None) is not None:
+            raise ValueError("zero_hpz_partition_size > 1 is not supported yet: set it to 1")
+        if hasattr(run, "ds_quant_scale"):
+            raise ValueError("zero_quantized_nontrainable_weights is not supported: set it to false")
+        if getattr(run.final_location, "value", run.final_location) == "nvme":
+            raise ValueError("offload_param to nvme is not supported yet: set offload_param.device to none")

@@ -36,7 +36,7 @@ class OddNet(Net):
 
 
 SHAPES = {"first": (17, 13), "second": (11, 17), "tiny": (3, 3)}
-RANKS = {"first": 4, "second": 4, "tiny": 1}
+RANKS = {"first": 4, "second": 2, "tiny": 1}
 
 
 def make_net(rank: int = 4, alpha: float = 6, seed: int = 0, **lora: object) -> nn.Module:
@@ -47,12 +47,12 @@ def make_net(rank: int = 4, alpha: float = 6, seed: int = 0, **lora: object) -> 
 
 
 def make_odd_net() -> nn.Module:
-    """The same with the tiny site, of rank 1."""
+    """The same with the tiny site, and a rank and a scale of its own for each site."""
     torch.manual_seed(0)
     config = LoraConfig(
         r=4,
         lora_alpha=6,
-        rank_pattern={"tiny": 1},
+        rank_pattern={"second": 2, "tiny": 1},
         alpha_pattern={"tiny": 1.5},
         target_modules=list(SHAPES),
         modules_to_save=["head"],
@@ -81,7 +81,9 @@ def prepare(
     name: str, model: nn.Module, learning_rate: float, clip: float, accumulation: int = 1, **zero: object
 ) -> Engine:
     """Prepare with torch alone, DDP, or a real DeepSpeed engine; ``zero`` is added to its zero_optimization."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate, weight_decay=0)
+    columns = [p for name, p in model.named_parameters() if p.requires_grad and "lora_B" in name]
+    others = [p for name, p in model.named_parameters() if p.requires_grad and "lora_B" not in name]
+    optimizer = torch.optim.AdamW([{"params": others}, {"params": columns}], lr=learning_rate, weight_decay=0)
     if name.startswith("zero"):
         return _deepspeed(int(name[4:]), model, optimizer, clip, accumulation, zero)
     wrapped = nn.parallel.DistributedDataParallel(model) if name == "ddp" else model
@@ -108,6 +110,7 @@ def _deepspeed(
         "train_micro_batch_size_per_gpu": BATCH // world // accumulation,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": clip,
+        "zero_force_ds_cpu_optimizer": False,  # torch AdamW under optimizer offload
         "zero_optimization": {"stage": stage, **zero},
     }
     engine, wrapped, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from srlora_dist import SRLoRAConfig, Switcher
-from srlora_dist.sites import find_sites
+from srlora_dist.digest import digest_run
+from srlora_dist.sites import clamp_target_ranks, find_sites
 from srlora_dist.storage import find_storage
+from srlora_dist.svd import Directions
 from tests.ranks.engines import RANKS, SHAPES, make_batch, make_odd_net, prepare
 from tests.ranks.world import run_ranks
 
-NUM_STEPS, TARGET = 9, 8  # r = 4, r' = 2: switches after steps 4 and 9, and the last falls on the end
+NUM_STEPS, TARGET = 9, 4  # the second site, of rank 2: switches after steps 4 and 9, and the last falls on the end
 PARTITIONED = {"stage3_param_persistence_threshold": 0}
 
 
@@ -70,19 +74,21 @@ def test_what_is_sent(name: str, zero: dict, tmp_path) -> None:
         assert ours[rank]["steps"] == plain[rank]["steps"]
     num_sites, floats = len(SHAPES), 4 * sum(RANKS[site] * (m + n) for site, (m, n) in SHAPES.items())
     switch = [("allreduce_", 8 * sum(RANKS.values()))]
-    switch += [("broadcast_", 4 + 4 * sum(max(1, RANKS[site] // 2) * (m + n + 1) for site, (m, n) in SHAPES.items()))]
-    switch += [("allreduce_", floats)] * (name == "zero3")
-    switch += [("allreduce_", 16 * num_sites), ("allreduce_", 8)]
+    switched = {"second": 1, "tiny": 1}  # the first site has as many directions as pairs
+    switch += [("broadcast_", 4 + 4 * sum(k * (sum(SHAPES[site]) + 1) for site, k in switched.items()))]
+    switch += [("allreduce_", 4 * sum(RANKS[site] * sum(SHAPES[site]) for site in switched))] * (name == "zero3")
+    switch += [("allreduce_", 16 * len(switched)), ("allreduce_", 8)]
     assert ours[0]["switches"] == [switch]
-    # Binding with a warm file: freshness, fingerprint, found, ledger opened, then switch 0; no weight is sent.
-    bind = [("allreduce_", 8), ("allreduce_", 16 * num_sites), ("broadcast_", 8), ("allreduce_", 8)]
+    # Binding with a warm file: adapter usable, fingerprint, file looked for and found, ledger; then switch 0.
+    bind = [("allreduce_", 8), ("allreduce_", 16 * num_sites), ("allreduce_", 8), ("broadcast_", 8), ("allreduce_", 8)]
     first = [("broadcast_", 4 + 4 * sum(RANKS[site] * (m + n + 1) for site, (m, n) in SHAPES.items()))]
-    assert ours[0]["bind"] == bind + first + switch[2:]
+    first += [("allreduce_", floats)] * (name == "zero3") + [("allreduce_", 16 * num_sites), ("allreduce_", 8)]
+    assert ours[0]["bind"] == bind + first
     # Tracking is shared out: the ranks' parts add up to one mean and one deviation of every element.
     assert sum(seen["importance_bytes"] for seen in ours) == 2 * floats
 
 
-def disagree(rank: int, world_size: int, cache: str) -> dict:
+def disagree(rank: int, world_size: int, cache: str, factor_name: str) -> dict:
     model = make_odd_net()
     switcher = Switcher(model, SRLoRAConfig(target_rank=TARGET, svd_cache=cache), NUM_STEPS)
     engine = prepare("ddp", model, 1e-2, 0)
@@ -94,7 +100,7 @@ def disagree(rank: int, world_size: int, cache: str) -> dict:
         engine.step()
         if rank == 1 and step == 2:
             with torch.no_grad():
-                factor = switcher.sites[1].lora_a.view(-1)
+                factor = switcher.sites[1].factor(factor_name).view(-1)
                 factor[5] = torch.nextafter(factor[5], torch.tensor(9.0))  # the last bit of one number
         try:
             switcher.step()
@@ -104,33 +110,98 @@ def disagree(rank: int, world_size: int, cache: str) -> dict:
     return {"message": message}
 
 
-def test_a_difference_in_one_bit_stops_every_rank_and_names_the_site(tmp_path) -> None:
-    for seen in run_ranks(disagree, 2, str(tmp_path)):
+@pytest.mark.parametrize("factor", ["A", "B"])
+def test_a_difference_in_one_bit_stops_every_rank_and_names_the_site(tmp_path, factor: str) -> None:
+    for seen in run_ranks(disagree, 2, str(tmp_path), factor):
         assert "the ranks disagree" in seen["message"]
         assert "first at second" in seen["message"]
 
 
 def fail_alone(rank: int, world_size: int, cache: str, damage: str) -> dict:
+    """Something that only rank 0 does goes wrong."""
     model = make_odd_net()
     if damage == "nan":
         with torch.no_grad():
             model.base_model.model.second.base_layer.weight[0, 0] = float("nan")
-    config = SRLoRAConfig(
-        target_rank=TARGET, svd_cache=cache, ledger_dir=f"{cache}/file" if damage == "ledger" else None
-    )
-    switcher = Switcher(model, config, NUM_STEPS)
+    ledger_dir = {"ledger": f"{cache}/file", "vanished": f"{cache}/ledger"}.get(damage)
+    cache = {"name": cache + "/x" * 3000, "unwritable": f"{cache}/file/below"}.get(damage, cache)
+    switcher = Switcher(model, SRLoRAConfig(target_rank=TARGET, svd_cache=cache, ledger_dir=ledger_dir), NUM_STEPS)
     engine = prepare("zero3" if damage == "nan" else "ddp", model, 1e-2, 0)
+    if damage == "vanished" and rank == 0:
+        switcher._compare = lambda *_: shutil.rmtree(ledger_dir)
+    elif damage == "vanished":
+        switcher._compare = lambda *_: None
     try:
         switcher.bind(engine.model, engine.optimizer)
+        switcher.export(f"{cache}/file")
     except ValueError as error:
         return {"message": str(error)}
     return {"message": ""}
 
 
-@pytest.mark.parametrize(("damage", "message"), [("nan", "second: the weight holds NaN"), ("ledger", "file")])
-def test_a_failure_on_rank_0_is_an_error_on_every_rank(tmp_path, damage: str, message: str) -> None:
+FAILURES = {
+    "nan": "cannot factor second: the weight holds NaN",
+    "ledger": "cannot open the ledger",
+    "vanished": "cannot append switch 0 to the ledger",
+    "name": "cannot look for a file of directions",
+    "unwritable": "cannot write the directions",
+    "export": "cannot write the adapter to",
+}
+
+
+@pytest.mark.parametrize("damage", FAILURES)
+def test_a_failure_on_rank_0_is_an_error_on_every_rank(tmp_path, damage: str) -> None:
     (tmp_path / "file").touch()
-    for seen in run_ranks(fail_alone, 2, str(tmp_path), damage):
+    for seen in run_ranks(fail_alone, 2, str(tmp_path), damage, timeout=40):
+        assert FAILURES[damage] in seen["message"]
+
+
+def fingerprint(rank: int, world_size: int, engine_name: str, cache: str) -> dict:
+    model = make_odd_net()
+    engine = prepare(engine_name, model, 1e-2, 0, **(PARTITIONED if engine_name == "zero3" else {}))
+    sites = find_sites(model)
+    clamp_target_ranks(sites, TARGET)
+    return {"key": Directions(find_storage(engine.model, engine.optimizer, sites), cache)._fingerprint()}
+
+
+def test_the_fingerprint_is_that_of_the_weights_however_they_are_held(tmp_path) -> None:
+    base = make_odd_net().base_model.model
+    wanted = [
+        [site, *shape, min(TARGET, *shape), digest_run(getattr(base, site).base_layer.weight)]
+        for site, shape in SHAPES.items()
+    ]
+    for world_size, engine in ((1, "plain"), (2, "ddp"), (2, "zero2"), (3, "zero3")):
+        for seen in run_ranks(fingerprint, world_size, engine, str(tmp_path)):
+            assert seen["key"][1:] == wanted
+
+
+def bind_elsewhere(rank: int, world_size: int, kind: str, cache: str) -> dict:
+    """An engine that is not supported yet."""
+    model = make_odd_net()
+    switcher = Switcher(model, SRLoRAConfig(target_rank=TARGET, svd_cache=cache), NUM_STEPS)
+    if kind == "fsdp2":
+        mesh = torch.distributed.init_device_mesh("cpu", (world_size,))
+        torch.distributed.fsdp.fully_shard(model, mesh=mesh)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    else:
+        zero = {"hpz": {"zero_hpz_partition_size": 2}, "bf16": {}}[kind]
+        engine = prepare("zero3", model, 1e-2, 0, **zero)
+        model, optimizer = engine.model, engine.optimizer
+        if kind == "bf16":
+            switcher.sites[0].lora_a.data = switcher.sites[0].lora_a.data.bfloat16()
+    try:
+        switcher.bind(model, optimizer)
+    except ValueError as error:
+        return {"message": str(error)}
+    return {"message": ""}
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("fsdp2", "FSDP is not supported"), ("hpz", "zero_hpz_partition_size"), ("bf16", "stored as torch.bfloat16")],
+)
+def test_an_unsupported_engine_is_refused_on_every_rank(tmp_path, kind: str, message: str) -> None:
+    for seen in run_ranks(bind_elsewhere, 2, kind, str(tmp_path), timeout=60):
         assert message in seen["message"]
 
 

@@ -21,8 +21,8 @@ def test_the_paper_schedule_in_figures() -> None:
     assert due_steps(240, [(8, 32)], 0.5) == [40, 80, 120, 160, 200]
 
 
-def test_a_smaller_last_switch_takes_the_remainder() -> None:
-    assert len(due_steps(1000, [(4, 11)], 0.5)) == 3  # 7 directions in twos: 4 switches, the last at the very end
+def test_a_remainder_counts_as_a_switch_and_the_last_one_falls_on_the_end() -> None:
+    assert due_steps(1000, [(4, 11)], 0.5) == [250, 500, 750]  # 7 directions in twos: 4 switches
 
 
 def test_no_switch_where_the_target_is_the_rank() -> None:

@@ -46,7 +46,7 @@ def test_a_failing_driver_is_retried_in_float64(monkeypatch) -> None:
 
 
 def test_a_site_that_cannot_be_factored_is_named(tmp_path) -> None:
-    with pytest.raises(ValueError, match="first: the weight holds NaN"):
+    with pytest.raises(ValueError, match="cannot factor first: the weight holds NaN"):
         directions_of(tmp_path, scale=float("nan")).prepare()
 
 
@@ -92,11 +92,11 @@ def test_an_unwritable_cache_is_an_error_with_the_option(tmp_path) -> None:
         directions_of(tmp_path / "file" / "below").prepare()
 
 
-def test_a_file_that_is_gone_is_an_error_with_its_name(tmp_path) -> None:
+def test_a_file_that_is_gone_is_an_error(tmp_path) -> None:
     directions = directions_of(tmp_path)
     directions.prepare()
     directions.path.unlink()
-    with pytest.raises(ValueError, match=directions.path.name):
+    with pytest.raises(ValueError, match="file of directions any more"):
         directions.take([(0, 0, 1)])
 
 

@@ -10,6 +10,7 @@ from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
+import srlora_dist.ledger
 from srlora_dist import SRLoRAConfig, Switcher
 from srlora_dist.ledger import Ledger
 from tests.ranks.engines import Net, make_batch, make_net
@@ -40,6 +41,18 @@ def wide_net(shape: tuple[int, int], rank: int) -> nn.Module:
     return get_peft_model(net, LoraConfig(r=rank, lora_alpha=rank, target_modules=["0"]))
 
 
+def unfrozen(model: nn.Module, name: str = "base_layer", trains: bool = True) -> nn.Module:
+    for key, parameter in model.named_parameters():
+        if f"first.{name}" in key and "weight" in key:
+            parameter.requires_grad_(trains)
+    return model
+
+
+def merged(model: nn.Module) -> nn.Module:
+    model.merge_adapter()
+    return model
+
+
 BAD_MODELS = {
     "not a PEFT model": (lambda: Net(), "no LoRA layers"),
     "dropout": (lambda: make_net(lora_dropout=0.1), "dropout.*first.*lora_dropout=0"),
@@ -51,6 +64,10 @@ BAD_MODELS = {
         "0 is stored as Params4bit.*float32 alone",
     ),
     "rank above the target": (lambda: make_net(rank=9), "target_rank 8 is below the LoRA rank of first .r=9."),
+    "trainable W": (lambda: unfrozen(make_net()), "trainable pretrained weight: first; freeze it"),
+    "frozen A": (lambda: unfrozen(make_net(), "lora_A", False), "frozen A or B: first"),
+    "scale": (lambda: make_net(alpha=-1), "scale of 0 or less.*lora_alpha above 0"),
+    "merged": (lambda: merged(make_net()), "is merged"),
     "embedding": (
         lambda: get_peft_model(nn.Sequential(nn.Embedding(9, 8)), LoraConfig(r=2, target_modules=["0"])),
         "not a linear layer: 0",
@@ -94,7 +111,16 @@ def test_an_optimizer_of_another_layout_is_refused(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"fusion_ratio": 0}, {"fusion_ratio": 1.1}, {"beta1": 1}, {"beta2": -0.1}, {"target_rank": 0}]
+    "options",
+    [
+        {"fusion_ratio": 0},
+        {"fusion_ratio": 1.1},
+        {"beta1": 1},
+        {"beta2": -0.1},
+        {"target_rank": 0},
+        {"score_reset": "none"},
+        {"optimizer_reset": "zeros"},
+    ],
 )
 def test_options_out_of_range_are_refused(options: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
@@ -187,7 +213,7 @@ def test_w_equals_w0_plus_ledger_after_500_switches(tmp_path) -> None:
         optimizer.step()
         before = model(x).detach()
         if switcher.step() is not None:
-            outputs.append(float((model(x) - before).norm() / before.norm()))
+            outputs.append(((model(x) - before).norm() / before.norm()).item())
     assert switcher.num_switches == 501
     assert len(outputs) == 500
     assert max(outputs) < 1e-5
@@ -235,6 +261,93 @@ def test_a_switch_resets_the_chosen_slots_only(tmp_path, reset: str, first: int,
     now = switcher._importance._means[switcher.storage.tracked[0]].view(4, -1)
     assert torch.equal(now[others], scores[others])
     assert not now[chosen].any()
+
+
+def test_sgd_momentum_counts_as_a_first_moment(tmp_path) -> None:
+    model = make_net()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2, momentum=0.9)
+    _, _, switcher = bound(
+        tmp_path, model, optimizer=optimizer, target_rank=8, optimizer_reset="first_moment", steps=16
+    )
+    report = take_steps(model, optimizer, switcher, switcher.due_steps[0])[0]
+    momentum = optimizer.state[switcher.sites[0].lora_a]["momentum_buffer"]
+    assert [slot for slot in range(4) if not momentum[slot].any()] == report.sites[0].slots
+
+
+def test_an_optimizer_without_the_pairs_is_refused(tmp_path) -> None:
+    model = make_net()
+    head = model.base_model.model.head.modules_to_save["default"]
+    with pytest.raises(ValueError, match="does not hold the LoRA parameters of first"):
+        bound(tmp_path, model, optimizer=torch.optim.AdamW(head.parameters()), target_rank=8)
+
+
+def test_binding_another_model_is_refused(tmp_path) -> None:
+    switcher = Switcher(make_net(), SRLoRAConfig(target_rank=8, svd_cache=str(tmp_path)), 20)
+    other = wide_net((30, 20), rank=4)
+    with pytest.raises(ValueError, match="another model than"):
+        switcher.bind(other, torch.optim.AdamW(other.parameters()))
+
+
+def test_a_forgotten_step_is_noticed(tmp_path) -> None:
+    model, optimizer, switcher = bound(tmp_path, target_rank=8)
+    model(make_batch(0)[0]).square().mean().backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="after every optimizer.step"):
+        optimizer.step()
+
+
+def test_a_ledger_entry_is_there_whole_or_not_at_all(tmp_path, monkeypatch) -> None:
+    def half(tensors: dict, path, metadata: dict) -> None:
+        path.write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(srlora_dist.ledger, "save_file", half)
+    with pytest.raises(ValueError, match="cannot append switch 0 to the ledger: no space left"):
+        bound(tmp_path, target_rank=8, ledger_dir=str(tmp_path / "ledger"))
+    assert not list((tmp_path / "ledger").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("rank", [0, -1])
+def test_a_truncation_to_nothing_is_refused(tmp_path, rank: int) -> None:
+    _, _, switcher = bound(tmp_path, target_rank=8)
+    with pytest.raises(ValueError, match=f"max_rank is {rank}"):
+        switcher.export(tmp_path / "adapter", max_rank=rank)
+
+
+def test_an_export_without_its_ledger_names_it(tmp_path) -> None:
+    _, _, switcher = bound(tmp_path, target_rank=8, ledger_dir=str(tmp_path / "ledger"))
+    for path in (tmp_path / "ledger").iterdir():
+        path.unlink()
+    with pytest.raises(ValueError, match="ledger .*ledger has no entry for first"):
+        switcher.export(tmp_path / "adapter")
+
+
+def test_a_module_with_buffers_is_exported_whole(tmp_path) -> None:
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(13, 8), nn.BatchNorm1d(8))
+
+    model = get_peft_model(base(), LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"]))
+    x = torch.randn(9, 13)
+    model(x)  # moves the running statistics
+    _, _, switcher = bound(tmp_path, model, target_rank=4)
+    switcher.export(tmp_path / "adapter")
+    exported = PeftModel.from_pretrained(base(), tmp_path / "adapter").eval()
+    torch.testing.assert_close(exported(x), model.eval()(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_switch_is_exact_where_training_multiplies_in_lower_precision(tmp_path) -> None:
+    torch.set_float32_matmul_precision("medium")
+    try:
+        model = wide_net((512, 384), rank=16)
+        start = model.base_model.model[0].base_layer.weight.detach().clone()
+        _, _, switcher = bound(tmp_path, model, target_rank=16)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    left, right = switcher._ledger.factors(["0"])["0"]
+    change = left.double() @ right.double()
+    assert (model.base_model.model[0].base_layer.weight - start - change).norm() < 1e-5 * change.norm()
 
 
 def test_a_step_that_does_not_happen_counts_for_nothing(tmp_path) -> None:
