@@ -5,6 +5,7 @@ Without arguments it runs the demo. ``--help`` lists the options; ``SRLORA_DEBUG
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -17,8 +18,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the package m
 if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed decides when it is imported
 
-# Torch, Transformers and DeepSpeed announce each other's deprecations every step, through the progress bar.
-warnings.filterwarnings("ignore", category=FutureWarning)
+IS_MAIN = os.environ.get("RANK", "0") == "0"
+# Torch, Transformers and DeepSpeed announce each other's deprecations every step, through the progress bar. What the
+# other ranks would warn of, the main process says too.
+warnings.filterwarnings("ignore", category=FutureWarning if IS_MAIN else Warning)
+logging.basicConfig(format="%(message)s")
+logging.getLogger("srlora_dist").setLevel(logging.INFO if IS_MAIN else logging.ERROR)
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it warns of a kernel that is not used
 
 from srlora_dist.config import parse  # noqa: E402 (after the environment is set)
 from srlora_dist.trainer import train  # noqa: E402
@@ -36,7 +42,7 @@ def main() -> None:
         if os.environ.get("SRLORA_DEBUG"):
             raise
         _fail(error)
-    if os.environ.get("RANK", "0") == "0":
+    if IS_MAIN:
         _report(summary, Path(config.output_dir))
 
 

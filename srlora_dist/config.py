@@ -136,7 +136,7 @@ class TrainOptions:
         warmup_ratio: Share of the steps in which the rate rises linearly; then it falls linearly to 0.
         weight_decay: AdamW's, on the trainable weights. It shrinks pairs that start as a copy of part of W.
         max_grad_norm: Clip the gradient to this norm; 0 does not clip.
-        eval_every: Steps between evaluations; ``null`` evaluates ten times in a run.
+        eval_every: Steps between evaluations; ``null`` evaluates five times in a run.
         log_every: Steps between lines of ``metrics.jsonl``.
     """
 

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from torch.utils.data import Sampler
 
-NUM_EVALUATIONS = 10
+NUM_EVALUATIONS = 5
 
 
 class SampleOrder(Sampler[int]):
@@ -64,7 +64,7 @@ def warm_up_and_decay(num_steps: int, warmup_ratio: float) -> Callable[[int], fl
 
 
 def due_evaluations(num_steps: int, eval_every: int | None) -> set[int]:
-    """Steps after which to evaluate: every so many, or ten times a run; the last step always."""
+    """Steps after which to evaluate: every so many, or five times a run; the last step always."""
     if eval_every is not None:
         return {*range(eval_every, num_steps, eval_every), num_steps}
     return {math.ceil(num_steps * k / NUM_EVALUATIONS) for k in range(1, NUM_EVALUATIONS + 1)}
