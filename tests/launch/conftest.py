@@ -66,6 +66,7 @@ class Bench:
             "train.learning_rate": 0.01,
             "train.max_grad_norm": 0.1,
             "train.log_every": 1,
+            "train.eval_every": 1,
         }
         chosen |= {key.replace("__", "."): value for key, value in options.items()}
         return [part for key, value in chosen.items() for part in (f"--{key}", str(value))]

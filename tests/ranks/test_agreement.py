@@ -201,7 +201,7 @@ def bind_elsewhere(rank: int, world_size: int, kind: str, cache: str) -> dict:
     [("fsdp2", "FSDP is not supported"), ("hpz", "zero_hpz_partition_size"), ("bf16", "stored as torch.bfloat16")],
 )
 def test_an_unsupported_engine_is_refused_on_every_rank(tmp_path, kind: str, message: str) -> None:
-    for seen in run_ranks(bind_elsewhere, 2, kind, str(tmp_path), timeout=60):
+    for seen in run_ranks(bind_elsewhere, 2, kind, str(tmp_path), last=True):
         assert message in seen["message"]
 
 

@@ -22,8 +22,12 @@ import torch.multiprocessing as mp
 _worlds: dict[int, World] = {}
 
 
-def run_ranks(function: Callable[..., dict], world_size: int, *args: object, timeout: float = 120) -> list[dict]:
+def run_ranks(
+    function: Callable[..., dict], world_size: int, *args: object, timeout: float = 120, last: bool = False
+) -> list[dict]:
     """Run ``function(rank, world_size, *args)`` on ``world_size`` gloo ranks and return their results in rank order.
+
+    ``last`` ends the world after the job, which may have left settings behind in the process.
 
     Raises:
         TimeoutError: Some rank was still running after ``timeout`` seconds.
@@ -34,8 +38,11 @@ def run_ranks(function: Callable[..., dict], world_size: int, *args: object, tim
     try:
         return _worlds[world_size].run(function, args, timeout)
     except BaseException:
-        _worlds.pop(world_size).kill()
+        last = True
         raise
+    finally:
+        if last:
+            _worlds.pop(world_size).kill()
 
 
 @atexit.register
