@@ -1,4 +1,5 @@
-# make demo: train SRLoRA on two CPU processes on real sentences, from nothing but Python, pip, make and a compiler.
+# make demo: train SRLoRA on two CPU processes on real sentences for about five minutes, from nothing but Python, pip,
+# make and a compiler.
 # make test: lint and every test that needs no GPU.
 
 PYTHON ?= python3
@@ -20,7 +21,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: install
-	$(BIN)/accelerate launch --config_file launch/accelerate/cpu2.yaml launch/train.py
+	$(BIN)/accelerate launch --config_file launch/accelerate/cpu2.yaml launch/train.py --train.max_steps 160
 
 lint: install
 	$(BIN)/ruff check .
