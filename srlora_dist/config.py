@@ -165,8 +165,8 @@ class TrainOptions:
             raise ValueError(f"train.learning_rate is {self.learning_rate}: choose a positive rate")
         if self.batch_size % self.accumulation_steps:
             raise ValueError(
-                f"train.batch_size {self.batch_size} does not divide by train.accumulation_steps "
-                f"{self.accumulation_steps}: choose a multiple"
+                f"train.batch_size {self.batch_size} is not a multiple of train.accumulation_steps "
+                f"{self.accumulation_steps}: choose another"
             )
 
 
@@ -176,7 +176,8 @@ class RunConfig:
 
     Args:
         method: ``srlora``, or a baseline in the same trainer: ``lora``, ``pissa``, ``adalora``.
-        output_dir: Folder for everything that the run leaves behind.
+        output_dir: Folder for everything that the run leaves behind, in place of what an earlier run left there;
+            ``null`` is ``runs/<task>-<method>``.
         seed: Of the data order, the adapter and the task's head.
         engine: The storage that the run must get; ``auto`` takes what ``accelerate launch`` gives.
         model: The pretrained model.
@@ -187,7 +188,7 @@ class RunConfig:
     """
 
     method: Literal["lora", "pissa", "srlora", "adalora"] = "srlora"
-    output_dir: str = "runs/demo"
+    output_dir: str | None = None
     seed: int = 0
     engine: Literal["auto", "plain", "ddp", "zero1", "zero2", "zero3"] = "auto"
     model: ModelOptions = field(default_factory=ModelOptions)
@@ -195,6 +196,10 @@ class RunConfig:
     lora: LoRAOptions = field(default_factory=LoRAOptions)
     srlora: SRLoRAConfig = field(default_factory=SRLoRAConfig)
     train: TrainOptions = field(default_factory=TrainOptions)
+
+    def __post_init__(self) -> None:
+        if self.output_dir is None:
+            self.output_dir = f"runs/{self.task.name}-{self.method}"
 
     def save(self, path: str | Path) -> None:
         """Write the resolved configuration as YAML, enough to run it again with ``--config``."""

@@ -177,7 +177,7 @@ def _require_divisible(config: RunConfig, num_processes: int) -> None:
         if size % parts:
             accumulation = f"{train.accumulation_steps} accumulation steps x " if parts != num_processes else ""
             raise ValueError(
-                f"train.{name} {size} does not divide by {accumulation}{num_processes} processes: "
+                f"train.{name} {size} is not a multiple of {accumulation}{num_processes} processes: "
                 f"choose a multiple of {parts}"
             )
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 
 
@@ -90,7 +91,7 @@ def clamp_target_ranks(sites: list[Site], target_rank: int) -> None:
     low = [f"{site.name} (r={site.rank})" for site in sites if target_rank < site.rank]
     if low:
         raise ValueError(
-            f"srlora.target_rank {target_rank} is below the LoRA rank of {_some(low)}: raise target_rank or lower r"
+            f"srlora.target_rank {target_rank} is below the LoRA rank of {_some(low)}: raise it, or lower r (lora.rank)"
         )
     clamped = []
     for site in sites:
@@ -100,6 +101,18 @@ def clamp_target_ranks(sites: list[Site], target_rank: int) -> None:
     if clamped:
         warnings.warn(
             f"srlora.target_rank {target_rank} is more than these matrices hold, clamped: {'; '.join(clamped)}",
+            stacklevel=3,
+        )
+
+
+def warn_of_adapted_heads(model: nn.Module, sites: list[Site], adapter_name: str) -> None:
+    """Warn where a new head is a site: its random start is not exported, so another load of the base has another."""
+    config = next(module for module in model.modules() if isinstance(module, PeftModel)).peft_config[adapter_name]
+    heads = [site.name for site in sites if site.name.split(".")[-1] in SEQ_CLS_HEAD_NAMES]
+    if heads and config.task_type is None:
+        warnings.warn(
+            f"{_some(heads)} looks like a new head, but is adapted and not saved: set task_type='SEQ_CLS' in the "
+            f"LoraConfig, or modules_to_save={heads}, or the export will lack it",
             stacklevel=3,
         )
 

@@ -16,7 +16,7 @@ from srlora_dist.export import export_adapter
 from srlora_dist.importance import Importance
 from srlora_dist.ledger import Ledger, SiteSwitch, SwitchReport
 from srlora_dist.schedule import choose_slots, due_steps, num_fused
-from srlora_dist.sites import Site, clamp_target_ranks, find_sites
+from srlora_dist.sites import Site, clamp_target_ranks, find_sites, warn_of_adapted_heads
 from srlora_dist.storage import Storage, find_storage
 from srlora_dist.svd import Directions
 
@@ -50,8 +50,10 @@ class Switcher:
         self.config = config
         self.sites = find_sites(model, config.adapter_name)
         clamp_target_ranks(self.sites, config.target_rank)
+        warn_of_adapted_heads(model, self.sites, config.adapter_name)
         ranks = [(site.rank, site.target_rank) for site in self.sites]
         self.due_steps = due_steps(num_training_steps, ranks, config.fusion_ratio)
+        self.num_training_steps = num_training_steps
         self.num_steps = 0
         self.num_switches = 0
         self.svd_seconds = self.switch_seconds = 0.0
@@ -103,12 +105,19 @@ class Switcher:
             What the switch did, or None.
 
         Raises:
-            RuntimeError: The ranks no longer agree.
+            RuntimeError: The ranks no longer agree, or ``bind`` was not called.
         """
+        self._require_bound()
         if not self._stepped:
             return None
         self._stepped.clear()
         self.num_steps += 1
+        if self.num_steps == self.num_training_steps + 1:
+            logger.warning(
+                "this is step %d of %d: the switches were planned for too short a run",
+                self.num_steps,
+                self.num_training_steps,
+            )
         if self.num_steps not in self.due_steps:
             return None
         scores = self._importance.pair_scores()
@@ -131,12 +140,17 @@ class Switcher:
 
         Collective: every rank must call it; under ZeRO-3 the trainable parameters are gathered.
         """
+        self._require_bound()
         export_adapter(self._model, self.storage, self.sites, self._ledger, folder, max_rank, self.config.adapter_name)
 
     @property
     def tracking_seconds(self) -> float:
         """Time spent on the moving averages so far."""
         return self._importance.seconds if self._importance is not None else 0.0
+
+    def _require_bound(self) -> None:
+        if self.storage is None:
+            raise RuntimeError("call switcher.bind(model, optimizer) first: after accelerator.prepare, before training")
 
     def _find_same_sites(self, model: nn.Module) -> list[Site]:
         """The sites again, because preparing a model can replace its parameters."""

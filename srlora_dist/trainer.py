@@ -195,6 +195,7 @@ class Trainer:
         return {
             "method": self.config.method,
             "task": self.config.task.name,
+            "model": self.task.model.name_or_path,
             "seed": self.config.seed,
             "world_size": self.accelerator.num_processes,
             "storage": self.method.storage_name,

@@ -16,7 +16,8 @@ if TYPE_CHECKING:  # so that check_task can refuse a run without these seconds o
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-TASK_NAMES = ("demo", *glue.GLUE)
+TASKS = {"demo": demo, **dict.fromkeys(glue.GLUE, glue)}
+"""Each task's module, which offers ``check(config)`` and ``load(config)``."""
 
 
 @dataclass
@@ -54,8 +55,8 @@ def check_task(config: RunConfig) -> None:
         ValueError: The task is unknown, one of its options is out of range, or a file that it needs is missing.
     """
     task, dropout = config.task, config.model.dropout
-    if task.name not in TASK_NAMES:
-        raise ValueError(f"task.name is {task.name!r}: choose one of {', '.join(TASK_NAMES)}")
+    if task.name not in TASKS:
+        raise ValueError(f"task.name is {task.name!r}: choose one of {', '.join(TASKS)}")
     for option in ("max_length", "max_train_samples", "max_eval_samples"):
         value = getattr(task, option)
         if value is not None and value < 1:
@@ -63,10 +64,7 @@ def check_task(config: RunConfig) -> None:
     if dropout is not None and not 0 <= dropout < 1:
         raise ValueError(f"model.dropout is {dropout}: choose a share in [0, 1), or null for the model's own")
     base_model(config)
-    if task.name == "demo" and task.data_dir is not None:
-        raise ValueError(f"task.data_dir is {task.data_dir!r}, but the demo brings its own data: leave it out")
-    if task.name != "demo" and task.data_dir is not None:
-        glue.split_files(task.name, task.data_dir)
+    TASKS[task.name].check(config)
 
 
 def load_task(config: RunConfig) -> Task:
@@ -82,4 +80,4 @@ def load_task(config: RunConfig) -> Task:
         ValueError: As :func:`check_task`, or the data or the model cannot be read.
     """
     check_task(config)
-    return demo.load(config) if config.task.name == "demo" else glue.load(config)
+    return TASKS[config.task.name].load(config)

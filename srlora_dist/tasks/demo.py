@@ -19,6 +19,16 @@ SPLIT_SEED = 2014  # also keeps both copies of a repeated sentence in one split
 SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}
 
 
+def check(config: RunConfig) -> None:
+    """Refuse options that the demo cannot honour.
+
+    Raises:
+        ValueError: A folder of data is given.
+    """
+    if config.task.data_dir is not None:
+        raise ValueError(f"task.data_dir is {config.task.data_dir!r}, but the demo brings its own data: leave it out")
+
+
 def load(config: RunConfig) -> Task:
     """Build the demo; it evaluates on the validation split and leaves the test split alone.
 

@@ -49,6 +49,16 @@ GLUE = {
 }
 
 
+def check(config: RunConfig) -> None:
+    """Look for the task's files where a folder is given.
+
+    Raises:
+        ValueError: The folder or a file is missing.
+    """
+    if config.task.data_dir is not None:
+        split_files(config.task.name, config.task.data_dir)
+
+
 def load(config: RunConfig) -> Task:
     """Build a GLUE task.
 

@@ -29,7 +29,7 @@ CASES = {
     "no matching layers": ({"lora__target_modules": "foo,bar"}, "lora.target_modules is 'foo,bar'"),
     "bf16 base": ({"model__dtype": "bfloat16"}, "model.dtype is bfloat16"),
     "batch above the data": ({"train__batch_size": 64}, "fewer than train.batch_size 64"),
-    "accumulation does not divide": ({"train__batch_size": 9}, "train.batch_size 9 does not divide"),
+    "accumulation does not divide": ({"train__batch_size": 9}, "train.batch_size 9 is not a multiple"),
     "processes that Accelerate does not start": (LONELY, "launch/accelerate/cpu2.yaml"),
     "Megatron": ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "asks for Megatron-LM"),
     "mixed precision": ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "mixed_precision bf16"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 
 import pytest
 import torch
@@ -286,6 +287,31 @@ def test_binding_another_model_is_refused(tmp_path) -> None:
     other = wide_net((30, 20), rank=4)
     with pytest.raises(ValueError, match="another model than"):
         switcher.bind(other, torch.optim.AdamW(other.parameters()))
+
+
+def test_a_forgotten_bind_is_noticed(tmp_path) -> None:
+    switcher = Switcher(make_net(), SRLoRAConfig(target_rank=8), 20)
+    for forgotten in (switcher.step, lambda: switcher.export(tmp_path)):
+        with pytest.raises(RuntimeError, match="switcher.bind"):
+            forgotten()
+
+
+def test_a_run_longer_than_planned_warns_once(tmp_path, caplog) -> None:
+    model, optimizer, switcher = bound(tmp_path, target_rank=8, steps=4)
+    take_steps(model, optimizer, switcher, 7)
+    assert caplog.text.count("this is step 5 of 4") == 1
+
+
+def test_a_new_head_that_is_adapted_instead_of_saved_warns() -> None:
+    net = nn.Sequential()
+    net.classifier = nn.Linear(16, 16)
+    for options, expected in (({}, 1), ({"task_type": "FEATURE_EXTRACTION"}, 0)):
+        model = get_peft_model(net, LoraConfig(r=2, target_modules=["classifier"], **options))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            Switcher(model, SRLoRAConfig(target_rank=4), 20)
+        assert sum("looks like a new head" in str(warning.message) for warning in caught) == expected
+        net = model.unload()
 
 
 def test_a_forgotten_step_is_noticed(tmp_path) -> None:

@@ -19,7 +19,7 @@ from torch import nn
 import srlora_dist
 from srlora_dist.cache import cache_dir
 from srlora_dist.config import ModelOptions, RunConfig, TaskOptions
-from srlora_dist.tasks import TASK_NAMES, check_task, demo, glue, load_task, minilm, movie_reviews
+from srlora_dist.tasks import TASKS, check_task, demo, glue, load_task, minilm, movie_reviews
 from srlora_dist.tasks.metrics import Scorer
 
 WORDS = ["a", "b", "c", "d", "e", "f", "movie", "good", "bad", '"', ",", ".", "?"]
@@ -468,4 +468,4 @@ def test_the_demo_loads_minilm(real_splits):
 
 
 def test_every_task_name_is_tested():
-    assert set(TASK_NAMES) == {"demo", *OFFICIAL}
+    assert set(TASKS) == {"demo", *OFFICIAL}
