@@ -246,9 +246,8 @@ class Switcher:
     def _compare(self, report: SwitchReport, digests: list[int]) -> None:
         """Raise on every rank if any rank fused, took or wrote something else. Collective: one all-reduce."""
         mine = torch.tensor([to_int64(digest) for digest in digests], dtype=torch.int64, device=self.storage.device)
-        highest = self.storage.all_reduce_(
-            torch.stack([mine, ~mine]), "max"
-        )  # ~x falls as x rises: max and min at once
+        # ~x falls as x rises, so the largest ~x belongs to the smallest x: both in one all-reduce.
+        highest = self.storage.all_reduce_(torch.stack([mine, ~mine]), "max")
         differs = (highest[0] != ~highest[1]).nonzero()
         if len(differs):
             name = report.sites[int(differs[0])].site
