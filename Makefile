@@ -1,5 +1,5 @@
-# make demo: train SRLoRA on two CPU processes on real sentences for about five minutes, from nothing but Python, pip,
-# make and a compiler.
+# make demo: train SRLoRA on two CPU processes on real sentences for a few minutes, from nothing but Python, pip, make
+# and a compiler.
 # make test: lint and every test that needs no GPU.
 
 PYTHON ?= python3
