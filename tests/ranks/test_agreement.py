@@ -88,7 +88,7 @@ def test_what_is_sent(name: str, zero: dict, tmp_path) -> None:
     assert sum(seen["importance_bytes"] for seen in ours) == 2 * floats
 
 
-def disagree(rank: int, world_size: int, cache: str, factor_name: str) -> dict:
+def disagree(rank: int, world_size: int, cache: str, factor_name: str, element: int) -> dict:
     model = make_odd_net()
     switcher = Switcher(model, SRLoRAConfig(target_rank=TARGET, svd_cache=cache), NUM_STEPS)
     engine = prepare("ddp", model, 1e-2, 0)
@@ -101,7 +101,7 @@ def disagree(rank: int, world_size: int, cache: str, factor_name: str) -> dict:
         if rank == 1 and step == 2:
             with torch.no_grad():
                 factor = switcher.sites[1].factor(factor_name).view(-1)
-                factor[5] = torch.nextafter(factor[5], torch.tensor(9.0))  # the last bit of one number
+                factor[element] = torch.nextafter(factor[element], torch.tensor(9.0))  # the last bit of one number
         try:
             switcher.step()
         except RuntimeError as error:
@@ -110,9 +110,10 @@ def disagree(rank: int, world_size: int, cache: str, factor_name: str) -> dict:
     return {"message": message}
 
 
-@pytest.mark.parametrize("factor", ["A", "B"])
-def test_a_difference_in_one_bit_stops_every_rank_and_names_the_site(tmp_path, factor: str) -> None:
-    for seen in run_ranks(disagree, 2, str(tmp_path), factor):
+# Of each factor an element of either pair: one is fused by the switch, the other is not.
+@pytest.mark.parametrize(("factor", "element"), [("A", 5), ("A", 25), ("B", 4), ("B", 5)])
+def test_a_difference_in_one_bit_stops_every_rank_and_names_the_site(tmp_path, factor: str, element: int) -> None:
+    for seen in run_ranks(disagree, 2, str(tmp_path), factor, element):
         assert "the ranks disagree" in seen["message"]
         assert "first at second" in seen["message"]
 
