@@ -98,7 +98,7 @@ def disagree(rank: int, world_size: int, cache: str, factor_name: str, element: 
         x, y = (t.chunk(world_size)[rank] for t in make_batch(step))
         engine.backward((engine.model(x) - y).square().mean())
         engine.step()
-        if rank == 1 and step == 2:
+        if rank == 1 and step == 3:  # right before the first switch
             with torch.no_grad():
                 factor = switcher.sites[1].factor(factor_name).view(-1)
                 factor[element] = torch.nextafter(factor[element], torch.tensor(9.0))  # the last bit of one number
