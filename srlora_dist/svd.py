@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import warnings
+from functools import partial
 from pathlib import Path
 
 import scipy.linalg
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from srlora_dist.cache import cache_dir
 from srlora_dist.digest import combine, digest_run
 from srlora_dist.pairs import exact_matmul
+from srlora_dist.sites import Site
 from srlora_dist.storage import Storage
 
 METHOD = "full-1"
@@ -50,6 +52,13 @@ def _svd_in_float64(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     except scipy.linalg.LinAlgError as error:
         raise ArithmeticError("the singular value decomposition converges neither with gesdd nor with gesvd") from error
     return tuple(torch.from_numpy(part).to(weight.device, weight.dtype) for part in triplet)
+
+
+def _named_directions(site: Site, weight: Tensor) -> dict[str, Tensor]:
+    """A site's directions as they are kept in the file: on the CPU, U transposed so that a direction is a row."""
+    left, values, right = compute_directions(weight, site.target_rank)
+    names = (f"{site.name}.{part}" for part in ("Ut", "S", "Vt"))
+    return dict(zip(names, (left.T.contiguous().cpu(), values.cpu(), right.cpu()), strict=True))
 
 
 class Directions:
@@ -149,13 +158,8 @@ class Directions:
         bar = tqdm(storage.sites, desc="directions (SVD)", unit="matrix", disable=storage.rank != 0, leave=False)
         for number, site in enumerate(bar):
             weight = storage.gather_weight(number)
-
-            def factor(name: str = site.name, weight: Tensor | None = weight, count: int = site.target_rank) -> None:
-                left, values, right = compute_directions(weight, count)
-                tensors[f"{name}.Ut"] = left.T.contiguous().cpu()
-                tensors[f"{name}.S"], tensors[f"{name}.Vt"] = values.cpu(), right.cpu()
-
-            storage.on_rank_0(f"factor {site.name}", factor)
+            made = storage.on_rank_0(f"factor {site.name}", partial(_named_directions, site, weight))
+            tensors.update(made or {})
         return tensors
 
     def _write(self, tensors: dict[str, Tensor]) -> None:
