@@ -18,11 +18,11 @@ def digest_run(run: Tensor, start: int = 0) -> int:
     """Digest of a run that starts at an element offset, in [0, 2^64).
 
     Args:
-        run: Any dtype of 2, 4 or 8 bytes an element; read in row-major order.
+        run: Any dtype of 1, 2, 4 or 8 bytes an element; read in row-major order.
         start: Offset of its first element in the whole.
     """
     bits = run.detach().contiguous().flatten()
-    bits = bits.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()])
+    bits = bits.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()])
     total = 0
     for begin in range(0, bits.numel(), _CHUNK):
         piece = bits[begin : begin + _CHUNK].long()

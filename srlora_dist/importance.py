@@ -27,8 +27,9 @@ class Importance:
         self._runs: dict[int, list[Run]] = defaultdict(list)
         for run in storage.tracked:
             self._runs[id(run.owner)].append(run)
-        self._means = {run: torch.zeros_like(run.of(run.owner)) for run in storage.tracked}
-        self._deviations = {run: torch.zeros_like(run.of(run.owner)) for run in storage.tracked}
+        self._means, self._deviations = (
+            {run: torch.zeros_like(run.of(run.owner), dtype=torch.float32) for run in storage.tracked} for _ in range(2)
+        )
 
     @property
     def num_bytes(self) -> int:
@@ -42,7 +43,9 @@ class Importance:
         runs = [run for owner in owners if owner.grad is not None for run in self._runs[id(owner)] if run.numel]
         if runs:
             means, deviations = [self._means[run] for run in runs], [self._deviations[run] for run in runs]
-            weights, grads = [run.of(run.owner) for run in runs], [run.of(run.owner.grad) for run in runs]
+            # Of a parameter that is trained in 16 bits too: averages of such short numbers would stand still.
+            weights = [run.of(run.owner).float() for run in runs]
+            grads = [run.of(run.owner.grad).float() for run in runs]
             change = torch._foreach_mul(weights, grads)
             torch._foreach_abs_(change)
             torch._foreach_lerp_(means, change, 1 - self.beta1)

@@ -29,7 +29,8 @@ def add_pairs_(run: Tensor, start: int, left: Tensor, right: Tensor, scale: floa
     """Add ``scale * left @ right`` to a run of an (m, n) matrix: one GEMM for its whole rows, one short product an end.
 
     Args:
-        run: 1-D contiguous, the elements ``start`` to ``start + run.numel()`` of the row-major flattened matrix.
+        run: 1-D contiguous float32, the elements ``start`` to ``start + run.numel()`` of the flattened matrix, row by
+            row.
         start: Offset of the run in the flattened matrix, in elements.
         left: Columns, (m, k).
         right: Rows, (k, n).
@@ -55,6 +56,31 @@ def add_pairs_(run: Tensor, start: int, left: Tensor, right: Tensor, scale: floa
     num_tail = run.numel() - num_head - num_whole
     if num_tail:
         run[num_head + num_whole :].addmv_(right[:, :num_tail].T, left[last_whole], alpha=scale)
+
+
+SUM_CHUNK = 1 << 24  # elements that are widened to float32 at a time
+
+
+def add_pairs_to_sum_(high: Tensor, low: Tensor, start: int, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
+    """Add ``scale * left @ right`` to a run of an (m, n) matrix that is kept as the sum of two 16-bit terms.
+
+    Afterwards ``high`` is the sum rounded to 16 bits and ``low`` what that rounding left, so that additions to follow
+    start from the sum and not from its rounding: the error does not grow with their number.
+
+    Args:
+        high: 1-D contiguous, the run as the model computes with it.
+        low: 1-D contiguous, what the run lacks, of the same length; may lie in host memory.
+        start: Offset of the run in the flattened matrix, in elements.
+        left: Columns, (m, k).
+        right: Rows, (k, n).
+        scale: Factor of the product.
+    """
+    for begin in range(0, high.numel(), SUM_CHUNK):
+        high_part, low_part = (term[begin : begin + SUM_CHUNK] for term in (high, low))
+        total = high_part.float() + low_part.to(high.device).float()
+        add_pairs_(total, start + begin, left, right, scale)
+        high_part.copy_(total)
+        low_part.copy_(total.sub_(high_part))
 
 
 def mean_by_pair(run: Tensor, start: int, shape: torch.Size, pair_dim: int) -> Tensor:
@@ -89,3 +115,37 @@ def fill_pairs_(run: Tensor, start: int, pair_dim: int, slots: Tensor, whole: Te
     mask = chosen.unsqueeze(1 - pair_dim).expand(whole.shape).flatten()[start : start + run.numel()].to(run.device)
     source = whole.flatten()[start : start + run.numel()]
     run[mask] = source.to(run.device, run.dtype)[mask]
+
+
+def truncate_pairs(
+    left: Tensor, right: Tensor, rank: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, float]:
+    """The best ``left @ right`` of a smaller rank, from QR factors and the SVD of their core, computed in float64.
+
+    Args:
+        left: Columns, (m, k).
+        right: Rows, (k, n).
+        rank: Pairs to keep.
+        dtype: Of the result.
+
+    Returns:
+        Columns (m, rank), rows (rank, n), and the relative error of their product. Where the product cannot have that
+        rank the last pairs are 0.
+    """
+    q_left, r_left = torch.linalg.qr(left.double())
+    q_right, r_right = torch.linalg.qr(right.double().T)
+    u, s, vt = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
+    root = s[:rank].sqrt()
+    missing = max(0, rank - len(root))
+    pad = torch.nn.functional.pad
+    new_left = pad(q_left @ (u[:, :rank] * root), (0, missing)).to(dtype)
+    new_right = pad((root[:, None] * vt[:rank]) @ q_right.T, (0, 0, 0, missing)).to(dtype)
+    lost = _norm_of_product(torch.cat([left, -new_left], 1), torch.cat([right, new_right], 0))
+    size = float(s.norm())
+    return new_left, new_right, lost / size if size else 0.0
+
+
+def _norm_of_product(left: Tensor, right: Tensor) -> float:
+    """Frobenius norm in float64, without forming the product."""
+    r_left, r_right = (torch.linalg.qr(matrix.double(), mode="r").R for matrix in (left, right.T))
+    return float((r_left @ r_right.T).norm())

@@ -9,8 +9,15 @@ from dataclasses import dataclass
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+FUSED = "srlora_fused"
+"""Name of the frozen second adapter that holds what is fused where W itself is never written."""
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(eq=False)
@@ -19,24 +26,39 @@ class Site:
 
     Args:
         name: Of the layer in the untouched base model.
-        weight: W, shape (m, n); under ZeRO-3 a placeholder that knows its shape.
+        layer: That layer.
+        weight: W, stored as (m, n); or as (n, m) if ``transposed``, or as a packed payload if ``quantised``. Under
+            ZeRO-3 a placeholder that knows its shape.
         lora_a: A, shape (r, n).
         lora_b: B, shape (m, r).
         shape: (m, n).
         rank: r.
         scale: ``alpha / r``, or ``alpha / sqrt(r)`` with rsLoRA.
+        transposed: W is stored as its transpose (GPT-2's Conv1D).
+        quantised: ``nf4``, ``fp4``, ``int8``, with ``-double`` where the scales are quantised too; else empty.
+        fused_a: Rows of the second adapter, (R, n), or None where W is edited in place.
+        fused_b: Columns of the second adapter, (m, R), likewise; its scale is that of the site.
+        fused_rank: R, the pairs that the second adapter has room for.
+        num_fused: Those of them in use.
         target_rank: Directions to use by the end of training, at most min(m, n).
         num_taken: Directions used so far.
         held: The direction that the pair in each slot was started along, -1 for none.
     """
 
     name: str
+    layer: nn.Module
     weight: nn.Parameter
     lora_a: nn.Parameter
     lora_b: nn.Parameter
     shape: tuple[int, int]
     rank: int
     scale: float
+    transposed: bool = False
+    quantised: str = ""
+    fused_a: nn.Parameter | None = None
+    fused_b: nn.Parameter | None = None
+    fused_rank: int = 0
+    num_fused: int = 0
     target_rank: int = 0
     num_taken: int = 0
     held: list[int] | None = None
@@ -47,7 +69,14 @@ class Site:
 
     def factor_shape(self, name: str) -> torch.Size:
         """Shape of the whole factor ``"A"`` or ``"B"``, however it is stored."""
-        return torch.Size((self.rank, self.shape[1]) if name == "A" else (self.shape[0], self.rank))
+        return self._pairs_shape(name, self.rank)
+
+    def fused_shape(self, name: str) -> torch.Size:
+        """Shape of the whole factor of the second adapter."""
+        return self._pairs_shape(name, self.fused_rank)
+
+    def _pairs_shape(self, name: str, num_pairs: int) -> torch.Size:
+        return torch.Size((num_pairs, self.shape[1]) if name == "A" else (self.shape[0], num_pairs))
 
 
 PAIR_DIM = {"A": 0, "B": 1}
@@ -58,7 +87,8 @@ def find_sites(model: nn.Module, adapter_name: str = "default") -> list[Site]:
     """The sites of one adapter, in the order of the model's modules.
 
     Raises:
-        ValueError: There is no such adapter or no adapted layer, or a layer is not a plain float32 linear LoRA layer.
+        ValueError: There is no such adapter or no adapted layer, or a layer is not a linear LoRA layer of
+            a supported type.
     """
     peft_model = next((module for module in model.modules() if isinstance(module, PeftModel)), None)
     if peft_model is None:
@@ -78,7 +108,7 @@ def find_sites(model: nn.Module, adapter_name: str = "default") -> list[Site]:
     _refuse(layers, adapter_name)
     _refuse_shared_weights(peft_model, layers)
     sites = [_site(name, layer, adapter_name) for name, layer in layers.items()]
-    require_float32(sites)
+    _require_supported_types(sites)
     return sites
 
 
@@ -103,6 +133,12 @@ def clamp_target_ranks(sites: list[Site], target_rank: int) -> None:
             f"srlora.target_rank {target_rank} is more than these matrices hold, clamped: {'; '.join(clamped)}",
             stacklevel=3,
         )
+
+
+def describe_base(sites: list[Site]) -> str:
+    """The type of the weights that an adapter was trained on, and therefore belongs to."""
+    kinds = Counter(site.quantised or str(site.weight.dtype).removeprefix("torch.") for site in sites)
+    return " and ".join(kinds)
 
 
 def warn_of_adapted_heads(model: nn.Module, sites: list[Site], adapter_name: str) -> None:
@@ -153,24 +189,26 @@ def _refuse_shared_weights(model: nn.Module, layers: dict[str, LoraLayer]) -> No
         )
 
 
-def require_float32(sites: list[Site]) -> None:
-    """Refuse 16-bit and quantised storage.
-
-    Raises:
-        ValueError: A weight or factor is stored in another type.
-    """
+def _require_supported_types(sites: list[Site]) -> None:
     for site in sites:
-        for parameter in (site.weight, site.lora_a, site.lora_b):
-            if parameter.dtype != torch.float32 or hasattr(parameter, "quant_state"):
-                kind = type(parameter).__name__ if hasattr(parameter, "quant_state") else str(parameter.dtype)
+        for parameter in (site.lora_a, site.lora_b, *(() if site.quantised else (site.weight,))):
+            if parameter.dtype not in FLOATS:
                 raise ValueError(
-                    f"{site.name} is stored as {kind}, and SRLoRA supports float32 alone so far: load the model with "
-                    "dtype=torch.float32 without quantisation, and turn mixed precision off in the engine"
+                    f"{site.name} is stored as {parameter.dtype}, and SRLoRA supports float32, bfloat16, float16 and "
+                    "bitsandbytes' NF4, FP4 and int8: load the model in one of them"
                 )
 
 
 def _is_linear(layer: LoraLayer) -> bool:
-    return isinstance(layer.get_base_layer(), nn.Linear)
+    return isinstance(layer.get_base_layer(), (nn.Linear, Conv1D)) and not isinstance(layer, ParamWrapper)
+
+
+def _quantisation(weight: nn.Parameter) -> str:
+    """How bitsandbytes stores a weight, by the name of its class: that package may not be installed."""
+    kind = type(weight).__name__
+    if kind == "Params4bit":
+        return weight.quant_type + ("-double" if weight.compress_statistics else "")
+    return "int8" if kind == "Int8Params" else ""
 
 
 def _some(names: list[str]) -> str:
@@ -179,12 +217,19 @@ def _some(names: list[str]) -> str:
 
 def _site(name: str, layer: LoraLayer, adapter_name: str) -> Site:
     linear = layer.get_base_layer()
+    transposed = isinstance(linear, Conv1D)
     return Site(
         name=name,
+        layer=linear,
         weight=linear.weight,
         lora_a=layer.lora_A[adapter_name].weight,
         lora_b=layer.lora_B[adapter_name].weight,
-        shape=(linear.out_features, linear.in_features),
+        shape=(linear.nf, linear.nx) if transposed else (linear.out_features, linear.in_features),
         rank=layer.r[adapter_name],
         scale=float(layer.scaling[adapter_name]),
+        transposed=transposed,
+        quantised=_quantisation(linear.weight),
+        fused_a=layer.lora_A[FUSED].weight if FUSED in layer.lora_A else None,
+        fused_b=layer.lora_B[FUSED].weight if FUSED in layer.lora_B else None,
+        fused_rank=layer.r.get(FUSED, 0),
     )

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from srlora_dist.cache import cache_dir
 from srlora_dist.digest import combine, digest_run
+from srlora_dist.original import OriginalWeights
 from srlora_dist.pairs import exact_matmul
 from srlora_dist.sites import Site
 from srlora_dist.storage import Storage
@@ -54,13 +55,6 @@ def _svd_in_float64(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(torch.from_numpy(part).to(weight.device, weight.dtype) for part in triplet)
 
 
-def _named_directions(site: Site, weight: Tensor) -> dict[str, Tensor]:
-    """A site's directions as they are kept in the file: on the CPU, U transposed so that a direction is a row."""
-    left, values, right = compute_directions(weight, site.target_rank)
-    names = (f"{site.name}.{part}" for part in ("Ut", "S", "Vt"))
-    return dict(zip(names, (left.T.contiguous().cpu(), values.cpu(), right.cpu()), strict=True))
-
-
 class Directions:
     """Gives every rank the directions it is about to use; rank 0 reads them from the file or computes them.
 
@@ -68,12 +62,19 @@ class Directions:
     2. Rank 0 looks for a whole file of that fingerprint; one small broadcast tells the others.
     3. If there is none, for each site: W is gathered on rank 0 alone, factored, and a few bytes tell the others that it
        worked, so that no rank waits longer than one site takes.
+
+    Args:
+        storage: How the ranks hold the weights.
+        cache: ``srlora.svd_cache``.
+        checkpoint: ``srlora.directions_from``; then W is read from there instead of gathered.
     """
 
-    def __init__(self, storage: Storage, cache: str | None) -> None:
+    def __init__(self, storage: Storage, cache: str | None, checkpoint: str | None = None) -> None:
         self.storage = storage
         self.cache = cache
+        self.checkpoint = checkpoint
         self.path: Path | None = None  # on rank 0
+        self._original: OriginalWeights | None = None  # likewise
 
     @torch.no_grad()
     def prepare(self) -> None:
@@ -82,10 +83,10 @@ class Directions:
         Collective: the three phases above, on every rank.
 
         Raises:
-            ValueError: A site could not be factored, or the folder cannot be written.
+            ValueError: A site could not be factored or read, or the folder cannot be written.
         """
-        name = hashlib.sha256(json.dumps(self._fingerprint()).encode()).hexdigest()[:32]
-        found = self.storage.on_rank_0("look for a file of directions", lambda: self._is_whole(name))
+        fingerprint = self._fingerprint()
+        found = self.storage.on_rank_0("look for a file of directions", lambda: self._find(fingerprint))
         flag = torch.tensor([int(bool(found))], device=self.storage.device)
         if self.storage.broadcast_(flag).item():
             return
@@ -128,15 +129,19 @@ class Directions:
         storage = self.storage
         halves = torch.zeros(len(storage.sites), 2, dtype=torch.int64)
         for number in range(len(storage.sites)):
-            digest = digest_run(*storage.weight_run(number))
+            digest = storage.digest_weight(number)
             halves[number] = torch.tensor([digest >> 32, digest & 0xFFFFFFFF])  # halves cannot overflow in the sum
         halves = storage.all_reduce_(halves.to(storage.device)).tolist()
         digests = [((high << 32) + low) % 2**64 for high, low in halves]
         entries = zip(storage.sites, digests, strict=True)
         return [METHOD, *([site.name, *site.shape, site.target_rank, digest] for site, digest in entries)]
 
-    def _is_whole(self, name: str) -> bool:
+    def _find(self, fingerprint: list) -> bool:
         """Whether the file is there and its content matches its own digest; a damaged one is reported."""
+        if self.checkpoint is not None:
+            self._original = OriginalWeights(self.checkpoint)
+            fingerprint = [*fingerprint, self._original.identity()]
+        name = hashlib.sha256(json.dumps(fingerprint).encode()).hexdigest()[:32]
         folder = Path(self.cache) if self.cache is not None else cache_dir() / "svd"
         self.path = folder / f"{name}.safetensors"
         if not self.path.exists():
@@ -157,10 +162,17 @@ class Directions:
         storage, tensors = self.storage, {}
         bar = tqdm(storage.sites, desc="directions (SVD)", unit="matrix", disable=storage.rank != 0, leave=False)
         for number, site in enumerate(bar):
-            weight = storage.gather_weight(number)
-            made = storage.on_rank_0(f"factor {site.name}", partial(_named_directions, site, weight))
+            weight = storage.gather_weight(number) if self.checkpoint is None else None
+            made = storage.on_rank_0(f"factor {site.name}", partial(self._factor, site, weight))
             tensors.update(made or {})
         return tensors
+
+    def _factor(self, site: Site, weight: Tensor | None) -> dict[str, Tensor]:
+        """A site's directions as they are kept in the file: on the CPU, U transposed so that a direction is a row."""
+        weight = self._original.read(site).to(self.storage.device) if weight is None else weight
+        left, values, right = compute_directions(weight, site.target_rank)
+        names = (f"{site.name}.{part}" for part in ("Ut", "S", "Vt"))
+        return dict(zip(names, (left.T.contiguous().cpu(), values.cpu(), right.cpu()), strict=True))
 
     def _write(self, tensors: dict[str, Tensor]) -> None:
         """Write beside, then rename."""

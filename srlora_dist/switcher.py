@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from srlora_dist.config import SRLoRAConfig
 from srlora_dist.digest import combine, digest_run, to_int64
 from srlora_dist.export import export_adapter
+from srlora_dist.fused import add_second_adapter_, append_pairs_
 from srlora_dist.importance import Importance
 from srlora_dist.ledger import Ledger, SiteSwitch, SwitchReport
+from srlora_dist.memory import ExtraMemory, count_extra_memory
 from srlora_dist.schedule import choose_slots, due_steps, num_fused
 from srlora_dist.sites import Site, clamp_target_ranks, find_sites, warn_of_adapted_heads
-from srlora_dist.storage import Storage, find_storage
+from srlora_dist.storage import Storage, find_storage, release_gathered, require_resettable
 from srlora_dist.svd import Directions
 
 logger = logging.getLogger(__name__)
@@ -32,13 +34,15 @@ class Switcher:
     Between switches nothing is sent. A switch, on every rank in the same order:
 
     1. One all-reduce adds up the pair scores; every rank chooses the same slots (Eq. 7-8).
-    2. For each bucket of sites: rank 0 broadcasts the next directions; under ZeRO-3 the small factors are gathered.
-    3. Each rank edits the span of W it holds, ``W <- W + s B_k A_k - s B_new A_new`` (Eq. 8-12), writes the new pairs
-       to every copy it holds, resets their moments and its statistics. No base weight is sent.
+    2. For each bucket of sites: rank 0 broadcasts the next directions; under ZeRO-3 and FSDP2 the small factors are
+       gathered.
+    3. Each rank edits the span of W it holds, ``W <- W + s B_k A_k - s B_new A_new`` (Eq. 8-12), or appends those pairs
+       to the frozen second adapter; it writes the new pairs to every copy it holds, resets their moments and its
+       statistics. No base weight is sent.
     4. One all-reduce compares a digest of slots, directions and factors; a difference stops the run.
 
     Args:
-        model: A PEFT model with LoRA layers, not yet prepared.
+        model: A PEFT model with LoRA layers, not yet prepared; it gets the second adapter where one is needed.
         config: Options.
         num_training_steps: Optimizer steps of the whole run (N_all of Eq. 14).
 
@@ -53,11 +57,13 @@ class Switcher:
         warn_of_adapted_heads(model, self.sites, config.adapter_name)
         ranks = [(site.rank, site.target_rank) for site in self.sites]
         self.due_steps = due_steps(num_training_steps, ranks, config.fusion_ratio)
+        add_second_adapter_(model, _sites_that_need_one(self.sites, config.fusion), config.fused_rank)
         self.num_training_steps = num_training_steps
         self.num_steps = 0
         self.num_switches = 0
         self.svd_seconds = self.switch_seconds = 0.0
         self.storage: Storage | None = None
+        self.extra_memory: ExtraMemory | None = None
         self._importance: Importance | None = None
         self._stepped: set[int] = set()
 
@@ -73,25 +79,32 @@ class Switcher:
         Raises:
             ValueError: The storage is not supported, or the adapter has been trained already.
         """
+        release_gathered(model)
         self.sites = self._find_same_sites(model)
         self.storage = find_storage(model, optimizer, self.sites)
         self._model = model
-        _require_resettable(self.storage, self.config.optimizer_reset)
+        require_resettable(self.storage.optimizer, self.config.optimizer_reset)
         self._require_usable_adapter()
         began = time.perf_counter()
-        self._directions = Directions(self.storage, self.config.svd_cache)
+        self._directions = Directions(self.storage, self.config.svd_cache, self.config.directions_from)
         self._directions.prepare()
         self.svd_seconds = time.perf_counter() - began
         self._ledger = self.storage.on_rank_0("open the ledger", lambda: Ledger(self.config.ledger_dir))
+        self.storage.allocate_residuals(self.config.residual_device)
         for site in self.sites:
             site.held = [-1] * site.rank
         report = self._switch([list(range(min(site.rank, site.target_rank))) for site in self.sites], scores=None)
         if self.due_steps:
             self._importance = Importance(self.storage, self.config.beta1, self.config.beta2)
         self.storage.on_optimizer_step(self._before_optimizer_step)
+        self.extra_memory = count_extra_memory(
+            *(self.storage, self._importance, self._ledger, len(self.due_steps), self.config.fusion_ratio),
+            list(self._buckets()),
+        )
         logger.info(
             "SRLoRA on %s: %d sites, switches after steps %s", self.storage.name, len(self.sites), self.due_steps
         )
+        logger.info("beside what LoRA needs this rank holds, in MiB: %s", self.extra_memory)
         return report
 
     def step(self) -> SwitchReport | None:
@@ -176,6 +189,7 @@ class Switcher:
     def _switch(self, slots: list[list[int]], scores: list[Tensor] | None) -> SwitchReport:
         """Fuse and restart the given slots of every site; switch 0 has no scores and fuses nothing."""
         began = time.perf_counter()
+        self.storage.release_gathered()
         report = SwitchReport(self.num_steps, self.num_switches, [])
         digests = []
         for bucket in self._buckets():
@@ -208,16 +222,14 @@ class Switcher:
         site, config = self.sites[number], self.config
         left, values, right = triplet
         root = (values / site.scale).sqrt()
-        new_b, new_a = left * root, right * root[:, None]
+        # In the type of the factors, for what is taken out of W has to be what the forward pass will use.
+        new_b, new_a = (left * root).to(b.dtype), (right * root[:, None]).to(a.dtype)
         chosen = torch.tensor(slots)
         fuses = bool(scores)
         index = chosen.to(a.device)
-        lefts = [site.scale * b[:, index]] * fuses + [-site.scale * new_b]
-        rights = [a[index]] * fuses + [new_a]
-        edit = torch.cat(lefts, 1), torch.cat(rights, 0)
-        self.storage.edit_weight_(number, *edit)
-        if self._ledger is not None:
-            self._ledger.add(site.name, *edit)
+        lefts = torch.cat([b[:, index]] * fuses + [-new_b], 1)
+        rights = torch.cat([a[index]] * fuses + [new_a], 0)
+        self._add_to_weight_(number, lefts, rights)
         whole_a, whole_b = a.index_copy(0, index, new_a), b.index_copy(1, index, new_b)
         self.storage.write_pairs_(number, "A", chosen, whole_a, config.optimizer_reset)
         self.storage.write_pairs_(number, "B", chosen, whole_b, config.optimizer_reset)
@@ -228,8 +240,23 @@ class Switcher:
         for slot, direction in zip(slots, taken, strict=True):
             site.held[slot] = direction
         site.num_taken += len(slots)
-        tensors = (chosen, *edit, whole_a, whole_b)
+        tensors = (chosen, lefts, rights, whole_a, whole_b)
         return part, combine(*slots, *taken, *(digest_run(tensor) for tensor in tensors))
+
+    def _add_to_weight_(self, number: int, left: Tensor, right: Tensor) -> None:
+        """Add ``scale * left @ right`` to a site's W, or to what stands for it. Collective: see ``append_pairs_``."""
+        site = self.sites[number]
+        if site.fused_a is None:
+            self.storage.edit_weight_(number, left.float(), right.float())
+        else:
+            error = append_pairs_(self.storage, number, left, right)
+            if error:
+                logger.warning(
+                    "%s: the second adapter was compressed to rank %d, relative error %.2e",
+                    *(site.name, site.fused_rank, error),
+                )
+        if self._ledger is not None:
+            self._ledger.add(site.name, site.scale * left.float(), right.float())
 
     def _buckets(self) -> Iterator[list[int]]:
         """Site numbers in order, cut where a bucket's factors reach ``BUCKET_BYTES``."""
@@ -274,12 +301,14 @@ class Switcher:
         self.storage.raise_together(error)
 
 
-def _require_resettable(storage: Storage, optimizer_reset: str) -> None:
-    """Only optimizers whose moments have the shape of the weight can be reset pair by pair."""
-    known = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.NAdam, torch.optim.RAdam)
-    name = type(storage.optimizer).__name__
-    if optimizer_reset == "keep" or isinstance(storage.optimizer, known) or name in ("DeepSpeedCPUAdam", "FusedAdam"):
-        return
-    raise ValueError(
-        f"srlora.optimizer_reset {optimizer_reset!r} is not supported with {name}: use AdamW or SGD, or choose keep"
-    )
+def _sites_that_need_one(sites: list[Site], fusion: str) -> list[Site]:
+    """The sites whose W is not edited but stood in for by a second adapter."""
+    if fusion == "adapter":
+        return sites
+    needing = [site for site in sites if site.quantised]
+    if needing and fusion == "in_place":
+        raise ValueError(
+            f"srlora.fusion is in_place, but {needing[0].name} is quantised ({needing[0].quantised}), where an edit "
+            "would be lost in the rounding: choose auto or adapter"
+        )
+    return needing

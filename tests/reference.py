@@ -15,13 +15,18 @@ from torch import Tensor
 
 @dataclass
 class Site:
-    """One adapted layer: y = x (W + s B A)^T, with W (m, n), A (r, n), B (m, r)."""
+    """One adapted layer: y = x (W + s B A)^T, with W (m, n), A (r, n), B (m, r).
+
+    W may be of 16 bits: then it is the rounding of a sum that is kept exactly. So may be the copies of A and B that the
+    forward pass uses, while the optimizer steps these in fp32.
+    """
 
     W: Tensor
     A: Tensor
     B: Tensor
     s: float
     target: int  # r_target of this site, at most min(m, n)
+    used_type: torch.dtype = torch.float32  # of A and B in the forward pass
     taken: int = 0  # directions used so far; the next unused one has this number
     holds: list[int] = field(default_factory=list)  # the direction that each slot was started along
     U: Tensor = None
@@ -29,6 +34,15 @@ class Site:
     Vt: Tensor = None
     mean: dict[str, Tensor] = None  # moving average of the sensitivity, of A and of B
     dev: dict[str, Tensor] = None  # moving average of its deviation
+    total: Tensor = None  # W0 and all that was added to it
+
+    def used(self, x: Tensor) -> Tensor:
+        """A part of a factor as the forward pass uses it."""
+        return x.to(self.used_type).float()
+
+    def add(self, delta: Tensor) -> None:
+        self.total += delta
+        self.W.copy_(self.total)
 
 
 def directions(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,7 +66,8 @@ class Reference:
     def __init__(self, sites: dict[str, Site], gamma: float, b1: float = 0.85, b2: float = 0.85) -> None:
         self.sites, self.gamma, self.b1, self.b2 = sites, gamma, b1, b2
         for site in sites.values():
-            site.U, site.S, site.Vt = directions(site.W)
+            site.U, site.S, site.Vt = directions(site.W.float())
+            site.total = site.W.double()
             r = site.A.shape[0]
             site.holds = [-1] * r
             self.restart(site, list(range(min(r, site.target))))
@@ -64,9 +79,9 @@ class Reference:
         for k in slots:
             d = site.taken
             root = torch.sqrt(site.S[d] / site.s)
-            site.B[:, k] = site.U[:, d] * root
-            site.A[k, :] = site.Vt[d, :] * root
-            site.W -= site.s * torch.outer(site.B[:, k], site.A[k, :])
+            site.B[:, k] = site.used(site.U[:, d] * root)
+            site.A[k, :] = site.used(site.Vt[d, :] * root)
+            site.add(-site.s * torch.outer(site.B[:, k], site.A[k, :]))
             site.holds[k] = d
             site.taken += 1
 
@@ -100,7 +115,7 @@ class Reference:
             order = sorted(range(r), key=lambda k: (self.scores(site)[k].item(), k))  # ties: the lower slot first
             slots = sorted(order[: max(num_fused, 0)])
             for k in slots:  # Eq. 8-9
-                site.W += site.s * torch.outer(site.B[:, k], site.A[k, :])
+                site.add(site.s * torch.outer(site.used(site.B[:, k]), site.used(site.A[k, :])))
             self.restart(site, slots)
             if optimizer is not None and reset != "keep":
                 for w, index in ((site.A, (slots, slice(None))), (site.B, (slice(None), slots))):

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import sys
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from srlora_dist.sites import Site, require_float32
+from srlora_dist.sites import Site
 from srlora_dist.storage.base import Run, Storage, deal_by_size
+from srlora_dist.storage.moments import require_resettable
 from srlora_dist.storage.plain import PlainStorage
 from srlora_dist.storage.zero3 import Zero3Storage
 from srlora_dist.storage.zero12 import Zero12Storage
 
-__all__ = ["Run", "Storage", "deal_by_size", "find_storage"]
+__all__ = ["Run", "Storage", "deal_by_size", "find_storage", "release_gathered", "require_resettable"]
 
 
 def find_storage(model: nn.Module, optimizer: object, sites: list[Site]) -> Storage:
@@ -28,13 +28,9 @@ def find_storage(model: nn.Module, optimizer: object, sites: list[Site]) -> Stor
     Raises:
         ValueError: The storage is not supported; the message says what to use instead.
     """
-    _refuse_fsdp(model, sites)
-    require_float32(sites)
     layers = [optimizer]
     while hasattr(layers[-1], "optimizer"):
         layers.append(layers[-1].optimizer)
-        if getattr(layers[-2], "scaler", None) is not None:
-            raise ValueError("fp16 mixed precision with a GradScaler is not supported yet: train in fp32")
     innermost = layers[-1]
     if not isinstance(innermost, Optimizer):
         raise ValueError(
@@ -45,7 +41,29 @@ def find_storage(model: nn.Module, optimizer: object, sites: list[Site]) -> Stor
             return Zero3Storage(innermost, sites, layer)
         if _is_a(layer, "deepspeed.runtime.zero.stage_1_and_2", "DeepSpeedZeroOptimizer"):
             return Zero12Storage(innermost, sites, layer)
+        if layer is not innermost and type(layer).__module__.startswith("deepspeed."):
+            raise ValueError(
+                f"DeepSpeed's {type(layer).__name__} is not supported: use ZeRO stage 1, 2 or 3, and leave "
+                "data_types.grad_accum_dtype out"
+            )
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise ValueError("FSDP1 is not supported: set fsdp_version to 2, or use torch.distributed.fsdp.fully_shard")
+    if _sharded_modules(model):
+        from srlora_dist.storage.fsdp2 import Fsdp2Storage  # seconds of imports that other runs do without
+
+        return Fsdp2Storage(innermost, sites, model)
     return PlainStorage(innermost, sites)
+
+
+def release_gathered(model: nn.Module) -> None:
+    """Make FSDP2 modules that hold gathered weights hold their shards again, so that parameters are what they were."""
+    for module in _sharded_modules(model):
+        module.reshard()
+
+
+def _sharded_modules(model: nn.Module) -> list[nn.Module]:
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+    return [module for module in model.modules() if isinstance(module, kind)]
 
 
 def _is_a(thing: object, module: str, name: str) -> bool:
@@ -60,13 +78,3 @@ def _is_a(thing: object, module: str, name: str) -> bool:
     if type(thing) is not kind:
         raise ValueError(f"{type(thing).__name__} is not supported: use DeepSpeed's own {name}")
     return True
-
-
-def _refuse_fsdp(model: nn.Module, sites: list[Site]) -> None:
-    fully_sharded = any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
-    if fully_sharded or any(_is_dtensor(site.weight) or _is_dtensor(site.lora_a) for site in sites):
-        raise ValueError("FSDP is not supported yet: launch with DDP or DeepSpeed ZeRO (see launch/accelerate/)")
-
-
-def _is_dtensor(tensor: torch.Tensor) -> bool:
-    return _is_a(tensor, "torch.distributed.tensor", "DTensor")

@@ -12,11 +12,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from srlora_dist.pairs import add_pairs_, fill_pairs_
+from srlora_dist.digest import digest_run
+from srlora_dist.pairs import add_pairs_, add_pairs_to_sum_, fill_pairs_
 from srlora_dist.sites import PAIR_DIM, Site
+from srlora_dist.storage.moments import resettable_moments
+from srlora_dist.storage.quantised import dequantise, digest_scales
 
 T = TypeVar("T")
-FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
 
 
 @dataclass(eq=False)
@@ -41,20 +43,30 @@ class Run:
 
     def of(self, tensor: Tensor) -> Tensor:
         """This run of the owner's weight, gradient or moment, a view."""
-        return tensor.detach().view(-1)[self.offset : self.offset + self.numel]
+        return local_part(tensor).view(-1)[self.offset : self.offset + self.numel]
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor: all of it, or its shard if it is a DTensor."""
+    tensor = tensor.detach()
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 class Storage(ABC):
     """How the ranks hold the weights, factors, gradients and moments of the sites.
 
     Attributes:
-        name: ``plain``, ``ddp``, ``zero1``, ``zero2`` or ``zero3``.
+        name: ``plain``, ``ddp``, ``zero1``, ``zero2``, ``zero3`` or ``fsdp2``.
         optimizer: The innermost torch optimizer, the one place that sees the gradients that are applied.
+        gathers: Whether :meth:`gather_parameters` makes copies, because a rank holds only a part.
         held: The runs of factors that this rank's optimizer steps.
         tracked: Those of them that this rank keeps statistics of; over all ranks each element is tracked once.
+        residuals: For each site whose 16-bit W is edited in place the low part of ``W = high + low``, of the run that
+            :meth:`weight_to_edit` gives; the model computes with the high part alone.
     """
 
     name: str
+    gathers = False
 
     def __init__(self, optimizer: Optimizer, sites: list[Site]) -> None:
         self.optimizer = optimizer
@@ -65,57 +77,125 @@ class Storage(ABC):
         self.device = sites[0].lora_a.device
         self.held: list[Run] = []
         self.tracked: list[Run] = []
+        self.residuals: dict[int, Tensor] = {}
 
     # How weights are held: each kind answers these.
+
+    @abstractmethod
+    def parameter_run(self, parameter: nn.Parameter) -> tuple[Tensor, int]:
+        """The run of a parameter, as the model holds it, that this rank holds (a view), and its offset."""
 
     @abstractmethod
     def weight_run(self, number: int) -> tuple[Tensor, int]:
         """The run of W of a site that this rank answers for, and its offset: over all ranks each element once."""
 
     @abstractmethod
-    def gather_weight(self, number: int) -> Tensor | None:
-        """W of a site, (m, n), on rank 0 and None elsewhere.
+    def gather_stored(self, number: int) -> Tensor | None:
+        """W of a site on rank 0 just as it is stored (transposed, 16-bit, packed), and None elsewhere.
 
         Collective: every rank must call it; what is sent depends on the storage.
         """
 
     @abstractmethod
     def gather_parameters(self, parameters: list[nn.Parameter]) -> list[Tensor]:
-        """Whole trainable parameters on every rank; a result may be the live tensor, so it is not to be written.
+        """Whole floating-point parameters on every rank; a result may be the live tensor, so it is not to be written.
 
         Collective: every rank must call it with the same parameters; what is sent depends on the storage.
         """
 
-    def edit_weight_(self, number: int, left: Tensor, right: Tensor) -> None:
-        """Add ``left @ right``, (m, k) times (k, n), to what this rank holds of a site's W; nothing is sent."""
-        add_pairs_(self.sites[number].weight.detach().view(-1), 0, left, right)
+    def weight_to_edit(self, number: int) -> tuple[Tensor, int]:
+        """The run of W, as it is stored, that this rank edits, and its offset."""
+        return self.parameter_run(self.sites[number].weight)
 
-    def write_copies_(self, number: int, factor: str, slots: Tensor, whole: Tensor) -> None:  # noqa: B027 (a default)
-        """Write pairs of a factor to the copies beside the one that the optimizer steps; here there are none."""
+    def held_bytes(self, parameter: nn.Parameter) -> int:
+        """Memory that a parameter takes on this rank between steps."""
+        return self.parameter_run(parameter)[0].nbytes
+
+    def after_edit(self, number: int) -> None:  # noqa: B027 (a default)
+        """Bring the copies of W beside the edited run up to date; here there are none."""
+
+    def release_gathered(self) -> None:  # noqa: B027 (a default)
+        """Let go of gathered copies that an edit would not reach; here there are none."""
+
+    def write_parameter_(self, parameter: nn.Parameter, pair_dim: int, slots: Tensor, whole: Tensor) -> None:
+        """Write the given pairs of a whole factor to what this rank's model holds of it."""
+        run, start = self.parameter_run(parameter)
+        fill_pairs_(run, start, pair_dim, slots, whole)
+
+    # The same for every kind, in terms of these.
+
+    def gather_weight(self, number: int) -> Tensor | None:
+        """W of a site, (m, n) in float32, on rank 0 and None elsewhere.
+
+        Collective: see :meth:`gather_stored`.
+
+        Raises:
+            ValueError: A quantised W is not in its original layout any more.
+        """
+        site, stored = self.sites[number], self.gather_stored(number)
+        if stored is None:
+            return None
+        whole = dequantise(site, stored) if site.quantised else stored.float()
+        return whole.T if site.transposed else whole
+
+    def digest_weight(self, number: int) -> int:
+        """This rank's part of the digest of a site's W; the parts of all ranks add up to it."""
+        site, total = self.sites[number], digest_run(*self.weight_run(number))
+        if site.quantised and self.rank == 0:  # the scales are on every rank
+            total += digest_scales(site)
+        return total % 2**64
+
+    def allocate_residuals(self, device: str) -> None:
+        """Make room for the low parts of the 16-bit weights that are edited in place.
+
+        Args:
+            device: ``weight`` keeps them where the weight is, ``cpu`` in host memory, pinned if the weight is on a GPU.
+        """
+        for number, site in enumerate(self.sites):
+            if site.weight.dtype == torch.float32 or site.fused_a is not None:
+                continue
+            run, _ = self.weight_to_edit(number)
+            to_host = device == "cpu" and run.device.type != "cpu"
+            place = {"device": "cpu", "pin_memory": True} if to_host else {"device": run.device}
+            self.residuals[number] = torch.zeros(run.numel(), dtype=run.dtype, **place)
+
+    def edit_weight_(self, number: int, left: Tensor, right: Tensor) -> None:
+        """Add ``scale * left @ right``, (m, k) times (k, n), to what this rank holds of a site's W; nothing is sent."""
+        site = self.sites[number]
+        run, start = self.weight_to_edit(number)
+        if site.transposed:
+            left, right = right.T, left.T
+        left, right = left.to(run.device), right.to(run.device)
+        if number in self.residuals:
+            add_pairs_to_sum_(run, self.residuals[number], start, left, right, site.scale)
+        else:
+            add_pairs_(run, start, left, right, site.scale)
+        self.after_edit(number)
 
     def model_run(self, run: Run) -> Tensor:
         """The same span in the copy that the model computes with, a view."""
-        return self.sites[run.site].factor(run.factor).detach().view(-1)[run.start : run.start + run.numel]
-
-    # The same for every kind, in terms of the runs.
+        held, start = self.parameter_run(self.sites[run.site].factor(run.factor))
+        return held[run.start - start : run.start - start + run.numel]
 
     def find_misplaced(self) -> Run | None:
         """A run whose owner does not hold what the model computes with: then the map of this rank is wrong."""
-        return next((run for run in self.held if not torch.equal(run.of(run.owner), self.model_run(run))), None)
+        for run in self.held:
+            copy = self.model_run(run)
+            if not torch.equal(run.of(run.owner).to(copy.device, copy.dtype), copy):
+                return run
+        return None
 
     def write_pairs_(self, number: int, factor: str, slots: Tensor, whole: Tensor, optimizer_reset: str) -> None:
         """Write the given slots of a whole factor to all copies this rank holds and reset their optimizer moments."""
+        pair_dim = PAIR_DIM[factor]
         for run in self.held:
             if run.site != number or run.factor != factor:
                 continue
-            fill_pairs_(run.of(run.owner), run.start, PAIR_DIM[factor], slots, whole)
-            if optimizer_reset == "keep":
-                continue
-            for key, moment in self.optimizer.state.get(run.owner, {}).items():
-                is_moment = torch.is_tensor(moment) and moment.shape == run.owner.shape
-                if is_moment and (optimizer_reset == "zero" or key in FIRST_MOMENTS):
-                    fill_pairs_(run.of(moment), run.start, PAIR_DIM[factor], slots, torch.zeros_like(whole))
-        self.write_copies_(number, factor, slots, whole)
+            fill_pairs_(run.of(run.owner), run.start, pair_dim, slots, whole)
+            state = self.optimizer.state.get(run.owner, {})
+            for moment, zero in resettable_moments(state, run.owner, optimizer_reset):
+                fill_pairs_(run.of(moment), run.start, pair_dim, slots, torch.full_like(whole, zero))
+        self.write_parameter_(self.sites[number].factor(factor), pair_dim, slots, whole)
 
     def on_optimizer_step(self, hook: Callable[[list[Tensor]], None]) -> None:
         """Call ``hook`` with the tensors that are about to be stepped, their final gradients in ``.grad``."""

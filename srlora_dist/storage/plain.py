@@ -19,11 +19,14 @@ class WholeWeights(Storage):
                 raise ValueError(f"the weight of {site.name} is not contiguous: call .contiguous() on it first")
         self.dealt_to = deal_by_size([site.rank * sum(site.shape) for site in sites], self.world_size)
 
+    def parameter_run(self, parameter: nn.Parameter) -> tuple[Tensor, int]:
+        return parameter.detach().view(-1), 0
+
     def weight_run(self, number: int) -> tuple[Tensor, int]:
         flat = self.sites[number].weight.detach().view(-1)
         return (flat if self.dealt_to[number] == self.rank else flat[:0]), 0
 
-    def gather_weight(self, number: int) -> Tensor | None:
+    def gather_stored(self, number: int) -> Tensor | None:
         return self.sites[number].weight.detach() if self.rank == 0 else None
 
     def gather_parameters(self, parameters: list[nn.Parameter]) -> list[Tensor]:

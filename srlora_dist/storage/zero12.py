@@ -7,11 +7,9 @@ are rebuilt from all fragments, so a written pair must go to both copies.
 
 from __future__ import annotations
 
-from torch import Tensor
 from torch.optim import Optimizer
 
-from srlora_dist.pairs import fill_pairs_
-from srlora_dist.sites import PAIR_DIM, Site
+from srlora_dist.sites import Site
 from srlora_dist.storage.base import Run, require_stepped
 from srlora_dist.storage.plain import WholeWeights
 
@@ -41,7 +39,3 @@ class Zero12Storage(WholeWeights):
                 if start < stop:  # else this rank's fragment holds nothing of the factor
                     self.held.append(Run(number, factor, start, owner, offset + start - begin, stop - start))
         self.tracked = self.held
-
-    def write_copies_(self, number: int, factor: str, slots: Tensor, whole: Tensor) -> None:
-        parameter = self.sites[number].factor(factor)
-        fill_pairs_(parameter.detach().view(-1), 0, PAIR_DIM[factor], slots, whole)

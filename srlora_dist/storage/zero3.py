@@ -2,7 +2,7 @@
 
 ``parameter.ds_tensor`` is this rank's run; small parameters ("persistent" ones) are also kept whole in
 ``parameter.data`` while they are AVAILABLE. The optimizer steps flat fp32 sub-groups, which hold the runs of the
-trainable parameters end to end.
+trainable parameters end to end. hpZ keeps a second run, cut among the ranks of a node, for the backward pass.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from srlora_dist.pairs import add_pairs_, fill_pairs_
-from srlora_dist.sites import PAIR_DIM, Site
-from srlora_dist.storage.base import Run, Storage, require_stepped
+from srlora_dist.pairs import fill_pairs_
+from srlora_dist.sites import Site
+from srlora_dist.storage.base import Run, require_stepped
+from srlora_dist.storage.cut import CutWeights
 
 
-class Zero3Storage(Storage):
-    """A rank edits, tracks and resets its own runs; only the small factors are ever gathered."""
+class Zero3Storage(CutWeights):
+    """The map from DeepSpeed's flat sub-groups to sites, and the copies that it keeps beside a run."""
 
     name = "zero3"
 
@@ -35,69 +36,57 @@ class Zero3Storage(Storage):
                 parameter = site.factor(factor)
                 require_stepped(site, id(parameter) in positions)
                 group, offset = positions[id(parameter)]
-                start, numel = _span(parameter)
+                run, start = self.parameter_run(parameter)
                 owner = zero_optimizer.fp32_partitioned_groups_flat[group]
-                self.held.append(Run(number, factor, start, owner, offset, numel))
+                self.held.append(Run(number, factor, start, owner, offset, run.numel()))
         self.tracked = self.held
 
-    def weight_run(self, number: int) -> tuple[Tensor, int]:
-        return _local_run(self.sites[number].weight)
+    def whole_shape(self, parameter: nn.Parameter) -> torch.Size:
+        return parameter.ds_shape
 
-    def gather_weight(self, number: int) -> Tensor | None:
+    def largest_run(self, parameter: nn.Parameter) -> int:
+        return parameter.partition_numel()
+
+    def parameter_run(self, parameter: nn.Parameter) -> tuple[Tensor, int]:
+        start = min(parameter.partition_numel() * dist.get_rank(), parameter.ds_numel)
+        numel = min(parameter.partition_numel(), parameter.ds_numel - start)  # without the padding; may be 0
+        return parameter.ds_tensor.detach().view(-1)[:numel], start
+
+    def weight_to_edit(self, number: int) -> tuple[Tensor, int]:
+        weight = self.sites[number].weight
+        if weight.dtype != torch.float32 and _is_whole(weight) and not weight.ds_persist:
+            weight.partition()  # left over from an evaluation; its residual is of this rank's run
+        # Of a weight that is there whole all of it, by the same call on every rank.
+        return (weight.detach().view(-1), 0) if _is_whole(weight) else self.parameter_run(weight)
+
+    def held_bytes(self, parameter: nn.Parameter) -> int:
+        whole = parameter.ds_numel * parameter.element_size() if parameter.ds_persist else 0
+        return whole + parameter.partition_numel() * parameter.element_size()
+
+    def after_edit(self, number: int) -> None:
         weight = self.sites[number].weight
         if _is_whole(weight):
-            return weight.detach() if self.rank == 0 else None
-        run = weight.ds_tensor.detach().to(self.device)
-        runs = [torch.empty_like(run) for _ in range(self.world_size)] if self.rank == 0 else None
-        dist.gather(run, runs, dst=0)
-        if self.rank != 0:
-            return None
-        return torch.cat(runs)[: weight.ds_numel].view(self.sites[number].shape)
-
-    def gather_parameters(self, parameters: list[nn.Parameter]) -> list[Tensor]:
-        """See :meth:`Storage.gather_parameters`.
-
-        Collective: one all-reduce of the parameters laid end to end; it is exact, for only one rank adds to an element.
-        """
-        sizes = [parameter.ds_numel for parameter in parameters]
-        packed = torch.zeros(sum(sizes), dtype=parameters[0].dtype, device=self.device)
-        wholes = packed.split(sizes)
-        for parameter, whole in zip(parameters, wholes, strict=True):
-            run, start = _local_run(parameter)
-            whole[start : start + run.numel()] = run
-        self.all_reduce_(packed)
-        return [whole.view(parameter.ds_shape) for parameter, whole in zip(parameters, wholes, strict=True)]
-
-    def model_run(self, run: Run) -> Tensor:
-        return _local_run(self.sites[run.site].factor(run.factor))[0]
-
-    def edit_weight_(self, number: int, left: Tensor, right: Tensor) -> None:
-        weight = self.sites[number].weight
-        run, start = _local_run(weight)
-        if _is_whole(weight):
-            # One edit of the whole, the same call on every rank, then this rank's run is a copy of a part of it.
-            add_pairs_(weight.detach().view(-1), 0, left, right)
+            run, start = self.parameter_run(weight)
             run.copy_(weight.detach().view(-1)[start : start + run.numel()])
-        else:
-            add_pairs_(run, start, left.to(run.device), right.to(run.device))
+        _forget_secondary(weight)
 
-    def write_copies_(self, number: int, factor: str, slots: Tensor, whole: Tensor) -> None:
-        parameter = self.sites[number].factor(factor)
-        run, start = _local_run(parameter)
-        fill_pairs_(run, start, PAIR_DIM[factor], slots, whole)
+    def allocate_residuals(self, device: str) -> None:
+        """See :meth:`Storage.allocate_residuals`.
+
+        Collective: an all-gather of the persistent 16-bit weights, which the next forward pass would send otherwise: a
+        residual must be of the whole from the start, or ranks would round the same element differently later.
+        """
+        weights = [site.weight for site in self.sites if site.weight.dtype != torch.float32 and site.fused_a is None]
+        waiting = [weight for weight in weights if weight.ds_persist and not _is_whole(weight)]
+        if waiting:
+            waiting[0].all_gather(waiting)
+        super().allocate_residuals(device)
+
+    def write_parameter_(self, parameter: nn.Parameter, pair_dim: int, slots: Tensor, whole: Tensor) -> None:
+        super().write_parameter_(parameter, pair_dim, slots, whole)
         if _is_whole(parameter):
-            fill_pairs_(parameter.detach().view(-1), 0, PAIR_DIM[factor], slots, whole)
-
-
-def _span(parameter: nn.Parameter) -> tuple[int, int]:
-    """Offset and length of this rank's run without the padding; the length of an empty run is 0."""
-    start = min(parameter.partition_numel() * dist.get_rank(), parameter.ds_numel)
-    return start, min(parameter.partition_numel(), parameter.ds_numel - start)
-
-
-def _local_run(parameter: nn.Parameter) -> tuple[Tensor, int]:
-    start, numel = _span(parameter)
-    return parameter.ds_tensor.detach().view(-1)[:numel], start
+            fill_pairs_(parameter.detach().view(-1), 0, pair_dim, slots, whole)
+        _forget_secondary(parameter)
 
 
 def _offsets(parameters: list[nn.Parameter]) -> list[int]:
@@ -112,17 +101,20 @@ def _is_whole(parameter: nn.Parameter) -> bool:
     return parameter.ds_status.name == "AVAILABLE"
 
 
+def _forget_secondary(parameter: nn.Parameter) -> None:
+    """Drop the run that hpZ keeps for the backward pass; the next forward pass makes a new one."""
+    parameter.ds_secondary_tensor = None
+
+
 def _refuse_unsupported(sites: list[Site], zero_optimizer: object) -> None:
     """Raise where a part of the weights or of the optimizer is not where this file expects it."""
     if zero_optimizer.swap_optimizer:
-        raise ValueError("offload_optimizer to nvme is not supported yet: set offload_optimizer.device to cpu or none")
+        raise ValueError("offload_optimizer to nvme is not supported: set offload_optimizer.device to cpu or none")
     if zero_optimizer.offload_optimizer and zero_optimizer.partial_offload < 1:
         raise ValueError(f"offload_optimizer.ratio {zero_optimizer.partial_offload} is not supported: set it to 1")
     for site in sites:
         run = site.weight.ds_tensor
-        if getattr(site.weight, "ds_secondary_tensor", None) is not None:
-            raise ValueError("zero_hpz_partition_size > 1 is not supported yet: set it to 1")
         if hasattr(run, "ds_quant_scale"):
             raise ValueError("zero_quantized_nontrainable_weights is not supported: set it to false")
         if getattr(run.final_location, "value", run.final_location) == "nvme":
-            raise ValueError("offload_param to nvme is not supported yet: set offload_param.device to none")
+            raise ValueError("offload_param to nvme is not supported: set offload_param.device to cpu or none")

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-ENGINES = ("plain", "ddp", "zero1", "zero2", "zero3")
+ENGINES = ("plain", "ddp", "zero1", "zero2", "zero3", "fsdp2")
 BATCH = 12  # divides by 1, 2, 3 and 4 ranks
 
 
@@ -46,8 +46,51 @@ def make_net(rank: int = 4, alpha: float = 6, seed: int = 0, **lora: object) -> 
     return get_peft_model(Net(), config)
 
 
-def make_odd_net() -> nn.Module:
-    """The same with the tiny site, and a rank and a scale of its own for each site."""
+def make_odd_base(precision: str = "fp32") -> nn.Module:
+    """The pretrained model, the same in every process, in one of ``PRECISIONS``."""
+    torch.manual_seed(0)
+    base = OddNet()
+    if precision == "bf16":
+        return base.bfloat16()
+    if precision != "fp32":
+        for name in SHAPES:
+            setattr(base, name, quantised(getattr(base, name), precision))
+    return base
+
+
+PRECISIONS = ("fp32", "bf16", "nf4", "nf4-double", "fp4", "int8")
+
+
+def quantised(linear: nn.Linear, precision: str) -> nn.Module:
+    """The same layer as bitsandbytes holds it on the CPU; it computes in float32."""
+    import bitsandbytes as bnb
+
+    m, n = linear.weight.shape
+    if precision == "int8":
+        layer = bnb.nn.Linear8bitLt(n, m, has_fp16_weights=False, threshold=0.0)
+        layer.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False)
+    else:
+        kind, _, double = precision.partition("-")
+        layer = bnb.nn.Linear4bit(n, m, compute_dtype=torch.float32, compress_statistics=bool(double), quant_type=kind)
+        layer.weight = bnb.nn.Params4bit(
+            linear.weight.data, requires_grad=False, compress_statistics=bool(double), quant_type=kind
+        )
+    layer.bias = linear.bias
+    return layer.to("cpu")  # quantises
+
+
+def dequantised(layer: nn.Module, precision: str) -> Tensor:
+    """The weight that a quantised layer stands for, (m, n)."""
+    import bitsandbytes as bnb
+
+    if precision == "int8":
+        return bnb.functional.int8_vectorwise_dequant(layer.weight.data, layer.weight.SCB).float()
+    return bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+
+
+def make_odd_net(precision: str = "fp32") -> nn.Module:
+    """The PEFT model, with a rank and a scale of its own for each site."""
+    base = make_odd_base(precision)
     torch.manual_seed(0)
     config = LoraConfig(
         r=4,
@@ -57,7 +100,7 @@ def make_odd_net() -> nn.Module:
         target_modules=list(SHAPES),
         modules_to_save=["head"],
     )
-    return get_peft_model(OddNet(), config)
+    return get_peft_model(base, config)
 
 
 def make_batch(step: int) -> tuple[Tensor, Tensor]:
@@ -78,14 +121,25 @@ class Engine:
 
 
 def prepare(
-    name: str, model: nn.Module, learning_rate: float, clip: float, accumulation: int = 1, **zero: object
+    name: str,
+    model: nn.Module,
+    learning_rate: float,
+    clip: float,
+    accumulation: int = 1,
+    settings: dict | None = None,
+    **zero: object,
 ) -> Engine:
-    """Prepare with torch alone, DDP, or a real DeepSpeed engine; ``zero`` is added to its zero_optimization."""
+    """Prepare with torch alone, DDP, FSDP2 or a real DeepSpeed engine.
+
+    ``settings`` are added to DeepSpeed's configuration, and ``zero`` to its zero_optimization.
+    """
+    if name.startswith("fsdp2"):
+        shard_(model)
     columns = [p for name, p in model.named_parameters() if p.requires_grad and "lora_B" in name]
     others = [p for name, p in model.named_parameters() if p.requires_grad and "lora_B" not in name]
     optimizer = torch.optim.AdamW([{"params": others}, {"params": columns}], lr=learning_rate, weight_decay=0)
     if name.startswith("zero"):
-        return _deepspeed(int(name[4:]), model, optimizer, clip, accumulation, zero)
+        return _deepspeed(int(name[4:]), model, optimizer, clip, accumulation, zero, settings or {})
     wrapped = nn.parallel.DistributedDataParallel(model) if name == "ddp" else model
 
     def step() -> None:
@@ -100,8 +154,24 @@ def prepare(
     return Engine(wrapped, optimizer, lambda loss: (loss / accumulation).backward(), step)
 
 
+def shard_(model: nn.Module) -> None:
+    """FSDP2: two sites are groups of their own, the rest is in the root's, which stays gathered after a forward."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = torch.distributed.init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    for name in ("first", "second"):
+        fully_shard(model.get_submodule(f"base_model.model.{name}"), mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
 def _deepspeed(
-    stage: int, model: nn.Module, optimizer: torch.optim.Optimizer, clip: float, accumulation: int, zero: dict
+    stage: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    clip: float,
+    accumulation: int,
+    zero: dict,
+    settings: dict,
 ) -> Engine:
     import deepspeed
 
@@ -112,6 +182,7 @@ def _deepspeed(
         "gradient_clipping": clip,
         "zero_force_ds_cpu_optimizer": False,  # torch AdamW under optimizer offload
         "zero_optimization": {"stage": stage, **zero},
+        **settings,
     }
     engine, wrapped, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return Engine(engine, wrapped, engine.backward, engine.step)

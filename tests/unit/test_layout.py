@@ -10,12 +10,13 @@ PACKAGE = Path(__file__).parents[2] / "srlora_dist"
 # A room may import from its own line and from the lines below it.
 LAYERS = [
     ["trainer"],
-    ["figures", "runlog", "methods", "engine", "plan", "tasks"],
+    ["figures", "runlog", "methods", "engine", "plan", "tasks", "precision"],
     ["switcher"],
-    ["export", "svd", "importance"],
-    ["ledger", "schedule", "digest", "cache"],
+    ["memory"],
+    ["export", "svd", "importance", "fused"],
+    ["ledger", "schedule", "original", "cache"],
     ["storage"],
-    ["pairs", "sites"],
+    ["pairs", "sites", "digest"],
     ["config"],
 ]
 

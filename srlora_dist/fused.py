@@ -1,0 +1,108 @@
+"""The frozen second adapter: where W is never written, it holds what was fused and what was taken out of W.
+
+``W + s B_fused A_fused`` stands for the edited W. It has the scale of its site and is filled from the left, so that a
+fused pair is an exact copy of the pair that was trained, in whatever type that was, and the function is kept.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from srlora_dist.pairs import truncate_pairs
+from srlora_dist.sites import FUSED, PAIR_DIM, Site
+from srlora_dist.storage import Storage
+
+logger = logging.getLogger(__name__)
+
+
+def add_second_adapter_(model: nn.Module, sites: list[Site], budget: int | None) -> None:
+    """Give each site a second, frozen adapter that is active beside the first and holds nothing yet.
+
+    Its rank is ``2 r_target - r``, all that a run can fuse and take, or the budget if that is less.
+
+    Args:
+        model: The PEFT model, not yet prepared.
+        sites: Those that need one; their factors of it are set.
+        budget: Largest rank of the second adapter, or None.
+
+    Raises:
+        ValueError: The budget does not even hold the first directions, or there is a second adapter already.
+    """
+    peft_model = next(module for module in model.modules() if isinstance(module, PeftModel))
+    layers = {
+        name: module for name, module in peft_model.get_base_model().named_modules() if isinstance(module, LoraLayer)
+    }
+    for site in sites:
+        if site.fused_a is not None:
+            raise ValueError(f"{site.name} has an adapter {FUSED!r} already: load the model anew for another Switcher")
+        if budget is not None and budget < site.rank:
+            raise ValueError(
+                f"srlora.fused_rank {budget} is below the LoRA rank of {site.name} (r={site.rank}), so that it does "
+                "not hold even the first directions: raise it, or leave it out"
+            )
+        _add_to_layer_(layers[site.name], site, min(budget or 2 * site.target_rank, 2 * site.target_rank - site.rank))
+
+
+def _add_to_layer_(layer: LoraLayer, site: Site, rank: int) -> None:
+    trains = {parameter: parameter.requires_grad for parameter in layer.parameters()}
+    # Not PeftModel.add_adapter: it would also copy modules_to_save, and refuses two active names beside them.
+    layer.update_layer(FUSED, rank, lora_alpha=rank, config=LoraConfig(r=rank, init_lora_weights=True))
+    layer.scaling[FUSED] = site.scale
+    layer.set_adapter([*layer.active_adapters, FUSED])
+    for parameter, before in trains.items():  # set_adapter turns on gradients of all that it activates
+        parameter.requires_grad_(before)
+    site.fused_rank = rank
+    site.fused_a, site.fused_b = (factors[FUSED].weight for factors in (layer.lora_A, layer.lora_B))
+    for parameter, like in ((site.fused_a, site.lora_a), (site.fused_b, site.lora_b)):
+        parameter.requires_grad_(False)
+        parameter.data = torch.zeros(parameter.shape, dtype=like.dtype, device=like.device)
+
+
+def append_pairs_(storage: Storage, number: int, left: Tensor, right: Tensor) -> float:
+    """Add ``scale * left @ right`` to what stands for a site's W.
+
+    Args:
+        storage: How the ranks hold it.
+        number: Of the site.
+        left: Columns, (m, k), of the type of the factors.
+        right: Rows, (k, n).
+
+    Returns:
+        The relative error of what the second adapter holds: 0, unless its rank was too small and it was compressed.
+
+    Collective: nothing; or where it is compressed, under ZeRO-3 and FSDP2 an all-reduce of the second adapter, and a
+        broadcast of it, so that all ranks hold what rank 0 made.
+    """
+    site, error = storage.sites[number], 0.0
+    first = site.num_fused
+    if first + left.shape[1] > site.fused_rank:
+        held_a, held_b = storage.gather_parameters([site.fused_a, site.fused_b])
+        left, right = torch.cat([held_b[:, :first], left], 1), torch.cat([held_a[:first], right], 0)
+        left, right, error = _compress(storage, left, right, site.fused_rank)
+        first = 0
+    site.num_fused = first + left.shape[1]
+    slots = torch.arange(first, site.num_fused)
+    for factor, parameter, new in (("A", site.fused_a, right), ("B", site.fused_b, left)):
+        whole = new.new_zeros(site.fused_shape(factor))
+        whole.index_copy_(PAIR_DIM[factor], slots.to(whole.device), new)
+        storage.write_parameter_(parameter, PAIR_DIM[factor], slots, whole)
+    return error
+
+
+def _compress(storage: Storage, left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """The best pairs of a smaller rank as rank 0 finds them (signs differ between machines), and their error."""
+    shapes = (left.shape[0], rank), (rank, right.shape[1]), (1,)
+    results = [torch.zeros(shape, dtype=left.dtype, device=left.device) for shape in shapes]
+    error = results[2] = results[2].double()
+    if storage.rank == 0:
+        *parts, lost = truncate_pairs(left, right, rank, left.dtype)
+        for result, part in zip(results, (*parts, torch.tensor([lost])), strict=True):
+            result.copy_(part)
+    for result in results:
+        storage.broadcast_(result)
+    return results[0], results[1], error.item()

@@ -1,0 +1,74 @@
+"""What SRLoRA adds to the memory of plain LoRA training, counted before the first step."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from srlora_dist.importance import Importance
+from srlora_dist.ledger import Ledger
+from srlora_dist.schedule import num_fused
+from srlora_dist.storage import Storage
+
+
+@dataclass
+class ExtraMemory:
+    """Bytes on this rank.
+
+    Args:
+        tracking: The moving averages.
+        residual: The second terms of 16-bit weights.
+        second_adapter: The frozen adapter that holds what is fused into quantised weights.
+        ledger: What rank 0 has in memory at the end of the run; nothing where it goes to a folder.
+        directions: What a switch holds while it runs: next directions and gathered factors of a bucket of sites.
+    """
+
+    tracking: int
+    residual: int
+    second_adapter: int
+    ledger: int
+    directions: int
+
+    def __str__(self) -> str:
+        """For the log, in MiB."""
+        return ", ".join(f"{name.replace('_', ' ')} {size / 2**20:.1f}" for name, size in asdict(self).items())
+
+
+def count_extra_memory(
+    storage: Storage,
+    importance: Importance | None,
+    ledger: Ledger | None,
+    num_switches: int,
+    fusion_ratio: float,
+    buckets: list[list[int]],
+) -> ExtraMemory:
+    """Count it from the sites and the schedule.
+
+    Args:
+        storage: With its residuals allocated.
+        importance: None where nothing is tracked.
+        ledger: None on other ranks than 0.
+        num_switches: Planned after switch 0.
+        fusion_ratio: The paper's gamma.
+        buckets: Numbers of the sites that are switched together.
+    """
+    sites, in_ledger = storage.sites, 0
+    if ledger is not None and ledger.folder is None:
+        for site in sites:
+            most = site.rank + num_switches * num_fused(site.rank, fusion_ratio)
+            restarted = max(0, min(site.target_rank, most) - site.rank)
+            in_ledger += 4 * sum(site.shape) * (min(site.rank, site.target_rank) + 2 * restarted)
+    with_second = [site for site in sites if site.fused_a is not None]
+    return ExtraMemory(
+        tracking=importance.num_bytes if importance is not None else 0,
+        residual=sum(residual.nbytes for residual in storage.residuals.values()),
+        second_adapter=sum(storage.held_bytes(f) for site in with_second for f in (site.fused_a, site.fused_b)),
+        ledger=in_ledger,
+        directions=max(sum(_switch_bytes(storage, number) for number in bucket) for bucket in buckets),
+    )
+
+
+def _switch_bytes(storage: Storage, number: int) -> int:
+    """Of a site in switch 0, the largest: its directions, and its factors where they are gathered."""
+    site = storage.sites[number]
+    directions = 4 * min(site.rank, site.target_rank) * (sum(site.shape) + 1)
+    return directions + (4 * site.rank * sum(site.shape) if storage.gathers else 0)

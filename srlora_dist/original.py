@@ -1,0 +1,54 @@
+"""Reads weights of the original checkpoint of a model that was quantised when it was loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor
+
+from srlora_dist.sites import Site
+
+
+class OriginalWeights:
+    """The safetensors files of a local checkpoint folder.
+
+    Args:
+        folder: Of the checkpoint, as ``from_pretrained`` reads it.
+
+    Raises:
+        ValueError: There are no safetensors files in it.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.files = sorted(Path(folder).glob("*.safetensors"))
+        if not self.files:
+            raise ValueError(f"srlora.directions_from {folder} has no safetensors files: give the checkpoint's folder")
+        self._places: dict[str, Path] = {}
+        for path in self.files:
+            with safe_open(path, "pt") as file:
+                self._places.update(dict.fromkeys(file.keys(), path))
+
+    def identity(self) -> list:
+        """Name, size and time of each file, by which the files of directions made from them are told apart."""
+        stats = [(path, path.stat()) for path in self.files]
+        return [[str(path.resolve()), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+
+    def read(self, site: Site) -> Tensor:
+        """W of a site, (m, n) in float32.
+
+        Raises:
+            ValueError: The checkpoint has no such weight, or one of another shape.
+        """
+        name = f"{site.name}.weight"
+        # A task's model holds the checkpoint's under a prefix, or the other way round.
+        keys = [key for key in self._places if key == name or key.endswith(f".{name}") or name.endswith(f".{key}")]
+        if not keys:
+            raise ValueError(f"srlora.directions_from has no weight {name}: give the checkpoint of this model")
+        key = max(keys, key=len)
+        with safe_open(self._places[key], "pt") as file:
+            weight = file.get_tensor(key).float()
+        weight = weight.T if site.transposed else weight
+        if weight.shape != site.shape:
+            raise ValueError(f"srlora.directions_from has {key} as {tuple(weight.shape)}, but the model {site.shape}")
+        return weight

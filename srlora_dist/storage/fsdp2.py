@@ -1,0 +1,63 @@
+"""PyTorch's FSDP2 (``fully_shard``): each parameter is a DTensor, and a rank holds some of its rows, perhaps none."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Shard
+from torch.optim import Optimizer
+
+from srlora_dist.sites import Site
+from srlora_dist.storage.base import Run, local_part, require_stepped
+from srlora_dist.storage.cut import CutWeights
+
+
+class Fsdp2Storage(CutWeights):
+    """The optimizer steps the DTensors themselves; its moments are DTensors that are cut in the same way."""
+
+    name = "fsdp2"
+
+    def __init__(self, optimizer: Optimizer, sites: list[Site], model: nn.Module) -> None:
+        super().__init__(optimizer, sites)
+        self._sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for number, site in enumerate(sites):
+            _require_rows(site, self.world_size)
+            for factor in ("A", "B"):
+                parameter = site.factor(factor)
+                require_stepped(site, id(parameter) in stepped)
+                run, start = self.parameter_run(parameter)
+                self.held.append(Run(number, factor, start, parameter, 0, run.numel()))
+        self.tracked = self.held
+
+    def whole_shape(self, parameter: nn.Parameter) -> torch.Size:
+        return parameter.shape
+
+    def largest_run(self, parameter: nn.Parameter) -> int:
+        return -(-parameter.shape[0] // self.world_size) * parameter[:1].numel()
+
+    def parameter_run(self, parameter: nn.Parameter) -> tuple[Tensor, int]:
+        # The rows are dealt out like torch.chunk's: as many to each of the first ranks as it takes to need no more.
+        start = min(self.largest_run(parameter) * self.rank, parameter.numel())
+        return local_part(parameter).view(-1), start
+
+    def release_gathered(self) -> None:
+        """Drop gathered weights that FSDP keeps after a forward pass: it would compute on with them after an edit."""
+        for module in self._sharded:
+            module.reshard()
+
+
+def _require_rows(site: Site, world_size: int) -> None:
+    for parameter in (site.weight, site.lora_a, site.lora_b, site.fused_a, site.fused_b):
+        if parameter is None:
+            continue
+        if not isinstance(parameter, DTensor):
+            raise ValueError(
+                f"{site.name} is in part not sharded by FSDP2: call fully_shard on the whole model, or on none of it"
+            )
+        if parameter.placements != (Shard(0),) or parameter.device_mesh.size() != world_size:
+            raise ValueError(
+                f"{site.name} is placed as {parameter.placements} on a mesh of {parameter.device_mesh.size()}, and "
+                f"SRLoRA supports FSDP2 with rows cut over all {world_size} ranks: use a mesh of one dimension"
+            )

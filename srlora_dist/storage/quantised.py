@@ -1,0 +1,53 @@
+"""Reads bitsandbytes weights: their payload is never written, only dequantised on rank 0 for the directions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from srlora_dist.digest import digest_run
+from srlora_dist.sites import Site
+
+
+def dequantise(site: Site, payload: Tensor) -> Tensor:
+    """W of a quantised site, (m, n) in float32.
+
+    Args:
+        site: Its scales are whole on every rank, however the payload is cut.
+        payload: The whole payload, just as it is stored.
+
+    Raises:
+        ValueError: The payload is not as bitsandbytes wrote it.
+    """
+    from bitsandbytes import functional  # there is such a weight, so the package is installed
+
+    m, n = site.shape
+    if site.quantised == "int8":
+        return functional.int8_vectorwise_dequant(payload.view(m, n), _scales(site)).float()
+    state = site.weight.quant_state
+    if getattr(state, "packing_format_for_cpu", False):
+        raise ValueError(
+            f"bitsandbytes has repacked the 4-bit weight of {site.name} for inference on this CPU: "
+            "do not run the model in evaluation mode before bind(), and keep its 4-bit layers in training mode later"
+        )
+    if 2 * payload.nbytes != m * n + m * n % 2:
+        raise ValueError(
+            f"the 4-bit weight of {site.name} has {payload.nbytes} bytes, not one for two of its {m} x {n} elements: "
+            "was the model cast to another type? Set bnb_4bit_quant_storage to uint8"
+        )
+    whole = functional.dequantize_4bit(payload.view(torch.uint8).view(-1, 1), state)
+    return whole.to(torch.float32).view(m, n)
+
+
+def digest_scales(site: Site) -> int:
+    """Digest of the scales, which belong to a quantised W as much as its payload does."""
+    if site.quantised == "int8":
+        return digest_run(_scales(site), 1)
+    state = site.weight.quant_state
+    return digest_run(state.absmax, 1) + (digest_run(state.state2.absmax, 2) if state.nested else 0)
+
+
+def _scales(site: Site) -> Tensor:
+    # The first forward pass moves them from the weight to the layer's state.
+    scales = site.weight.SCB
+    return scales if scales is not None else site.layer.state.SCB
