@@ -54,7 +54,7 @@ def export_adapter(
     peft_model = next(module for module in model.modules() if isinstance(module, PeftModel))
     if max_rank is not None and max_rank < 1:
         raise ValueError(f"max_rank is {max_rank}: choose at least 1, or None for the exact adapter")
-    storage.release_gathered()
+    storage.settle()
     saved = {
         name: parameter
         for name, parameter in peft_model.named_parameters()

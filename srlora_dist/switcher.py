@@ -189,7 +189,7 @@ class Switcher:
     def _switch(self, slots: list[list[int]], scores: list[Tensor] | None) -> SwitchReport:
         """Fuse and restart the given slots of every site; switch 0 has no scores and fuses nothing."""
         began = time.perf_counter()
-        self.storage.release_gathered()
+        self.storage.settle()
         report = SwitchReport(self.num_steps, self.num_switches, [])
         digests = []
         for bucket in self._buckets():

@@ -114,8 +114,8 @@ class Storage(ABC):
     def after_edit(self, number: int) -> None:  # noqa: B027 (a default)
         """Bring the copies of W beside the edited run up to date; here there are none."""
 
-    def release_gathered(self) -> None:  # noqa: B027 (a default)
-        """Let go of gathered copies that an edit would not reach; here there are none."""
+    def settle(self) -> None:  # noqa: B027 (a default)
+        """Bring the parameters into the state in which they are read and edited; here there is no other."""
 
     def write_parameter_(self, parameter: nn.Parameter, pair_dim: int, slots: Tensor, whole: Tensor) -> None:
         """Write the given pairs of a whole factor to what this rank's model holds of it."""

@@ -42,7 +42,7 @@ class Fsdp2Storage(CutWeights):
         start = min(self.largest_run(parameter) * self.rank, parameter.numel())
         return local_part(parameter).view(-1), start
 
-    def release_gathered(self) -> None:
+    def settle(self) -> None:
         """Drop gathered weights that FSDP keeps after a forward pass: it would compute on with them after an edit."""
         for module in self._sharded:
             module.reshard()

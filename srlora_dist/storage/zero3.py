@@ -54,8 +54,6 @@ class Zero3Storage(CutWeights):
 
     def weight_to_edit(self, number: int) -> tuple[Tensor, int]:
         weight = self.sites[number].weight
-        if weight.dtype != torch.float32 and _is_whole(weight) and not weight.ds_persist:
-            weight.partition()  # left over from an evaluation; its residual is of this rank's run
         # Of a weight that is there whole all of it, by the same call on every rank.
         return (weight.detach().view(-1), 0) if _is_whole(weight) else self.parameter_run(weight)
 
@@ -70,16 +68,24 @@ class Zero3Storage(CutWeights):
             run.copy_(weight.detach().view(-1)[start : start + run.numel()])
         _forget_secondary(weight)
 
-    def allocate_residuals(self, device: str) -> None:
-        """See :meth:`Storage.allocate_residuals`.
+    def settle(self) -> None:
+        """Hold the persistent 16-bit weights whole and the others in runs, whatever the last forward pass left behind.
 
-        Collective: an all-gather of the persistent 16-bit weights, which the next forward pass would send otherwise: a
-        residual must be of the whole from the start, or ranks would round the same element differently later.
+        A residual belongs to the one or the other. Otherwise ranks would round the same element differently.
+
+        Collective: where a forward pass without a backward one went before, an all-gather of the persistent weights,
+            which the next forward pass then does without.
         """
-        weights = [site.weight for site in self.sites if site.weight.dtype != torch.float32 and site.fused_a is None]
+        weights = [site.weight for site in self.sites if site.weight.dtype in (torch.bfloat16, torch.float16)]
         waiting = [weight for weight in weights if weight.ds_persist and not _is_whole(weight)]
         if waiting:
             waiting[0].all_gather(waiting)
+        for weight in weights:
+            if _is_whole(weight) and not weight.ds_persist:
+                weight.partition()
+
+    def allocate_residuals(self, device: str) -> None:
+        self.settle()
         super().allocate_residuals(device)
 
     def write_parameter_(self, parameter: nn.Parameter, pair_dim: int, slots: Tensor, whole: Tensor) -> None:

@@ -30,9 +30,10 @@ class OddNet(Net):
     def __init__(self) -> None:
         super().__init__()
         self.tiny = nn.Linear(3, 3)
+        self.shift = nn.Parameter(torch.zeros(13))  # ZeRO-3 takes its type from a model's first parameter
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.tiny(super().forward(x))
+        return self.tiny(super().forward(x + self.shift))
 
 
 SHAPES = {"first": (17, 13), "second": (11, 17), "tiny": (3, 3)}
@@ -155,11 +156,11 @@ def prepare(
 
 
 def shard_(model: nn.Module) -> None:
-    """FSDP2: two sites are groups of their own, the rest is in the root's, which stays gathered after a forward."""
+    """FSDP2 in groups of one type; the third site is in the root's, which stays gathered after a forward."""
     from torch.distributed.fsdp import fully_shard
 
     mesh = torch.distributed.init_device_mesh("cpu", (torch.distributed.get_world_size(),))
-    for name in ("first", "second"):
+    for name in ("first", "second", "head"):
         fully_shard(model.get_submodule(f"base_model.model.{name}"), mesh=mesh)
     fully_shard(model, mesh=mesh)
 

@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 
-from srlora_dist.pairs import add_pairs_, fill_pairs_, mean_by_pair
+import srlora_dist.pairs
+from srlora_dist.pairs import add_pairs_, add_pairs_to_sum_, fill_pairs_, mean_by_pair
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (1, 7), (7, 1), (4, 4)])
@@ -46,3 +47,20 @@ def test_filling_touches_the_chosen_slots_only(pair_dim: int) -> None:
         run = factor.flatten()[start:stop].clone()
         fill_pairs_(run, start, pair_dim, slots, new)
         assert torch.equal(run, expected[start:stop])
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 2e-3), (torch.float16, 3e-4)])
+def test_500_edits_of_two_16_bit_terms_are_one_rounding_off(dtype: torch.dtype, most: float, monkeypatch) -> None:
+    monkeypatch.setattr(srlora_dist.pairs, "SUM_CHUNK", 1000)  # cuts rows
+    torch.manual_seed(0)
+    high = (torch.randn(60, 70) / 8).to(dtype)
+    low, exact, naive = torch.zeros_like(high), high.double(), high.clone()
+    for _ in range(500):
+        left, right = torch.randn(60, 4), torch.randn(4, 70)
+        size = float(0.01 * exact.norm() / (left @ right).norm())  # a switch changes W by about this much
+        add_pairs_to_sum_(high.view(-1), low.view(-1), 0, left, right, size)
+        exact += size * (left.double() @ right.double())
+        naive += (size * (left @ right)).to(dtype)
+    assert (high.double() + low.double() - exact).norm() < 0.2 * most * exact.norm()
+    assert (high.double() - exact).norm() < most * exact.norm()
+    assert (naive.double() - exact).norm() > 3 * most * exact.norm()  # what adding in place would do

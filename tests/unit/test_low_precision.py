@@ -1,0 +1,157 @@
+"""16-bit weights that are edited in place, and the second adapter, over many switches."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
+from torch import nn
+
+from srlora_dist import SRLoRAConfig, Switcher
+from tests.ranks.engines import dequantised, quantised
+
+
+def net(dtype: torch.dtype, shape: tuple[int, int] = (530, 510), rank: int = 2, precision: str = "") -> nn.Module:
+    torch.manual_seed(1)
+    layers = nn.Sequential(nn.Linear(shape[1], shape[0]), nn.Tanh(), nn.Linear(shape[0], 3)).to(dtype)
+    if precision:
+        layers[0] = quantised(layers[0], precision)
+    return get_peft_model(layers, LoraConfig(r=rank, lora_alpha=3, target_modules=["0"]))
+
+
+def run(model: nn.Module, dtype: torch.dtype, cache, target: int, **options) -> tuple[Switcher, list[float]]:
+    """One switch a step; gives the relative change of the output at each."""
+    num_switches = max(0, target - 2)
+    config = SRLoRAConfig(target_rank=target, svd_cache=str(cache), **options)
+    switcher = Switcher(model, config, num_switches + 1)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    generator = torch.Generator().manual_seed(2)
+    width = switcher.sites[0].shape[1]
+    x, y = torch.randn(4, width, generator=generator).to(dtype), torch.randn(4, 3, generator=generator)
+    changes = []
+    with torch.no_grad():
+        before = model(x).float()
+    switcher.bind(model, optimizer)
+    for _ in range(num_switches + 1):
+        with torch.no_grad():
+            changes.append(float((model(x).float() - before).norm() / before.norm()))
+        optimizer.zero_grad()
+        (model(x).float() - y).square().mean().backward()
+        optimizer.step()
+        with torch.no_grad():
+            before = model(x).float()
+        switcher.step()
+    return switcher, changes
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 2e-3), (torch.float16, 3e-4)])
+def test_a_16_bit_weight_is_one_rounding_off_the_ledger(dtype: torch.dtype, most: float, tmp_path) -> None:
+    model = net(dtype, (40, 72))
+    weight = model.base_model.model[0].base_layer.weight
+    start = weight.detach().double()
+    switcher, changes = run(model, dtype, tmp_path, 38)
+    assert switcher.num_switches == 36
+    assert max(changes) < 4 * most
+    left, right = switcher._ledger.factors(["0"])["0"]
+    exact = start + left.double() @ right.double()
+    high, low = weight.detach().double(), switcher.storage.residuals[0].double().view_as(weight)
+    assert (high + low - exact).norm() < 1e-4 * exact.norm()  # the sum itself does not drift
+    assert (high - exact).norm() < most * exact.norm()  # and what the model computes with is its rounding
+
+
+@pytest.mark.parametrize("precision", ["nf4", "nf4-double", "fp4", "int8"])
+def test_a_quantised_weight_is_never_written_and_nothing_is_lost(precision: str, tmp_path) -> None:
+    model = net(torch.float32, (40, 72), precision=precision)
+    layer = model.base_model.model[0].base_layer
+    payload, start = layer.weight.detach().clone(), dequantised(layer, precision).double()
+    num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    switcher, changes = run(model, torch.float32, tmp_path, 38)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == num_trainable
+    assert switcher.num_switches == 36
+    assert max(changes) < 1e-5
+    assert torch.equal(layer.weight, payload)
+    site = switcher.sites[0]
+    assert site.fused_rank == 2 * 38 - 2
+    assert site.num_fused == 2 * 37 - 2  # the last switch would fall on the end
+    left, right = switcher._ledger.factors(["0"])["0"]
+    stands_for = start + site.scale * site.fused_b.double() @ site.fused_a.double()
+    assert (start + left.double() @ right.double() - stands_for).norm() < 1e-6 * start.norm()
+
+
+def test_fused_pairs_are_exact_copies_of_what_was_trained(tmp_path) -> None:
+    model = net(torch.bfloat16, (40, 72), rank=1).bfloat16()
+    switcher, _ = run(model, torch.bfloat16, tmp_path, 2, fusion="adapter")
+    site = switcher.sites[0]
+    assert site.fused_a.dtype == site.lora_a.dtype == torch.bfloat16
+    assert switcher.storage.residuals == {}
+    trained = site.lora_a.detach().clone(), site.lora_b.detach().clone()
+    switcher._switch([[0]], [torch.ones(1)])
+    assert torch.equal(site.fused_a[1], trained[0][0])  # in full, and what it was started with was taken out of W
+    assert torch.equal(site.fused_b[:, 1], trained[1][:, 0])
+    assert torch.equal(site.fused_a[2], site.lora_a[0])
+    assert torch.equal(site.fused_b[:, 2], -site.lora_b[:, 0])
+
+
+@pytest.mark.parametrize("budget", [6, 20])
+def test_a_second_adapter_over_its_budget_is_compressed_and_says_by_how_much(budget: int, tmp_path, caplog) -> None:
+    model = net(torch.float32, (40, 72))
+    with caplog.at_level(logging.WARNING):
+        switcher, changes = run(model, torch.float32, tmp_path, 20, fusion="adapter", fused_rank=budget)
+    site = switcher.sites[0]
+    assert site.fused_a.shape[0] == site.num_fused == budget
+    assert f"0: the second adapter was compressed to rank {budget}, relative error" in caplog.text
+    switcher.export(tmp_path / "adapter")  # what the model holds, not what it would hold without the budget
+    x = torch.randn(5, 72)
+    torch.manual_seed(1)
+    base = nn.Sequential(nn.Linear(72, 40), nn.Tanh(), nn.Linear(40, 3))
+    torch.testing.assert_close(PeftModel.from_pretrained(base, tmp_path / "adapter")(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_budget_below_the_rank_is_refused() -> None:
+    with pytest.raises(ValueError, match="fused_rank 3 is below the LoRA rank of 0 .r=4."):
+        Switcher(net(torch.float32, (40, 72), 4), SRLoRAConfig(target_rank=8, fusion="adapter", fused_rank=3), 10)
+
+
+def test_an_edit_in_place_of_a_quantised_weight_is_refused() -> None:
+    with pytest.raises(ValueError, match="fusion is in_place, but 0 is quantised .nf4."):
+        Switcher(net(torch.float32, (40, 72), precision="nf4"), SRLoRAConfig(target_rank=8, fusion="in_place"), 10)
+
+
+def test_a_second_switcher_on_the_same_adapters_is_refused() -> None:
+    model = net(torch.float32, (40, 72))
+    for message in ("", "0 has an adapter 'srlora_fused' already"):
+        if not message:
+            Switcher(model, SRLoRAConfig(target_rank=8, fusion="adapter"), 10)
+            continue
+        with pytest.raises(ValueError, match=message):
+            Switcher(model, SRLoRAConfig(target_rank=8, fusion="adapter"), 10)
+
+
+def test_directions_come_from_the_original_checkpoint_where_it_is_given(tmp_path) -> None:
+    torch.manual_seed(1)
+    original = nn.Linear(72, 40).weight.detach()
+    save_file({"0.weight": original}, tmp_path / "model.safetensors")
+    firsts = {}
+    for folder in (None, str(tmp_path)):
+        model = net(torch.float32, (40, 72), precision="nf4")
+        switcher, changes = run(model, torch.float32, tmp_path / "svd", 4, directions_from=folder)
+        assert max(changes) < 1e-5
+        firsts[folder] = switcher.sites[0].fused_a[0].detach()
+    for folder, weight in (
+        (str(tmp_path), original),
+        (None, dequantised(net(torch.float32, (40, 72), precision="nf4").base_model.model[0].base_layer, "nf4")),
+    ):
+        direction = torch.linalg.svd(weight).Vh[0]
+        row = firsts[folder] / firsts[folder].norm()
+        assert abs(float(row @ direction)) > 1 - 1e-6
+    with pytest.raises(ValueError, match="has no safetensors files"):
+        run(net(torch.float32, (40, 72)), torch.float32, tmp_path, 4, directions_from=str(tmp_path / "svd" / "none"))
+    save_file({"0.weight": original.T.contiguous()}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"has 0.weight as \(72, 40\), but the model \(40, 72\)"):
+        run(net(torch.float32, (40, 72)), torch.float32, tmp_path, 4, directions_from=str(tmp_path))
+    save_file({"1.weight": original}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"directions_from has no weight 0.weight"):
+        run(net(torch.float32, (40, 72)), torch.float32, tmp_path, 4, directions_from=str(tmp_path))
