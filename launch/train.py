@@ -69,7 +69,7 @@ def _report(summary: dict[str, object], folder: Path) -> None:
         print(f"{name:8}{summary['best'][name]:12.4f}{summary['final'][name]:12.4f}")
     times = {name.removesuffix("_seconds"): value for name, value in summary.items() if name.endswith("_seconds")}
     print("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in times.items()))
-    print(f"base: {summary['model']}")
+    print(f"base: {summary['model']} in {summary['weights']}")
     for name, path in (("adapter", "adapter"), ("TensorBoard", "tensorboard"), ("figures", "figures")):
         print(f"{name}: {folder / path}")
 

@@ -28,6 +28,14 @@ class SRLoRAConfig:
             the ``restarted`` ones (its Algorithm 1).
         optimizer_reset: What a restarted pair keeps of the optimizer's state: ``zero`` clears it, ``first_moment``
             clears the momentum alone, ``keep`` clears nothing.
+        fusion: Where fused pairs go: ``in_place`` edits W (a 16-bit W keeps a second term, so that roundings do not add
+            up), ``adapter`` fills a frozen second adapter and never writes W, ``auto`` is ``adapter`` for quantised
+            weights and ``in_place`` for others.
+        fused_rank: Largest rank of that second adapter; ``null`` takes the ``2 target_rank - rank`` that a run fills. A
+            smaller one is compressed by SVD as it fills up, and the error is logged.
+        residual_device: Where the second term of a 16-bit W lies: ``weight`` is beside it, ``cpu`` in host memory.
+        directions_from: Folder of the original checkpoint (safetensors) to take the directions of quantised weights
+            from; ``null`` takes them from the dequantised weights.
         adapter_name: The PEFT adapter to work on.
         svd_cache: Folder of the computed directions; ``null`` is ``srlora_dist/svd`` in the user's cache folder.
         ledger_dir: Folder to which each switch is appended; ``null`` keeps the ledger in memory alone.
@@ -39,6 +47,10 @@ class SRLoRAConfig:
     beta2: float = 0.85
     score_reset: Literal["all", "restarted"] = "all"
     optimizer_reset: Literal["zero", "first_moment", "keep"] = "zero"
+    fusion: Literal["auto", "in_place", "adapter"] = "auto"
+    fused_rank: int | None = None
+    residual_device: Literal["weight", "cpu"] = "weight"
+    directions_from: str | None = None
     adapter_name: str = "default"
     svd_cache: str | None = None
     ledger_dir: str | None = None
@@ -54,9 +66,13 @@ class SRLoRAConfig:
         for name, allowed in (
             ("score_reset", ("all", "restarted")),
             ("optimizer_reset", ("zero", "first_moment", "keep")),
+            ("fusion", ("auto", "in_place", "adapter")),
+            ("residual_device", ("weight", "cpu")),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"srlora.{name} is {getattr(self, name)!r}: choose one of {', '.join(allowed)}")
+        if self.fused_rank is not None and self.fused_rank < 1:
+            raise ValueError(f"srlora.fused_rank is {self.fused_rank}: choose at least 1, or leave it out")
         if self.target_rank < 1:
             raise ValueError(f"srlora.target_rank is {self.target_rank}: choose at least the rank of the adapter")
 
@@ -92,15 +108,45 @@ class ModelOptions:
 
     Args:
         name_or_path: Name on the hub or a local folder; ``null`` takes the task's own model.
+        gguf_file: A GGUF file in that folder or repository; it is de-quantised once, into the cache folder.
         dropout: Sets every dropout of the model; ``null`` leaves the model as it was published.
-        dtype: Storage of the weights. Only ``float32`` is supported so far.
+        dtype: Storage of the pretrained weights, and the precision in which the forward pass computes. What is trained
+            stays in float32, or has a float32 copy under DeepSpeed. Only a launch file that asks for mixed precision
+            makes ``float32`` weights compute in another.
+        quantization: Store the pretrained linear layers in 4 or 8 bits (bitsandbytes), all but the task's head.
+        double_quantization: Quantise the constants of a 4-bit storage as well.
         trust_remote_code: Allow code that comes with the model to run.
     """
 
     name_or_path: str | None = None
+    gguf_file: str | None = None
     dropout: float | None = None
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantization: Literal["none", "nf4", "fp4", "int8"] = "none"
+    double_quantization: bool = False
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("dtype", ("float32", "bfloat16", "float16")),
+            ("quantization", ("none", "nf4", "fp4", "int8")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"model.{name} is {getattr(self, name)!r}: choose one of {', '.join(allowed)}")
+        if self.double_quantization and self.quantization not in ("nf4", "fp4"):
+            raise ValueError(
+                f"model.double_quantization belongs to a 4-bit storage, but model.quantization is {self.quantization}: "
+                "choose nf4 or fp4, or leave it out"
+            )
+        if self.gguf_file is not None and self.name_or_path is None:
+            raise ValueError(
+                f"model.gguf_file is {self.gguf_file!r} without a folder: set model.name_or_path to the one with it"
+            )
+
+    @property
+    def stored_as(self) -> str:
+        """The type of the pretrained linear layers, which an adapter belongs to."""
+        return self.dtype if self.quantization == "none" else self.quantization + "-double" * self.double_quantization
 
 
 @dataclass
@@ -108,8 +154,9 @@ class TaskOptions:
     """What is learnt.
 
     Args:
-        name: ``demo`` or a GLUE task: ``sst2 cola mrpc qnli rte stsb``.
-        data_dir: Folder in the official GLUE layout (one folder a task); ``null`` loads from the hub.
+        name: ``demo``, a GLUE task (``sst2 cola mrpc qnli rte stsb``), or ``lm``: the next token of plain text.
+        data_dir: GLUE: folder in the official layout (one folder a task), ``null`` loads from the hub. ``lm``: folder
+            with ``train.txt`` and ``validation.txt``, one document a line, ``null`` takes the sentences of the demo.
         max_length: Longest input in tokens; longer ones are cut.
         max_train_samples: Use only the first samples of the training split; ``null`` uses all.
         max_eval_samples: Use only the first samples of the evaluation split; ``null`` uses all.
@@ -190,7 +237,7 @@ class RunConfig:
     method: Literal["lora", "pissa", "srlora", "adalora"] = "srlora"
     output_dir: str | None = None
     seed: int = 0
-    engine: Literal["auto", "plain", "ddp", "zero1", "zero2", "zero3"] = "auto"
+    engine: Literal["auto", "plain", "ddp", "zero1", "zero2", "zero3", "fsdp2"] = "auto"
     model: ModelOptions = field(default_factory=ModelOptions)
     task: TaskOptions = field(default_factory=TaskOptions)
     lora: LoRAOptions = field(default_factory=LoRAOptions)

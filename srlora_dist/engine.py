@@ -24,6 +24,7 @@ from accelerate.utils import (
 )
 
 from srlora_dist.config import RunConfig
+from srlora_dist.precision import mixed_precision
 
 # Rank 0 factors a large weight while the others wait in a collective; DeepSpeed's own limit is 10 minutes.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -32,13 +33,12 @@ T = TypeVar("T")
 
 
 def launched_engine() -> str:
-    """The engine that the environment asks for: ``plain``, ``ddp``, ``zero1``, ``zero2`` or ``zero3``.
+    """The engine that the environment asks for: ``plain``, ``ddp``, ``zero1``, ``zero2``, ``zero3`` or ``fsdp2``.
 
     Raises:
         ValueError: The launch asks for something that is not supported; the message says what to use instead.
     """
     for variable, name in (
-        ("ACCELERATE_USE_FSDP", "FSDP"),
         ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
         ("ACCELERATE_USE_PARALLELISM_CONFIG", "tensor or context parallelism"),
     ):
@@ -48,7 +48,9 @@ def launched_engine() -> str:
                 "use launch/accelerate/ddp.yaml or zero1.yaml, zero2.yaml, zero3.yaml there"
             )
     if _flag("ACCELERATE_USE_DEEPSPEED"):
-        return f"zero{_zero_stage()}"
+        return f"zero{_zero_stage(_deepspeed_file())}"
+    if _flag("ACCELERATE_USE_FSDP"):
+        return _fsdp_engine()
     if _flag("ACCELERATE_USE_CPU") and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
         raise ValueError(
             "accelerate launch asked for several CPU processes, but its CPU mode starts one alone: "
@@ -68,8 +70,10 @@ def build_accelerator(config: RunConfig) -> tuple[Accelerator, str]:
     """
     asked = launched_engine()
     require_engine(config.engine, asked, "the launch asks for")
-    _require_float32(config)
-    without_gpu = _flag("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    without_gpu = _without_gpu()
+    launched_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    settings = _deepspeed_file() if asked.startswith("zero") else None
+    precision = mixed_precision(config.model, asked, launched_precision, settings, has_gpu=not without_gpu)
     handlers = []
     if asked != "plain":
         backend = {"backend": "gloo"} if without_gpu else {}
@@ -77,6 +81,7 @@ def build_accelerator(config: RunConfig) -> tuple[Accelerator, str]:
     accelerator = Accelerator(
         # Under DeepSpeed cpu=True would turn DeepSpeed off.
         cpu=without_gpu and not asked.startswith("zero"),
+        mixed_precision=precision,
         dataloader_config=DataLoaderConfiguration(split_batches=True),
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.train.accumulation_steps),
         kwargs_handlers=handlers,
@@ -96,7 +101,7 @@ def require_engine(asked: str, got: str, who: str) -> None:
     """
     if asked in ("auto", got):
         return
-    files = {"plain": "cpu1.yaml or single.yaml", "ddp": "cpu2.yaml or ddp.yaml"}
+    files = {"plain": "cpu1.yaml or single.yaml", "ddp": "cpu2.yaml or ddp.yaml", "fsdp2": "fsdp2.yaml"}
     remedy = files.get(asked, f"{asked}_cpu.yaml or {asked}.yaml, with use_cpu false")
     raise ValueError(
         f"the engine asked for is {asked}, but {who} {got}: "
@@ -132,6 +137,8 @@ def _accelerated_engine(accelerator: Accelerator) -> str:
         return f"{accelerator.num_processes} of {launched} processes"
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return f"zero{accelerator.state.deepspeed_plugin.zero_stage}"
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return f"fsdp{accelerator.state.fsdp_plugin.fsdp_version}"
     if accelerator.distributed_type == DistributedType.NO or accelerator.num_processes == 1:
         return "plain"
     multi_device = accelerator.distributed_type.value.startswith("MULTI_")
@@ -142,30 +149,46 @@ def _flag(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() in ("true", "1", "yes")
 
 
-def _zero_stage() -> int:
-    """The stage in the DeepSpeed file, or else the one on the command line of ``accelerate launch``."""
+def _without_gpu() -> bool:
+    return _flag("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+
+
+def _deepspeed_file() -> dict[str, object]:
+    """The content of the DeepSpeed file; empty where the launch names none."""
     path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if path == "none":
+        return {}
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"deepspeed_config_file {path} cannot be read ({error}): start from the root of the repository"
+        ) from error
+
+
+def _zero_stage(settings: dict[str, object]) -> int:
+    """The stage in the DeepSpeed file, or without one that on the command line of ``accelerate launch``."""
     stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-    if path != "none":
-        try:
-            stage = json.loads(Path(path).read_text()).get("zero_optimization", {}).get("stage", 0)
-        except (OSError, json.JSONDecodeError) as error:
-            raise ValueError(
-                f"deepspeed_config_file {path} cannot be read ({error}): start from the root of the repository"
-            ) from error
+    if settings:
+        stage = settings.get("zero_optimization", {}).get("stage", 0)
     if int(stage) not in (1, 2, 3):
         raise ValueError(f"DeepSpeed ZeRO stage {stage} is not supported: choose 1, 2 or 3, or DDP without DeepSpeed")
     return int(stage)
 
 
-def _require_float32(config: RunConfig) -> None:
-    mixed_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if mixed_precision != "no":
+def _fsdp_engine() -> str:
+    version = os.environ.get("FSDP_VERSION", "1")
+    if version != "2":
         raise ValueError(
-            f"the launch asks for mixed_precision {mixed_precision}, and only fp32 is supported so far: set it to 'no'"
+            f"the launch asks for FSDP version {version}, which is not supported: set fsdp_version: 2 in the "
+            "Accelerate file, as in launch/accelerate/fsdp2.yaml"
         )
-    if config.model.dtype != "float32":
-        raise ValueError(f"model.dtype is {config.model.dtype}, and only float32 is supported so far: leave it out")
+    if _without_gpu():
+        raise ValueError(
+            "the launch asks for FSDP2 without a GPU, where Accelerate starts processes that do not talk to each "
+            "other: use launch/accelerate/cpu2.yaml or zero3_cpu.yaml there"
+        )
+    return "fsdp2"
 
 
 def _require_divisible(config: RunConfig, num_processes: int) -> None:
@@ -185,12 +208,6 @@ def _require_divisible(config: RunConfig, num_processes: int) -> None:
 def _fill_deepspeed(accelerator: Accelerator, config: RunConfig) -> None:
     """Give DeepSpeed our batch size, accumulation and clipping; Accelerate would clip at 1.0 whatever we ask for."""
     settings = accelerator.state.deepspeed_plugin.deepspeed_config
-    for precision in ("fp16", "bf16"):
-        if str(settings.get(precision, {}).get("enabled", False)).lower() == "true":
-            raise ValueError(
-                f"the DeepSpeed file enables {precision}, and only fp32 is supported so far: set {precision}.enabled "
-                "to false"
-            )
     train = config.train
     micro_batch_size = train.batch_size // train.accumulation_steps // accelerator.num_processes
     for key, option, value in (

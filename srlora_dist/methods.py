@@ -17,7 +17,7 @@ from typing_extensions import override
 from srlora_dist.config import RunConfig
 from srlora_dist.export import export_adapter
 from srlora_dist.sites import find_sites
-from srlora_dist.storage import find_storage
+from srlora_dist.storage import find_storage, release_gathered
 from srlora_dist.switcher import Switcher, SwitchReport
 
 
@@ -91,10 +91,12 @@ class LoRA(Method):
     def __init__(self, config: RunConfig, model: PeftModel) -> None:
         self.model = model
         self.adapter_name = config.srlora.adapter_name
-        self.sites = find_sites(model, self.adapter_name)
+        find_sites(model, self.adapter_name)  # refuses early what cannot be worked on
 
     @override
     def bind(self, model: nn.Module, optimizer: object) -> None:
+        release_gathered(model)
+        self.sites = find_sites(model, self.adapter_name)  # preparing a model can replace its parameters
         self.storage = find_storage(model, optimizer, self.sites)
         self.storage_name = self.storage.name
 

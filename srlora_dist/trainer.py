@@ -23,6 +23,7 @@ from srlora_dist.figures import draw
 from srlora_dist.ledger import SwitchReport
 from srlora_dist.methods import build_method
 from srlora_dist.plan import SampleOrder, by_length, due_evaluations, warm_up_and_decay
+from srlora_dist.precision import evaluation_mode_, require_precision, train_in_float32_
 from srlora_dist.runlog import RunLog, Window
 from srlora_dist.tasks import Task, check_task, load_task
 
@@ -42,11 +43,11 @@ def train(config: RunConfig) -> dict[str, object]:
     accelerator, engine = build_accelerator(config)
     log = together(lambda: _begin(config, accelerator))
     ledger_dir = config.srlora.ledger_dir or str(Path(config.output_dir) / "ledger")
-    config = replace(config, srlora=replace(config.srlora, ledger_dir=ledger_dir))
+    config = replace(config, engine=engine, srlora=replace(config.srlora, ledger_dir=ledger_dir))
     set_seed(config.seed)
     # Under ZeRO-3 loading sends weights from rank to rank already.
     task = load_task(config) if engine == "zero3" else together(lambda: load_task(config))
-    trainer = Trainer(config, accelerator, engine, task, log)
+    trainer = Trainer(config, accelerator, task, log)
     summary = trainer.run()
     if log is not None:
         log.summary(summary)
@@ -65,9 +66,8 @@ class Trainer:
     """One run: model, data, optimizer and method, prepared for the engine.
 
     Args:
-        config: The run.
-        accelerator: On the engine that was asked for.
-        engine: Its name.
+        config: The run, with the name of its engine.
+        accelerator: On that engine.
         task: What is learnt.
         log: The output folder, on the main process; None elsewhere.
 
@@ -77,9 +77,7 @@ class Trainer:
         ValueError: The data, the adapter or the storage cannot be worked with.
     """
 
-    def __init__(
-        self, config: RunConfig, accelerator: Accelerator, engine: str, task: Task, log: RunLog | None
-    ) -> None:
+    def __init__(self, config: RunConfig, accelerator: Accelerator, task: Task, log: RunLog | None) -> None:
         self.config, self.accelerator, self.task, self.log = config, accelerator, task, log
         options = config.train
         self.steps_per_epoch = len(task.train) // options.batch_size
@@ -90,11 +88,14 @@ class Trainer:
             )
         self.num_steps = options.max_steps or max(1, round(options.epochs * self.steps_per_epoch))
         set_seed(config.seed)
-        self.method = build_method(config, task.model, task.peft_type, self.num_steps, engine)
+        self.method = build_method(config, task.model, task.peft_type, self.num_steps, config.engine)
         self.num_trainable = _num_trainable(self.method.model)
+        if not config.engine.startswith("zero"):  # DeepSpeed keeps a float32 copy of its own
+            train_in_float32_(self.method.model)
         self._prepare()
+        require_precision(self.model, config.model)
         self._record_switch(self.method.bind(self.model, self.optimizer))
-        require_engine(engine, self.method.storage_name, "the model is held as")
+        require_engine(config.engine, self.method.storage_name, "the model is held as")
         set_seed(config.seed, device_specific=True)  # dropout must differ between ranks
         self.best: dict[str, object] | None = None
         self.final: dict[str, object] = {}
@@ -108,12 +109,14 @@ class Trainer:
         )
         eval_loader = DataLoader(by_length(task.eval), batch_size=options.eval_batch_size, collate_fn=task.collate)
         model = self.method.model
-        self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(self.trainable, lr=options.learning_rate, weight_decay=options.weight_decay)
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trainable, lr=options.learning_rate, weight_decay=options.weight_decay)
         scheduler = LambdaLR(optimizer, warm_up_and_decay(self.num_steps, options.warmup_ratio))
         self.model, self.optimizer, self.train_loader, self.eval_loader, self.scheduler = accelerator.prepare(
             model, optimizer, train_loader, eval_loader, scheduler
         )
+        # FSDP2 has put others in their place.
+        self.trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def run(self) -> dict[str, object]:
         """Train to the last step; gives the summary. Collective: every rank calls it."""
@@ -134,7 +137,7 @@ class Trainer:
                 window.pause()
                 train_seconds += window.seconds
                 figures = {"learning_rate": learning_rate, **window.means(self.accelerator)}
-                figures |= {} if grad_norm is None else {"grad_norm": float(grad_norm)}
+                figures |= {} if grad_norm is None else {"grad_norm": _number(grad_norm)}
                 bar.set_postfix(loss=f"{figures['loss']:.4f}", refresh=False)
                 self._record("train", done, figures)
                 window.restart()
@@ -196,6 +199,7 @@ class Trainer:
             "method": self.config.method,
             "task": self.config.task.name,
             "model": self.task.model.name_or_path,
+            "weights": self.config.model.stored_as,
             "seed": self.config.seed,
             "world_size": self.accelerator.num_processes,
             "storage": self.method.storage_name,
@@ -217,24 +221,26 @@ def evaluate(accelerator: Accelerator, model: nn.Module, loader: DataLoader, tas
     """Loss and figures over the whole evaluation split, each sample counted once on any world size.
 
     The loss is computed from the gathered outputs, not averaged over ranks: the last batch is filled up with repeated
-    samples, which would weigh in. Cross-entropy for class labels, mean squared error for labels that are floats.
+    samples, which would weigh in.
 
-    Collective: every rank calls it; gathers outputs and labels batch by batch.
+    Collective: every rank calls it; gathers the task's answers batch by batch.
     """
-    model.eval()
-    outputs, labels = [], []
+    evaluation_mode_(model)
+    gathered = []
     for batch in loader:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
-        gathered = accelerator.gather_for_metrics((model(**inputs).logits.contiguous(), batch["labels"]))
-        outputs.append(gathered[0].double().cpu())
-        labels.append(gathered[1].cpu())
+        answers = task.answers(model(**inputs), batch)
+        answers = accelerator.gather_for_metrics(tuple(part.contiguous() for part in answers))
+        gathered.append([part.cpu() for part in answers])
     model.train()
-    output, label = torch.cat(outputs), torch.cat(labels)
-    if label.is_floating_point():
-        loss = nn.functional.mse_loss(output.squeeze(-1), label.double())
-    else:
-        loss = nn.functional.cross_entropy(output, label)
-    return {"loss": loss.item(), **task.metrics(output.numpy(), label.numpy())}
+    outputs, labels = (torch.cat(parts) for parts in zip(*gathered, strict=True))
+    outputs = outputs.double()
+    return {"loss": task.loss(outputs, labels).item(), **task.metrics(outputs.numpy(), labels.numpy())}
+
+
+def _number(norm: Tensor | float) -> float:
+    """A gradient's norm, of which every rank holds a part under FSDP2. Collective there: one all-reduce."""
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
 def _num_trainable(model: nn.Module) -> int:
@@ -252,7 +258,7 @@ def _peak_memory(accelerator: Accelerator) -> int:
 
 
 def _versions() -> dict[str, str]:
-    names = ("torch", "accelerate", "deepspeed", "transformers", "peft", "srlora_dist")
+    names = ("torch", "accelerate", "deepspeed", "transformers", "peft", "bitsandbytes", "srlora_dist")
     found = {"python": platform.python_version()}
     for name in names:
         try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -35,8 +37,9 @@ def dequantise(site: Site, payload: Tensor) -> Tensor:
             f"the 4-bit weight of {site.name} has {payload.nbytes} bytes, not one for two of its {m} x {n} elements: "
             "was the model cast to another type? Set bnb_4bit_quant_storage to uint8"
         )
-    whole = functional.dequantize_4bit(payload.view(torch.uint8).view(-1, 1), state)
-    return whole.to(torch.float32).view(m, n)
+    state = copy.copy(state)
+    state.dtype = torch.float32  # it would round to the type that the weight was loaded in; the forward pass does not
+    return functional.dequantize_4bit(payload.view(torch.uint8).view(-1, 1), state).view(m, n)
 
 
 def digest_scales(site: Site) -> int:

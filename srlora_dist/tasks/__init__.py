@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from srlora_dist.config import RunConfig
-from srlora_dist.tasks import demo, glue
-from srlora_dist.tasks.minilm import base_model
+from srlora_dist.tasks import demo, glue, lm
+from srlora_dist.tasks.packaged import base_model
 
 if TYPE_CHECKING:  # so that check_task can refuse a run without these seconds of imports
     import datasets
     import numpy as np
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.utils import ModelOutput
 
-TASKS = {"demo": demo, **dict.fromkeys(glue.GLUE, glue)}
+TASKS = {"demo": demo, **dict.fromkeys(glue.GLUE, glue), "lm": lm}
 """Each task's module, which offers ``check(config)`` and ``load(config)``."""
 
 
@@ -30,8 +31,11 @@ class Task:
         train: Rows of model inputs and ``labels``, not padded.
         eval: The same for evaluation.
         collate: Makes a padded batch of tensors out of rows.
-        metrics: Takes outputs of shape (rows, labels) and true labels of shape (rows,), gives named figures.
-        main_metric: The name of the figure to report first; higher is better.
+        answers: Takes the model's output and the batch, gives what evaluation keeps of them: two tensors with one row a
+            sample and as little else as the loss and the figures need, because they are gathered from all ranks.
+        loss: Takes both for a whole split, gives the validation loss.
+        metrics: Takes both likewise, gives named figures.
+        main_metric: The name of the figure to report first.
         peft_type: PEFT's ``task_type`` for the adapter.
     """
 
@@ -40,6 +44,8 @@ class Task:
     train: datasets.Dataset
     eval: datasets.Dataset
     collate: Callable[[list[dict]], dict[str, Tensor]]
+    answers: Callable[[ModelOutput, dict[str, Tensor]], tuple[Tensor, Tensor]]
+    loss: Callable[[Tensor, Tensor], Tensor]
     metrics: Callable[[np.ndarray, np.ndarray], dict[str, float]]
     main_metric: str
     peft_type: str

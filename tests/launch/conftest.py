@@ -112,26 +112,20 @@ def _run(command: list[str], environment: dict[str, str], limit: int) -> Ended:
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     folder = tmp_path_factory.mktemp("bench")
     write_model(folder / "model")
+    write_decoder(folder / "decoder")
     write_rte(folder / "glue")
+    write_text(folder / "text")
     return Bench(folder)
 
 
 def write_model(folder: Path) -> None:
     """Two layers, hidden 32, no dropout, so that every engine has the same losses."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, set_seed
+    from transformers import BertConfig, BertModel, set_seed
 
-    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    tokenizer = Tokenizer(models.WordLevel({word: k for k, word in enumerate(names + WORDS)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=32, **special).save_pretrained(folder)
+    vocab_size = write_tokenizer(folder, single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1")
     set_seed(0)
     config = BertConfig(
-        vocab_size=len(names + WORDS),
+        vocab_size=vocab_size,
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
@@ -141,6 +135,40 @@ def write_model(folder: Path) -> None:
         attention_probs_dropout_prob=0.0,
     )
     BertModel(config).save_pretrained(folder)
+
+
+def write_decoder(folder: Path) -> None:
+    """A Llama of two layers whose head is its embedding; 64 is the block of a 4-bit weight."""
+    from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+
+    vocab_size = write_tokenizer(folder, single="[CLS] $A", pair="[CLS] $A $B")
+    set_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=vocab_size, max_position_embeddings=32, tie_word_embeddings=True, **sizes)
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def write_tokenizer(folder: Path, **template: str) -> int:
+    """Of whole words; gives the size of its vocabulary."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    tokenizer = Tokenizer(models.WordLevel({word: k for k, word in enumerate(names + WORDS)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(special_tokens=[("[CLS]", 2), ("[SEP]", 3)], **template)
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=32, **special).save_pretrained(folder)
+    return len(names + WORDS)
+
+
+def write_text(folder: Path) -> None:
+    """Documents of 1 to 12 words, one a line."""
+    draw = random.Random(1)
+    folder.mkdir()
+    for name, count in (("train", NUM_TRAIN), ("validation", NUM_DEV)):
+        documents = (" ".join(draw.choices(WORDS, k=draw.randint(1, 12))) for _ in range(count))
+        (folder / f"{name}.txt").write_text("\n".join(documents) + "\n")
 
 
 def write_rte(folder: Path, header: str = "index\tsentence1\tsentence2\tlabel", odd_label: str | None = None) -> Path:

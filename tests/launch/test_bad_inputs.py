@@ -13,6 +13,7 @@ LIMIT_SECONDS = 60
 # What accelerate launch --cpu --num_processes 2 and a DeepSpeed launch from another folder leave in the environment.
 LONELY = {"ACCELERATE_USE_CPU": "True", "MASTER_PORT": "29500"}
 NO_FILE = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "no/such.json"}
+BF16_FILE = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "{bf16}"}
 
 # Options, or in capitals variables of the environment, and what the message must name.
 CASES = {
@@ -27,12 +28,23 @@ CASES = {
     "no pair to fuse": ({"srlora__fusion_ratio": 0}, "srlora.fusion_ratio is 0"),
     "LoRA dropout": ({"lora__dropout": 0.1}, "LoRA dropout"),
     "no matching layers": ({"lora__target_modules": "foo,bar"}, "lora.target_modules is 'foo,bar'"),
-    "bf16 base": ({"model__dtype": "bfloat16"}, "model.dtype is bfloat16"),
+    "unknown type": ({"model__dtype": "float31"}, "model.dtype"),
+    "fp16 without a GPU": ({"model__dtype": "float16"}, "model.dtype float16 needs a GPU on engine plain"),
+    "unknown quantisation": ({"model__quantization": "nf5"}, "model.quantization"),
+    "8 bits twice": ({"model__quantization": "int8", "model__double_quantization": True}, "model.quantization is int8"),
+    "GGUF file of no folder": (
+        {"model__name_or_path": "null", "model__gguf_file": "x.gguf"},
+        "model.gguf_file is 'x.gguf' without a folder",
+    ),
+    "missing text": ({"task__name": "lm", "task__data_dir": "{columns}"}, "columns/train.txt"),
     "batch above the data": ({"train__batch_size": 64}, "fewer than train.batch_size 64"),
     "accumulation does not divide": ({"train__batch_size": 9}, "train.batch_size 9 is not a multiple"),
     "processes that Accelerate does not start": (LONELY, "launch/accelerate/cpu2.yaml"),
     "Megatron": ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "asks for Megatron-LM"),
-    "mixed precision": ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "mixed_precision bf16"),
+    "two precisions": ({"ACCELERATE_MIXED_PRECISION": "fp16", "model__dtype": "bfloat16"}, "mixed_precision fp16, but"),
+    "fp8": ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "mixed_precision fp8, which is not supported"),
+    "DeepSpeed in another precision": (BF16_FILE, "bf16.enabled true, but model.dtype is float32"),
+    "FSDP1": ({"ACCELERATE_USE_FSDP": "true"}, "set fsdp_version: 2"),
     "DeepSpeed file that is not there": (NO_FILE, "no/such.json cannot be read"),
     "more switches than steps": ({"srlora__fusion_ratio": 0.1, "train__max_steps": 2}, "switches in 2 steps"),
 }
@@ -41,9 +53,11 @@ CASES = {
 @pytest.fixture(scope="module")
 def ended(bench: Bench) -> dict[str, Ended]:
     places = {"columns": bench.folder / "columns", "labels": bench.folder / "labels", "file": bench.folder / "file"}
+    places["bf16"] = bench.folder / "bf16.json"
     write_rte(places["columns"], header="index\tpremise\thypothesis\tlabel")
     write_rte(places["labels"], odd_label="perhaps")
     places["file"].write_text("not a folder")
+    places["bf16"].write_text('{"bf16": {"enabled": true}, "zero_optimization": {"stage": 2}}')
     cases = {}
     for name, (options, _) in CASES.items():
         filled = {key: value.format(**places) if isinstance(value, str) else value for key, value in options.items()}
@@ -73,11 +87,8 @@ def assert_refused(run: Ended, *wanted: str) -> None:
     assert 'launch/train.py", line' not in run.stderr
 
 
-def test_fsdp_is_refused(bench: Bench) -> None:
-    run = bench.launch(
-        *bench.arguments("fsdp"), before=("--use_fsdp", "--num_processes", "2", "--main_process_port", "0")
-    )
-    assert_refused(run, "asks for FSDP", "launch/accelerate/ddp.yaml")
+def test_fsdp_without_a_gpu_is_refused(bench: Bench) -> None:
+    assert_refused(bench.launch_yaml("fsdp2", *bench.arguments("fsdp")), "FSDP2 without a GPU", "cpu2.yaml")
 
 
 def test_two_ranks_that_fail_alike_print_once(bench: Bench) -> None:

@@ -20,6 +20,7 @@ KINDS = {
     "single": DistributedType.NO,
     "cpu2": DistributedType.MULTI_GPU,
     "ddp": DistributedType.MULTI_GPU,
+    "fsdp2": DistributedType.FSDP,
     **{f"zero{stage}{where}": DistributedType.DEEPSPEED for stage in (1, 2, 3) for where in ("", "_cpu")},
 }
 
@@ -40,6 +41,8 @@ def test_yaml_begins_with_its_command_and_is_of_its_kind(name: str) -> None:
     assert (config.gpu_ids == "-1,-1") == (name.endswith("_cpu") or name == "cpu2")
     if config.num_processes > 1:
         assert config.main_process_port == 0
+    if KINDS[name] == DistributedType.FSDP:
+        assert config.fsdp_config["fsdp_version"] == 2
     if KINDS[name] == DistributedType.DEEPSPEED:
         assert config.mixed_precision is None  # Accelerate refuses it beside a DeepSpeed file
         assert config.deepspeed_config["deepspeed_config_file"] == f"ds_configs/{name.removesuffix('_cpu')}.json"
@@ -56,6 +59,7 @@ def test_deepspeed_file_leaves_to_the_run_what_the_run_decides(stage: int) -> No
         "gradient_clipping",
     ):
         assert settings[key] == "auto"
+    assert settings["bf16"] == settings["fp16"] == {"enabled": "auto"}
     assert not {"optimizer", "scheduler"} & settings.keys()
 
 
@@ -82,7 +86,6 @@ def test_deepspeed_gets_the_values_of_the_run() -> None:
     [
         ({"gradient_clipping": 1.0}, "gradient_clipping 1.0, but train.max_grad_norm is 0.5"),
         ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps 1, but train.accumulation_steps is 3"),
-        ({"bf16": {"enabled": True}}, "enables bf16"),
     ],
 )
 def test_deepspeed_that_would_do_something_else_is_refused(theirs: dict, message: str) -> None:

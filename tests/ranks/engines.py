@@ -56,6 +56,8 @@ def make_odd_base(precision: str = "fp32") -> nn.Module:
     if precision != "fp32":
         for name in SHAPES:
             setattr(base, name, quantised(getattr(base, name), precision))
+        base.is_loaded_in_8bit = precision == "int8"  # as transformers marks a model, so that PEFT takes its own layers
+        base.is_loaded_in_4bit = precision != "int8"
     return base
 
 

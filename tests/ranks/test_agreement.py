@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from torch.distributed.tensor import Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -14,7 +15,7 @@ from srlora_dist.digest import digest_run
 from srlora_dist.sites import clamp_target_ranks, find_sites
 from srlora_dist.storage import find_storage
 from srlora_dist.svd import Directions
-from tests.ranks.engines import RANKS, SHAPES, make_batch, make_odd_net, prepare
+from tests.ranks.engines import RANKS, SHAPES, Engine, make_batch, make_odd_net, prepare
 from tests.ranks.world import run_ranks
 
 NUM_STEPS, TARGET = 9, 4  # the second site, of rank 2: switches after steps 4 and 9, and the last falls on the end
@@ -63,7 +64,7 @@ def train(rank: int, world_size: int, engine_name: str, zero: dict, cache: str |
 
 
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize(("name", "zero"), [("ddp", {}), ("zero2", {}), ("zero3", PARTITIONED)])
+@pytest.mark.parametrize(("name", "zero"), [("ddp", {}), ("zero2", {}), ("zero3", PARTITIONED), ("fsdp2", {})])
 def test_what_is_sent(name: str, zero: dict, tmp_path) -> None:
     """Invariant 7, by counting: nothing between switches, and at a switch exactly what the docstrings say."""
     plain = run_ranks(train, 2, name, zero, None)
@@ -76,13 +77,18 @@ def test_what_is_sent(name: str, zero: dict, tmp_path) -> None:
     switch = [("allreduce_", 8 * sum(RANKS.values()))]
     switched = {"second": 1, "tiny": 1}  # the first site has as many directions as pairs
     switch += [("broadcast_", 4 + 4 * sum(k * (sum(SHAPES[site]) + 1) for site, k in switched.items()))]
-    switch += [("allreduce_", 4 * sum(RANKS[site] * sum(SHAPES[site]) for site in switched))] * (name == "zero3")
+    switch += [("allreduce_", 4 * sum(RANKS[site] * sum(SHAPES[site]) for site in switched))] * (
+        name in ("zero3", "fsdp2")
+    )
     switch += [("allreduce_", 16 * len(switched)), ("allreduce_", 8)]
     assert ours[0]["switches"] == [switch]
     # Binding with a warm file: adapter usable, fingerprint, file looked for and found, ledger; then switch 0.
     bind = [("allreduce_", 8), ("allreduce_", 16 * num_sites), ("allreduce_", 8), ("broadcast_", 8), ("allreduce_", 8)]
     first = [("broadcast_", 4 + 4 * sum(RANKS[site] * (m + n + 1) for site, (m, n) in SHAPES.items()))]
-    first += [("allreduce_", floats)] * (name == "zero3") + [("allreduce_", 16 * num_sites), ("allreduce_", 8)]
+    first += [("allreduce_", floats)] * (name in ("zero3", "fsdp2")) + [
+        ("allreduce_", 16 * num_sites),
+        ("allreduce_", 8),
+    ]
     assert ours[0]["bind"] == bind + first
     # Tracking is shared out: the ranks' parts add up to one mean and one deviation of every element.
     assert sum(seen["importance_bytes"] for seen in ours) == 2 * floats
@@ -171,39 +177,76 @@ def test_the_fingerprint_is_that_of_the_weights_however_they_are_held(tmp_path) 
         [site, *shape, min(TARGET, *shape), digest_run(getattr(base, site).base_layer.weight)]
         for site, shape in SHAPES.items()
     ]
-    for world_size, engine in ((1, "plain"), (2, "ddp"), (2, "zero2"), (3, "zero3")):
+    for world_size, engine in ((1, "plain"), (2, "ddp"), (2, "zero2"), (3, "zero3"), (4, "fsdp2")):
         for seen in run_ranks(fingerprint, world_size, engine, str(tmp_path)):
             assert seen["key"][1:] == wanted
 
 
 def bind_elsewhere(rank: int, world_size: int, kind: str, cache: str) -> dict:
-    """An engine that is not supported yet."""
-    model = make_odd_net()
+    """An engine, or a setting of one, that is not supported."""
+    model, message = make_odd_net("bf16" if kind == "bf16-optimizer" else "fp32"), ""
     switcher = Switcher(model, SRLoRAConfig(target_rank=TARGET, svd_cache=cache), NUM_STEPS)
-    if kind == "fsdp2":
-        mesh = torch.distributed.init_device_mesh("cpu", (world_size,))
-        torch.distributed.fsdp.fully_shard(model, mesh=mesh)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    else:
-        zero = {"hpz": {"zero_hpz_partition_size": 2}, "bf16": {}}[kind]
-        engine = prepare("zero3", model, 1e-2, 0, **zero)
-        model, optimizer = engine.model, engine.optimizer
-        if kind == "bf16":
-            switcher.sites[0].lora_a.data = switcher.sites[0].lora_a.data.bfloat16()
     try:
-        switcher.bind(model, optimizer)
+        engine = Engine(*REFUSED[kind][0](model)) if kind.startswith("fsdp") else REFUSED[kind][0](model)
+        switcher.bind(engine.model, engine.optimizer)
     except ValueError as error:
-        return {"message": str(error)}
-    return {"message": ""}
+        message = str(error)
+    return {"message": message}
 
 
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [("fsdp2", "FSDP is not supported"), ("hpz", "zero_hpz_partition_size"), ("bf16", "stored as torch.bfloat16")],
-)
-def test_an_unsupported_engine_is_refused_on_every_rank(tmp_path, kind: str, message: str) -> None:
-    for seen in run_ranks(bind_elsewhere, 2, kind, str(tmp_path), last=True):
-        assert message in seen["message"]
+def columns(model: torch.nn.Module) -> tuple:
+    """FSDP2 that cuts B into columns."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = torch.distributed.init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    for module in model.modules():
+        if any(parameter.shape == (17, 4) for parameter in module.parameters(recurse=False)):
+            fully_shard(module, mesh=mesh, shard_placement_fn=lambda _: Shard(1))
+    fully_shard(model, mesh=mesh)
+    return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]), None, None
+
+
+def one_layer(model: torch.nn.Module) -> tuple:
+    """FSDP2 on one site alone."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = torch.distributed.init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    fully_shard(model.base_model.model.first, mesh=mesh)
+    return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]), None, None
+
+
+def quantised_partitions(model: torch.nn.Module) -> Engine:
+    """What ZeRO++ leaves on a weight; its kernels need a GPU, so the mark is set by hand."""
+    engine = prepare("zero3", model, 1e-2, 0)
+    model.base_model.model.first.base_layer.weight.ds_tensor.ds_quant_scale = torch.ones(1)
+    return engine
+
+
+def partial_offload(model: torch.nn.Module) -> Engine:
+    """An optimizer that is only in part on the CPU; it needs a GPU for the other part, so the mark is set by hand."""
+    engine = prepare("zero3", model, 1e-2, 0, offload_optimizer={"device": "cpu"})
+    engine.optimizer.partial_offload = 0.5
+    return engine
+
+
+REFUSED = {
+    "fsdp2-columns": (columns, "first is placed as (Shard(dim=1),)"),
+    "fsdp2-one-layer": (one_layer, "second is in part not sharded by FSDP2"),
+    "bf16-optimizer": (
+        lambda model: prepare(
+            "zero1", model, 1e-2, 0, 1, {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+        ),
+        "BF16_Optimizer is not supported: use ZeRO stage",
+    ),
+    "partial-offload": (partial_offload, "offload_optimizer.ratio 0.5 is not supported"),
+    "quantised-partitions": (quantised_partitions, "zero_quantized_nontrainable_weights is not supported"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_an_unsupported_engine_is_refused_on_every_rank(tmp_path, kind: str) -> None:
+    for seen in run_ranks(bind_elsewhere, 2, kind, str(tmp_path)):
+        assert REFUSED[kind][1] in seen["message"]
 
 
 def shares(rank: int, world_size: int) -> dict:

@@ -173,7 +173,7 @@ CELLS += [(engine, precision) for precision in ("nf4", "nf4-double", "fp4", "int
 
 
 @pytest.mark.timeout(150)
-@pytest.mark.parametrize(("engine", "precision"), CELLS)
+@pytest.mark.parametrize(("engine", "precision"), [pytest.param(*cell, id=" | ".join(cell)) for cell in CELLS])
 def test_engine_equals_the_reference(engine: str, precision: str, tmp_path) -> None:
     name, world_size, zero, accumulation = ENGINES[engine]
     bucket_bytes = 1 if world_size == 3 else 1 << 20  # a bucket a site, or one for all

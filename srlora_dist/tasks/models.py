@@ -1,0 +1,219 @@
+"""Loads the pretrained model and the tokenizer of a text task: any source, any storage of the weights."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+import datasets
+import torch
+import transformers
+from filelock import FileLock
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import cached_file
+
+from srlora_dist.cache import cache_dir
+from srlora_dist.config import RunConfig
+from srlora_dist.tasks.packaged import base_model
+
+# In a process of its own: within a group of processes Transformers saves on rank 0 alone, which may not be the one that
+# converts, and under ZeRO-3 it cuts every model that it makes.
+UNPACK = """
+import sys
+from pathlib import Path
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+file, dtype, folder = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+options = {"dtype": dtype, "quantization_config": GgufConfig(dequantize=True)}
+AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, **options).save_pretrained(folder)
+AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+"""
+
+
+def load_model(
+    config: RunConfig, auto_class: type, head_names: list[str] | None = None, **options: object
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load what ``config.model`` describes, with a padding token and the configured dropout.
+
+    Args:
+        config: The run; ``config.seed`` draws weights that the checkpoint lacks, and ``config.engine`` decides the type
+            in which 4-bit weights are packed.
+        auto_class: Of Transformers, such as ``AutoModelForCausalLM``.
+        head_names: Layers that are never quantised; None leaves out the output layer alone.
+        options: Go into the model's configuration.
+
+    Raises:
+        ValueError: The model or a package that it needs is not there, or a setting does not fit it.
+    """
+    name, gguf_file = base_model(config)
+    trust = config.model.trust_remote_code
+    try:
+        if gguf_file is not None:
+            name = unpack_gguf(name, gguf_file, config.model.dtype)
+        settings = AutoConfig.from_pretrained(name, trust_remote_code=trust, **options)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
+        torch.manual_seed(config.seed)  # a head is drawn below and has to be the same in every process
+        model, report = auto_class.from_pretrained(
+            name,
+            config=settings,
+            dtype=getattr(torch, config.model.dtype),
+            quantization_config=_quantization(config, head_names),
+            trust_remote_code=trust,
+            ignore_mismatched_sizes=True,  # a head for another number of classes gives way to a new one
+            output_loading_info=True,
+        )
+    except OSError as error:
+        raise ValueError(
+            f"model.name_or_path is {name!r}, which is neither a local folder with a model and its tokenizer nor a "
+            f"model on a hub that can be reached: {error}"
+        ) from error
+    _warn_of_random_body(name, model, {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
+    _ensure_padding_(name, model, tokenizer)
+    if config.model.dropout is not None:
+        set_dropout_(model, config.model.dropout)
+    return model, tokenizer
+
+
+def unpack_gguf(name: str, gguf_file: str, dtype: str) -> str:
+    """De-quantise a GGUF file into a folder that ``from_pretrained`` reads, once for each state of the file.
+
+    Transformers can neither quantise while it reads a GGUF file nor train one that stays packed.
+
+    Args:
+        name: Folder, or name on the hub.
+        gguf_file: The file in it.
+        dtype: Of the weights in the new folder.
+
+    Returns:
+        The folder, in the cache folder; it can be deleted.
+
+    Raises:
+        OSError: The file cannot be found.
+        ValueError: The package gguf is not installed.
+    """
+    if find_spec("gguf") is None:
+        raise ValueError(f"model.gguf_file is {gguf_file!r}, which needs the package gguf: pip install gguf")
+    file = Path(cached_file(name, gguf_file)).resolve()
+    state = f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}"
+    digest = hashlib.sha256(state.encode()).hexdigest()[:12]
+    folder = cache_dir() / "gguf" / f"{Path(gguf_file).stem}-{dtype}-{digest}"
+    folder.parent.mkdir(exist_ok=True)
+    part = folder.parent / f"{folder.name}.part"
+    with FileLock(f"{folder}.lock"):  # the other processes of a machine wait for the one that converts
+        if not folder.exists():
+            shutil.rmtree(part, ignore_errors=True)
+            command = [sys.executable, "-c", UNPACK, str(file), dtype, str(part)]
+            ended = subprocess.run(command, capture_output=True, text=True, check=False)
+            if ended.returncode:
+                raise ValueError(f"model.gguf_file is {gguf_file!r}, which cannot be read: {ended.stderr[-1000:]}")
+            part.rename(folder)  # whole or not at all
+    return str(folder)
+
+
+def set_dropout_(model: PreTrainedModel, share: float) -> None:
+    """Set every dropout of a model, also those that an attention keeps as a plain number or in the configuration.
+
+    Args:
+        model: Changed in place.
+        share: Of the activations that are dropped, in [0, 1).
+    """
+    for module in model.modules():
+        if isinstance(module, (nn.Dropout, nn.Dropout1d, nn.Dropout2d)):
+            module.p = share
+        _set_dropout_numbers_(module, share)
+    _set_dropout_numbers_(model.config, share)
+
+
+def check_length(config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, least: int) -> None:
+    """Compare ``task.max_length`` with what the model takes.
+
+    Raises:
+        ValueError: It is below ``least`` or above the positions of the model.
+    """
+    length = config.task.max_length
+    positions = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
+    most = min(positions, tokenizer.model_max_length)
+    if not least <= length <= most:
+        raise ValueError(f"task.max_length is {length}: {base_model(config)[0]} takes {least} to {most} tokens")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence what every rank would print: progress, and the list of weights that a head lacks."""
+    log = transformers.utils.logging
+    level, bars, data_bars = log.get_verbosity(), log.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()
+        if not data_bars:
+            datasets.enable_progress_bars()
+
+
+def _quantization(config: RunConfig, head_names: list[str] | None) -> BitsAndBytesConfig | None:
+    options = config.model
+    if options.quantization == "none":
+        return None
+    if find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f"model.quantization is {options.quantization}, which needs the package bitsandbytes: "
+            "pip install bitsandbytes"
+        )
+    if options.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=head_names)
+    dtype = getattr(torch, options.dtype)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=options.quantization,
+        bnb_4bit_use_double_quant=options.double_quantization,
+        bnb_4bit_compute_dtype=dtype,
+        # FSDP cuts parameters of one floating type alone.
+        bnb_4bit_quant_storage=dtype if config.engine == "fsdp2" else torch.uint8,
+        llm_int8_skip_modules=head_names,
+    )
+
+
+def _set_dropout_numbers_(holder: object, share: float) -> None:
+    for name, value in vars(holder).items():
+        if ("dropout" in name or name.endswith("pdrop")) and type(value) in (int, float):
+            setattr(holder, name, share)
+
+
+def _warn_of_random_body(name: str, model: PreTrainedModel, not_loaded: set[str]) -> None:
+    # A new head is what fine-tuning wants; a body that starts at random is a mistake that the quiet load would hide.
+    body = sorted(key for key in not_loaded if key.startswith(f"{model.base_model_prefix}.") and ".pooler." not in key)
+    if body:
+        warnings.warn(
+            f"model.name_or_path is {name!r}, which lacks {len(body)} weights of the model or has them in another "
+            f"shape, the first of them {body[0]}: they start at random",
+            stacklevel=2,
+        )
+
+
+def _ensure_padding_(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(
+                f"the tokenizer of {name!r} has neither a padding nor an end token: choose another model.name_or_path"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id

