@@ -77,6 +77,8 @@ class Contender:
         config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["0"])
         self.model = get_peft_model(net, config)
         self.lora = self.model.base_model.model[0]
+        for rank in (1, RANK) if method == "PEFT merge" else ():  # what is merged goes through these
+            self.model.add_adapter(f"fuse{rank}", LoraConfig(r=rank, lora_alpha=rank, target_modules=["0"]))
         self.start = self.exact = dense(self.lora.get_base_layer())
         self.output_type = TYPES[kind] or torch.float32
         self.realised: list[float] = []
@@ -135,15 +137,12 @@ class Contender:
             weight = self.lora.get_base_layer().weight
             weight += (left @ right).to(weight.dtype)
             return
-        rank = left.shape[1]
-        self.model.add_adapter("fuse", LoraConfig(r=rank, lora_alpha=rank, target_modules=["0"]))
-        self.lora.lora_A["fuse"].weight.data, self.lora.lora_B["fuse"].weight.data = right.clone(), left.clone()
+        name = f"fuse{left.shape[1]}"
+        self.lora.lora_A[name].weight.data, self.lora.lora_B[name].weight.data = right.clone(), left.clone()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT warns of the rounding that is measured here
-            self.lora.merge(adapter_names=["fuse"])
+            self.lora.merge(adapter_names=[name])
         self.lora.merged_adapters.clear()
-        self.model.delete_adapter("fuse")
-        self.model.set_adapter("default")
 
 
 def run(kind: str, num_switches: int, shape: tuple[int, int], delta: float) -> dict[str, dict[str, float]]:

@@ -6,37 +6,27 @@ fused pair is an exact copy of the pair that was trained, in whatever type that 
 
 from __future__ import annotations
 
-import logging
-
 import torch
-from peft import LoraConfig, PeftModel
-from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from peft import LoraConfig
+from torch import Tensor
 
 from srlora_dist.pairs import truncate_pairs
 from srlora_dist.sites import FUSED, PAIR_DIM, Site
 from srlora_dist.storage import Storage
 
-logger = logging.getLogger(__name__)
 
-
-def add_second_adapter_(model: nn.Module, sites: list[Site], budget: int | None) -> None:
+def add_second_adapter_(sites: list[Site], budget: int | None) -> None:
     """Give each site a second, frozen adapter that is active beside the first and holds nothing yet.
 
     Its rank is ``2 r_target - r``, all that a run can fuse and take, or the budget if that is less.
 
     Args:
-        model: The PEFT model, not yet prepared.
-        sites: Those that need one; their factors of it are set.
+        sites: Those that need one, of a model that is not yet prepared; their factors of it are set.
         budget: Largest rank of the second adapter, or None.
 
     Raises:
         ValueError: The budget does not even hold the first directions, or there is a second adapter already.
     """
-    peft_model = next(module for module in model.modules() if isinstance(module, PeftModel))
-    layers = {
-        name: module for name, module in peft_model.get_base_model().named_modules() if isinstance(module, LoraLayer)
-    }
     for site in sites:
         if site.fused_a is not None:
             raise ValueError(f"{site.name} has an adapter {FUSED!r} already: load the model anew for another Switcher")
@@ -45,10 +35,25 @@ def add_second_adapter_(model: nn.Module, sites: list[Site], budget: int | None)
                 f"srlora.fused_rank {budget} is below the LoRA rank of {site.name} (r={site.rank}), so that it does "
                 "not hold even the first directions: raise it, or leave it out"
             )
-        _add_to_layer_(layers[site.name], site, min(budget or 2 * site.target_rank, 2 * site.target_rank - site.rank))
+        _add_to_layer_(site, min(budget or 2 * site.target_rank, 2 * site.target_rank - site.rank))
 
 
-def _add_to_layer_(layer: LoraLayer, site: Site, rank: int) -> None:
+def require_active(sites: list[Site]) -> None:
+    """Notice where a second adapter has been switched off, by ``set_adapter`` for one: the function is another then.
+
+    Raises:
+        RuntimeError: With the remedy.
+    """
+    for site in sites:
+        if site.fused_a is not None and FUSED not in site.lora.active_adapters:
+            raise RuntimeError(
+                f"the adapter {FUSED!r} of {site.name}, which holds what was fused, is not active any more: call "
+                f"layer.set_adapter([yours, {FUSED!r}]) on each LoRA layer and freeze it, or leave the adapters alone"
+            )
+
+
+def _add_to_layer_(site: Site, rank: int) -> None:
+    layer = site.lora
     trains = {parameter: parameter.requires_grad for parameter in layer.parameters()}
     # Not PeftModel.add_adapter: it would also copy modules_to_save, and refuses two active names beside them.
     layer.update_layer(FUSED, rank, lora_alpha=rank, config=LoraConfig(r=rank, init_lora_weights=True))

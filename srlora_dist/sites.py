@@ -26,7 +26,7 @@ class Site:
 
     Args:
         name: Of the layer in the untouched base model.
-        layer: That layer.
+        lora: PEFT's layer around it.
         weight: W, stored as (m, n); or as (n, m) if ``transposed``, or as a packed payload if ``quantised``. Under
             ZeRO-3 a placeholder that knows its shape.
         lora_a: A, shape (r, n).
@@ -46,7 +46,7 @@ class Site:
     """
 
     name: str
-    layer: nn.Module
+    lora: LoraLayer
     weight: nn.Parameter
     lora_a: nn.Parameter
     lora_b: nn.Parameter
@@ -203,12 +203,16 @@ def _is_linear(layer: LoraLayer) -> bool:
     return isinstance(layer.get_base_layer(), (nn.Linear, Conv1D)) and not isinstance(layer, ParamWrapper)
 
 
-def _quantisation(weight: nn.Parameter) -> str:
-    """How bitsandbytes stores a weight, by the name of its class: that package may not be installed."""
-    kind = type(weight).__name__
-    if kind == "Params4bit":
-        return weight.quant_type + ("-double" if weight.compress_statistics else "")
-    return "int8" if kind == "Int8Params" else ""
+def _quantisation(layer: nn.Module) -> str:
+    """How bitsandbytes stores a layer's weight, by the name of its class: that package may not be installed."""
+    kinds = {kind.__name__ for kind in type(layer).__mro__}
+    if "Linear4bit" in kinds:
+        # FSDP2 puts a plain DTensor in the place of the weight; the layer still knows.
+        state = getattr(layer.weight, "quant_state", None) or layer.quant_state
+        if state is None:
+            raise ValueError("a 4-bit layer is not quantised yet: move the model to its device first")
+        return state.quant_type + ("-double" if state.nested else "")
+    return "int8" if "Linear8bitLt" in kinds else ""
 
 
 def _some(names: list[str]) -> str:
@@ -220,7 +224,7 @@ def _site(name: str, layer: LoraLayer, adapter_name: str) -> Site:
     transposed = isinstance(linear, Conv1D)
     return Site(
         name=name,
-        layer=linear,
+        lora=layer,
         weight=linear.weight,
         lora_a=layer.lora_A[adapter_name].weight,
         lora_b=layer.lora_B[adapter_name].weight,
@@ -228,7 +232,7 @@ def _site(name: str, layer: LoraLayer, adapter_name: str) -> Site:
         rank=layer.r[adapter_name],
         scale=float(layer.scaling[adapter_name]),
         transposed=transposed,
-        quantised=_quantisation(linear.weight),
+        quantised=_quantisation(linear),
         fused_a=layer.lora_A[FUSED].weight if FUSED in layer.lora_A else None,
         fused_b=layer.lora_B[FUSED].weight if FUSED in layer.lora_B else None,
         fused_rank=layer.r.get(FUSED, 0),

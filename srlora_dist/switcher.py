@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from srlora_dist.config import SRLoRAConfig
 from srlora_dist.digest import combine, digest_run, to_int64
 from srlora_dist.export import export_adapter
-from srlora_dist.fused import add_second_adapter_, append_pairs_
+from srlora_dist.fused import add_second_adapter_, append_pairs_, require_active
 from srlora_dist.importance import Importance
 from srlora_dist.ledger import Ledger, SiteSwitch, SwitchReport
 from srlora_dist.memory import ExtraMemory, count_extra_memory
@@ -57,7 +57,7 @@ class Switcher:
         warn_of_adapted_heads(model, self.sites, config.adapter_name)
         ranks = [(site.rank, site.target_rank) for site in self.sites]
         self.due_steps = due_steps(num_training_steps, ranks, config.fusion_ratio)
-        add_second_adapter_(model, _sites_that_need_one(self.sites, config.fusion), config.fused_rank)
+        add_second_adapter_(_sites_that_need_one(self.sites, config.fusion), config.fused_rank)
         self.num_training_steps = num_training_steps
         self.num_steps = 0
         self.num_switches = 0
@@ -154,6 +154,7 @@ class Switcher:
         Collective: every rank must call it; under ZeRO-3 the trainable parameters are gathered.
         """
         self._require_bound()
+        require_active(self.sites)
         export_adapter(self._model, self.storage, self.sites, self._ledger, folder, max_rank, self.config.adapter_name)
 
     @property
@@ -189,6 +190,7 @@ class Switcher:
     def _switch(self, slots: list[list[int]], scores: list[Tensor] | None) -> SwitchReport:
         """Fuse and restart the given slots of every site; switch 0 has no scores and fuses nothing."""
         began = time.perf_counter()
+        require_active(self.sites)
         self.storage.settle()
         report = SwitchReport(self.num_steps, self.num_switches, [])
         digests = []

@@ -49,6 +49,8 @@ class Fsdp2Storage(CutWeights):
 
 
 def _require_rows(site: Site, world_size: int) -> None:
+    if site.quantised == "int8":
+        raise ValueError(f"{site.name} is int8, which bitsandbytes cannot use under FSDP2: choose NF4, or ZeRO-3")
     for parameter in (site.weight, site.lora_a, site.lora_b, site.fused_a, site.fused_b):
         if parameter is None:
             continue

@@ -26,7 +26,7 @@ def dequantise(site: Site, payload: Tensor) -> Tensor:
     m, n = site.shape
     if site.quantised == "int8":
         return functional.int8_vectorwise_dequant(payload.view(m, n), _scales(site)).float()
-    state = site.weight.quant_state
+    state = _state(site)
     if getattr(state, "packing_format_for_cpu", False):
         raise ValueError(
             f"bitsandbytes has repacked the 4-bit weight of {site.name} for inference on this CPU: "
@@ -46,11 +46,16 @@ def digest_scales(site: Site) -> int:
     """Digest of the scales, which belong to a quantised W as much as its payload does."""
     if site.quantised == "int8":
         return digest_run(_scales(site), 1)
-    state = site.weight.quant_state
+    state = _state(site)
     return digest_run(state.absmax, 1) + (digest_run(state.state2.absmax, 2) if state.nested else 0)
+
+
+def _state(site: Site) -> object:
+    """Shape, scales and kind of a 4-bit weight; FSDP2 leaves them on the layer alone."""
+    return getattr(site.weight, "quant_state", None) or site.lora.get_base_layer().quant_state
 
 
 def _scales(site: Site) -> Tensor:
     # The first forward pass moves them from the weight to the layer's state.
     scales = site.weight.SCB
-    return scales if scales is not None else site.layer.state.SCB
+    return scales if scales is not None else site.lora.get_base_layer().state.SCB

@@ -76,7 +76,7 @@ def quantised(linear: nn.Linear, precision: str) -> nn.Module:
         kind, _, double = precision.partition("-")
         layer = bnb.nn.Linear4bit(n, m, compute_dtype=torch.float32, compress_statistics=bool(double), quant_type=kind)
         layer.weight = bnb.nn.Params4bit(
-            linear.weight.data, requires_grad=False, compress_statistics=bool(double), quant_type=kind
+            linear.weight.data, requires_grad=False, compress_statistics=bool(double), quant_type=kind, module=layer
         )
     layer.bias = linear.bias
     return layer.to("cpu")  # quantises
@@ -130,6 +130,7 @@ def prepare(
     clip: float,
     accumulation: int = 1,
     settings: dict | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
     **zero: object,
 ) -> Engine:
     """Prepare with torch alone, DDP, FSDP2 or a real DeepSpeed engine.
@@ -140,7 +141,8 @@ def prepare(
         shard_(model)
     columns = [p for name, p in model.named_parameters() if p.requires_grad and "lora_B" in name]
     others = [p for name, p in model.named_parameters() if p.requires_grad and "lora_B" not in name]
-    optimizer = torch.optim.AdamW([{"params": others}, {"params": columns}], lr=learning_rate, weight_decay=0)
+    groups = [{"params": others}, {"params": columns}]
+    optimizer = optimizer or torch.optim.AdamW(groups, lr=learning_rate, weight_decay=0)
     if name.startswith("zero"):
         return _deepspeed(int(name[4:]), model, optimizer, clip, accumulation, zero, settings or {})
     wrapped = nn.parallel.DistributedDataParallel(model) if name == "ddp" else model

@@ -184,17 +184,22 @@ def test_the_fingerprint_is_that_of_the_weights_however_they_are_held(tmp_path) 
 
 def bind_elsewhere(rank: int, world_size: int, kind: str, cache: str) -> dict:
     """An engine, or a setting of one, that is not supported."""
-    model, message = make_odd_net("bf16" if kind == "bf16-optimizer" else "fp32"), ""
+    model, message = make_odd_net({"bf16-optimizer": "bf16", "fsdp2-int8": "int8"}.get(kind, "fp32")), ""
     switcher = Switcher(model, SRLoRAConfig(target_rank=TARGET, svd_cache=cache), NUM_STEPS)
     try:
-        engine = Engine(*REFUSED[kind][0](model)) if kind.startswith("fsdp") else REFUSED[kind][0](model)
+        engine = REFUSED[kind][0](model)
         switcher.bind(engine.model, engine.optimizer)
     except ValueError as error:
         message = str(error)
     return {"message": message}
 
 
-def columns(model: torch.nn.Module) -> tuple:
+def with_optimizer(model: torch.nn.Module) -> Engine:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    return Engine(model, optimizer, torch.Tensor.backward, optimizer.step)
+
+
+def columns(model: torch.nn.Module) -> Engine:
     """FSDP2 that cuts B into columns."""
     from torch.distributed.fsdp import fully_shard
 
@@ -203,16 +208,24 @@ def columns(model: torch.nn.Module) -> tuple:
         if any(parameter.shape == (17, 4) for parameter in module.parameters(recurse=False)):
             fully_shard(module, mesh=mesh, shard_placement_fn=lambda _: Shard(1))
     fully_shard(model, mesh=mesh)
-    return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]), None, None
+    return with_optimizer(model)
 
 
-def one_layer(model: torch.nn.Module) -> tuple:
+def fsdp1(model: torch.nn.Module) -> Engine:
+    """The first FSDP, which keeps flat parameters."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    return with_optimizer(model)
+
+
+def one_layer(model: torch.nn.Module) -> Engine:
     """FSDP2 on one site alone."""
     from torch.distributed.fsdp import fully_shard
 
     mesh = torch.distributed.init_device_mesh("cpu", (torch.distributed.get_world_size(),))
     fully_shard(model.base_model.model.first, mesh=mesh)
-    return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]), None, None
+    return with_optimizer(model)
 
 
 def quantised_partitions(model: torch.nn.Module) -> Engine:
@@ -230,6 +243,11 @@ def partial_offload(model: torch.nn.Module) -> Engine:
 
 
 REFUSED = {
+    "fsdp1": (fsdp1, "FSDP1 is not supported: set fsdp_version to 2"),
+    "fsdp2-int8": (
+        lambda model: prepare("fsdp2", model, 1e-2, 0),
+        "first is int8, which bitsandbytes cannot use under FSDP2",
+    ),
     "fsdp2-columns": (columns, "first is placed as (Shard(dim=1),)"),
     "fsdp2-one-layer": (one_layer, "second is in part not sharded by FSDP2"),
     "bf16-optimizer": (

@@ -65,6 +65,46 @@ def test_fp16_with_overflows(stage: str, zero: dict, tmp_path) -> None:
     assert (exported(probe).float() - seen["final"]).norm() < 5e-3 * seen["final"].norm()
 
 
+def train_with_cpu_adam(rank: int, world_size: int, stage: str, kernel: bool, cache: str) -> dict:
+    """The optimizer on the CPU, stepped by torch's AdamW or by DeepSpeed's own kernel."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    model = make_odd_net()
+    switcher = Switcher(model, SRLoRAConfig(target_rank=7, svd_cache=cache), 12)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    kind = DeepSpeedCPUAdam if kernel else torch.optim.AdamW
+    optimizer = kind(trainable, lr=1e-2, weight_decay=0)
+    engine = prepare(stage, model, 1e-2, 0.5, optimizer=optimizer, offload_optimizer={"device": "cpu"})
+    switcher.bind(engine.model, engine.optimizer)
+    parts = []
+    for step in range(12):
+        x, y = (t.chunk(world_size)[rank] for t in make_batch(step))
+        engine.backward((engine.model(x) - y).square().mean())
+        engine.step()
+        report = switcher.step()
+        parts += [[part.slots, part.new_directions] for part in report.sites] if report else []
+    moments = [
+        run.of(state["exp_avg"]).clone()
+        for run in switcher.storage.held
+        if (state := switcher.storage.optimizer.state[run.owner])
+    ]
+    weight = switcher.storage.gather_weight(0)
+    return {"parts": parts, "moments": moments, "weight": weight, "kind": type(switcher.storage.optimizer).__name__}
+
+
+@pytest.mark.timeout(400)  # DeepSpeed compiles its kernel when it is first used
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_deepspeed_s_own_adam_switches_like_torch_s(stage: str, tmp_path) -> None:
+    ours, torchs = (
+        run_ranks(train_with_cpu_adam, 2, stage, kernel, str(tmp_path), timeout=350)[0] for kernel in (True, False)
+    )
+    assert (ours["kind"], torchs["kind"]) == ("DeepSpeedCPUAdam", "AdamW")
+    assert ours["parts"] == torchs["parts"]
+    assert len(ours["parts"]) >= 5
+    torch.testing.assert_close(ours["weight"], torchs["weight"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours["moments"], torchs["moments"], rtol=1e-3, atol=1e-6)
+
+
 def llama() -> nn.Module:
     torch.manual_seed(0)
     sizes = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 20}

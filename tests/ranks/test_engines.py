@@ -167,9 +167,10 @@ ENGINES = {  # engine, ranks, zero_optimization, accumulation steps
     "fsdp2, 2 ranks": ("fsdp2", 2, {}, 1),
     "fsdp2, 4 ranks, empty shards": ("fsdp2", 4, {}, 1),
 }
-QUANTISED_ON = ("plain", "ddp, 2 ranks", "zero2, 2 ranks", "zero3, 2 ranks", "zero3, 2 ranks, persistent, accumulation")
+QUANTISED_ON = ["plain", "ddp, 2 ranks", "zero2, 2 ranks", "zero3, 2 ranks", "zero3, 2 ranks, persistent, accumulation"]
 CELLS = [(engine, precision) for precision in ("fp32", "bf16") for engine in ENGINES]
 CELLS += [(engine, precision) for precision in ("nf4", "nf4-double", "fp4", "int8") for engine in QUANTISED_ON]
+CELLS += [("fsdp2, 2 ranks", precision) for precision in ("nf4", "nf4-double", "fp4")]
 
 
 @pytest.mark.timeout(150)

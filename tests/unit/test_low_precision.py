@@ -120,6 +120,15 @@ def test_an_edit_in_place_of_a_quantised_weight_is_refused() -> None:
         Switcher(net(torch.float32, (40, 72), precision="nf4"), SRLoRAConfig(target_rank=8, fusion="in_place"), 10)
 
 
+def test_a_second_adapter_that_is_switched_off_is_noticed(tmp_path) -> None:
+    model = net(torch.float32, (40, 72))
+    switcher, _ = run(model, torch.float32, tmp_path, 6, fusion="adapter")
+    model.set_adapter("default")
+    for call in (lambda: switcher._switch([[0]], [torch.ones(2)]), lambda: switcher.export(tmp_path / "adapter")):
+        with pytest.raises(RuntimeError, match="'srlora_fused' of 0, which holds what was fused, is not active"):
+            call()
+
+
 def test_a_second_switcher_on_the_same_adapters_is_refused() -> None:
     model = net(torch.float32, (40, 72))
     for message in ("", "0 has an adapter 'srlora_fused' already"):
