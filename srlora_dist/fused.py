@@ -30,12 +30,14 @@ def add_second_adapter_(sites: list[Site], budget: int | None) -> None:
     for site in sites:
         if site.fused_a is not None:
             raise ValueError(f"{site.name} has an adapter {FUSED!r} already: load the model anew for another Switcher")
-        if budget is not None and budget < site.rank:
+        num_first = min(site.rank, site.target_rank)  # a small matrix may have fewer directions than pairs
+        if budget is not None and budget < num_first:
             raise ValueError(
-                f"srlora.fused_rank {budget} is below the LoRA rank of {site.name} (r={site.rank}), so that it does "
+                f"srlora.fused_rank {budget} is below the LoRA rank of {site.name} (r={num_first}), so that it does "
                 "not hold even the first directions: raise it, or leave it out"
             )
-        _add_to_layer_(site, min(budget or 2 * site.target_rank, 2 * site.target_rank - site.rank))
+        most = 2 * site.target_rank - num_first
+        _add_to_layer_(site, most if budget is None else min(budget, most))
 
 
 def require_active(sites: list[Site]) -> None:

@@ -115,6 +115,16 @@ def test_a_budget_below_the_rank_is_refused() -> None:
         Switcher(net(torch.float32, (40, 72), 4), SRLoRAConfig(target_rank=8, fusion="adapter", fused_rank=3), 10)
 
 
+@pytest.mark.filterwarnings("ignore:srlora.target_rank")
+def test_a_matrix_with_fewer_directions_than_pairs_keeps_its_function_beside_a_second_adapter(tmp_path) -> None:
+    model, x = net(torch.float32, (3, 20), rank=5), torch.randn(4, 20)
+    before = model(x)
+    switcher = Switcher(model, SRLoRAConfig(target_rank=5, svd_cache=str(tmp_path), fusion="adapter"), 10)
+    switcher.bind(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1))
+    assert switcher.sites[0].fused_rank == switcher.sites[0].num_fused == 3
+    torch.testing.assert_close(model(x), before)
+
+
 def test_an_edit_in_place_of_a_quantised_weight_is_refused() -> None:
     with pytest.raises(ValueError, match="fusion is in_place, but 0 is quantised .nf4."):
         Switcher(net(torch.float32, (40, 72), precision="nf4"), SRLoRAConfig(target_rank=8, fusion="in_place"), 10)
