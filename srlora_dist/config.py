@@ -34,8 +34,8 @@ class SRLoRAConfig:
         fused_rank: Largest rank of that second adapter; ``null`` takes the ``2 target_rank - rank`` that a run fills. A
             smaller one is compressed by SVD as it fills up, and the error is logged.
         residual_device: Where the second term of a 16-bit W lies: ``weight`` is beside it, ``cpu`` in host memory.
-        directions_from: Folder of the original checkpoint (safetensors) to take the directions of quantised weights
-            from; ``null`` takes them from the dequantised weights.
+        directions_from: Folder of the original checkpoint (safetensors) to take the directions from; ``null`` takes
+            them from the loaded weights, dequantised if they are quantised.
         adapter_name: The PEFT adapter to work on.
         svd_cache: Folder of the computed directions; ``null`` is ``srlora_dist/svd`` in the user's cache folder.
         ledger_dir: Folder to which each switch is appended; ``null`` keeps the ledger in memory alone.
@@ -146,7 +146,9 @@ class ModelOptions:
     @property
     def stored_as(self) -> str:
         """The type of the pretrained linear layers, which an adapter belongs to."""
-        return self.dtype if self.quantization == "none" else self.quantization + "-double" * self.double_quantization
+        if self.quantization == "none":
+            return self.dtype
+        return f"{self.quantization}{'-double' * self.double_quantization} computing in {self.dtype}"
 
 
 @dataclass

@@ -129,7 +129,8 @@ def _readme(config: object, base: str) -> str:
     header = [f"base_model: {name}"] * bool(name) + ["library_name: peft", "tags: [lora, srlora]"]
     return "\n".join(["---", *header, "---", ""]) + (
         f"\nA LoRA adapter trained with srlora_dist on {name or 'a model'}, the adapted weights in **{base}**.\n"
-        "It belongs to the untouched model in that type; in another, outputs differ by what the types round away.\n"
+        "Load the untouched model in that type (same dtype, same quantization_config) before the adapter: in another,\n"
+        "outputs differ by what the types round away.\n"
     )
 
 

@@ -15,19 +15,28 @@ from srlora_dist.sites import FUSED, PAIR_DIM, Site
 from srlora_dist.storage import Storage
 
 
-def add_second_adapter_(sites: list[Site], budget: int | None) -> None:
-    """Give each site a second, frozen adapter that is active beside the first and holds nothing yet.
+def add_second_adapters_(sites: list[Site], fusion: str, budget: int | None) -> None:
+    """Give sites a second, frozen adapter that is active beside the first and holds nothing yet.
 
     Its rank is ``2 r_target - r``, all that a run can fuse and take, or the budget if that is less.
 
     Args:
-        sites: Those that need one, of a model that is not yet prepared; their factors of it are set.
+        sites: Of a model that is not yet prepared; the factors of the second adapter are set.
+        fusion: ``auto`` for the quantised ones, ``adapter`` for all, ``in_place`` for none.
         budget: Largest rank of the second adapter, or None.
 
     Raises:
-        ValueError: The budget does not even hold the first directions, or there is a second adapter already.
+        ValueError: A quantised site is to be edited in place, the budget does not even hold the first directions, or
+            there is a second adapter already.
     """
     for site in sites:
+        if fusion != "adapter" and not site.quantised:
+            continue
+        if fusion == "in_place":
+            raise ValueError(
+                f"srlora.fusion is in_place, but {site.name} is quantised ({site.quantised}), where an edit would be "
+                "lost in the rounding: choose auto or adapter"
+            )
         if site.fused_a is not None:
             raise ValueError(f"{site.name} has an adapter {FUSED!r} already: load the model anew for another Switcher")
         num_first = min(site.rank, site.target_rank)  # a small matrix may have fewer directions than pairs

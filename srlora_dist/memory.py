@@ -30,7 +30,10 @@ class ExtraMemory:
 
     def __str__(self) -> str:
         """For the log, in MiB."""
-        return ", ".join(f"{name.replace('_', ' ')} {size / 2**20:.1f}" for name, size in asdict(self).items())
+        held = {name.replace("_", " "): size / 2**20 for name, size in asdict(self).items()}
+        for_a_moment = held.pop("directions")
+        parts = ", ".join(f"{name} {size:.1f}" for name, size in held.items())
+        return f"{sum(held.values()):.1f} MiB ({parts}), and {for_a_moment:.1f} MiB while it switches"
 
 
 def count_extra_memory(

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from accelerate import PartialState
@@ -53,6 +53,10 @@ class Method:
     def seconds(self) -> Seconds:
         """Time spent on this rank so far."""
         return Seconds()
+
+    def extra_memory(self) -> dict[str, int]:
+        """Bytes that it holds on this rank beside what LoRA needs."""
+        return {}
 
 
 def build_method(config: RunConfig, base: PreTrainedModel, peft_type: str, num_steps: int, engine: str) -> Method:
@@ -133,6 +137,10 @@ class SRLoRA(Method):
     def seconds(self) -> Seconds:
         switcher = self.switcher
         return Seconds(switcher.svd_seconds, switcher.switch_seconds, switcher.tracking_seconds)
+
+    @override
+    def extra_memory(self) -> dict[str, int]:
+        return asdict(self.switcher.extra_memory)
 
 
 class AdaLoRA(Method):

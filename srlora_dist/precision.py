@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from srlora_dist.config import ModelOptions
@@ -68,25 +69,14 @@ def require_precision(model: nn.Module, options: ModelOptions) -> None:
         )
 
 
-def train_in_float32_(model: nn.Module) -> None:
-    """Hold what is trained in float32, a new head too: an optimizer loses most of its small steps in 16 bits."""
+def train_in_(model: nn.Module, dtype: str) -> None:
+    """Hold all that is trained in one type, a new head too, which comes in that of the pretrained weights.
+
+    It is float32 where the optimizer steps these tensors themselves: it would lose most of its small steps in 16 bits.
+    """
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-
-
-def evaluation_mode_(model: nn.Module) -> None:
-    """Evaluation mode, but for 4-bit layers on a CPU.
-
-    There bitsandbytes repacks the payload of a 4-bit layer in place at its first call in evaluation mode, and what is
-    trained or read after that is garbage. Such a layer holds no dropout, so that its mode changes nothing else.
-    """
-    model.eval()
-    for module in model.modules():
-        # Not module.weight: PEFT's wrapper, whose dropout has to be off, passes on that of the layer inside.
-        weight = module._parameters.get("weight")
-        if type(weight).__name__ == "Params4bit" and weight.device.type == "cpu":
-            module.training = True
+            parameter.data = parameter.data.to(getattr(torch, dtype))
 
 
 def _require_same(options: ModelOptions, deepspeed: dict[str, object]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 import time
 from pathlib import Path
 
@@ -39,7 +40,7 @@ class RunLog:
     """Writes into the output folder, on the main process alone.
 
     Args:
-        folder: Made if it is not there. What an earlier run wrote to it is removed.
+        folder: Made if it is not there.
         config: Saved as ``config.yaml``.
 
     Raises:
@@ -47,16 +48,21 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, config: RunConfig) -> None:
-        self.folder = folder
+        self.folder, self.config = folder, config
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _remove_earlier_run(folder)
-            config.save(folder / "config.yaml")
-            self._writer = SummaryWriter(str(folder / "tensorboard"))
+            with tempfile.TemporaryFile(dir=folder):
+                pass
         except OSError as error:
             raise ValueError(
                 f"output_dir {folder} cannot be written ({error.strerror}): choose another with --output_dir"
             ) from error
+
+    def start(self) -> None:
+        """Put this run in the place of an earlier one; not before it is known that it can begin."""
+        _remove_earlier_run(self.folder)
+        self.config.save(self.folder / "config.yaml")
+        self._writer = SummaryWriter(str(self.folder / "tensorboard"))
 
     def metrics(self, record: dict[str, object]) -> None:
         """Append one line to ``metrics.jsonl`` and the same figures to TensorBoard."""

@@ -106,6 +106,7 @@ def find_sites(model: nn.Module, adapter_name: str = "default") -> list[Site]:
     if not layers:
         raise ValueError(f"adapter {adapter_name!r} has no LoRA layers: check target_modules of the LoraConfig")
     _refuse(layers, adapter_name)
+    _refuse_quantised_heads(base, adapter_name)
     _refuse_shared_weights(peft_model, layers)
     sites = [_site(name, layer, adapter_name) for name, layer in layers.items()]
     _require_supported_types(sites)
@@ -137,8 +138,14 @@ def clamp_target_ranks(sites: list[Site], target_rank: int) -> None:
 
 def describe_base(sites: list[Site]) -> str:
     """The type of the weights that an adapter was trained on, and therefore belongs to."""
-    kinds = Counter(site.quantised or str(site.weight.dtype).removeprefix("torch.") for site in sites)
-    return " and ".join(kinds)
+    return " and ".join(Counter(map(_stored_as, sites)))
+
+
+def _stored_as(site: Site) -> str:
+    if not site.quantised:
+        return str(site.weight.dtype).removeprefix("torch.")
+    computes_in = getattr(site.lora.get_base_layer(), "compute_dtype", None)
+    return site.quantised + (f" computing in {str(computes_in).removeprefix('torch.')}" if computes_in else "")
 
 
 def warn_of_adapted_heads(model: nn.Module, sites: list[Site], adapter_name: str) -> None:
@@ -179,6 +186,20 @@ def _refuse(layers: dict[str, LoraLayer], adapter_name: str) -> None:
             raise ValueError(f"SRLoRA cannot work on a layer that {what}: {_some(names)}; {remedy}")
 
 
+def _refuse_quantised_heads(base: nn.Module, adapter_name: str) -> None:
+    """Raise where PEFT has copied a quantised layer to train it: bitsandbytes fails at its first call."""
+    names = [
+        name.split(".modules_to_save.")[0]
+        for name, module in base.named_modules()
+        if f".modules_to_save.{adapter_name}" in f".{name}" and type(module).__name__ in ("Linear4bit", "Linear8bitLt")
+    ]
+    if names:
+        raise ValueError(
+            f"SRLoRA cannot train a quantised layer: {_some(names)}; load the model with "
+            f"BitsAndBytesConfig(llm_int8_skip_modules={names})"
+        )
+
+
 def _refuse_shared_weights(model: nn.Module, layers: dict[str, LoraLayer]) -> None:
     """Raise where W is also the weight of another layer, which an edit would change too."""
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
@@ -189,8 +210,25 @@ def _refuse_shared_weights(model: nn.Module, layers: dict[str, LoraLayer]) -> No
         )
 
 
+def keep_payloads_(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights on a CPU, where the first evaluation would end the training.
+
+    With AVX512-BF16 it repacks the payload of a layer in place at its first call in evaluation mode; the next training
+    step raises, and what is read from the payload is garbage.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def _require_supported_types(sites: list[Site]) -> None:
     for site in sites:
+        storage = getattr(site.lora.get_base_layer(), "quant_storage", None)
+        if storage not in (None, site.weight.dtype):
+            raise ValueError(
+                f"the 4-bit payload of {site.name} was stored as {storage} and is {site.weight.dtype} now: the engine "
+                "has cast it, which destroys it. Set bnb_4bit_quant_storage to uint8"
+            )
         for parameter in (site.lora_a, site.lora_b, *(() if site.quantised else (site.weight,))):
             if parameter.dtype not in FLOATS:
                 raise ValueError(

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from srlora_dist.config import SRLoRAConfig
 from srlora_dist.digest import combine, digest_run, to_int64
 from srlora_dist.export import export_adapter
-from srlora_dist.fused import add_second_adapter_, append_pairs_, require_active
+from srlora_dist.fused import add_second_adapters_, append_pairs_, require_active
 from srlora_dist.importance import Importance
 from srlora_dist.ledger import Ledger, SiteSwitch, SwitchReport
 from srlora_dist.memory import ExtraMemory, count_extra_memory
 from srlora_dist.schedule import choose_slots, due_steps, num_fused
-from srlora_dist.sites import Site, clamp_target_ranks, find_sites, warn_of_adapted_heads
+from srlora_dist.sites import Site, clamp_target_ranks, find_sites, keep_payloads_, warn_of_adapted_heads
 from srlora_dist.storage import Storage, find_storage, release_gathered, require_resettable
 from srlora_dist.svd import Directions
 
@@ -55,9 +55,10 @@ class Switcher:
         self.sites = find_sites(model, config.adapter_name)
         clamp_target_ranks(self.sites, config.target_rank)
         warn_of_adapted_heads(model, self.sites, config.adapter_name)
+        keep_payloads_(model)
         ranks = [(site.rank, site.target_rank) for site in self.sites]
         self.due_steps = due_steps(num_training_steps, ranks, config.fusion_ratio)
-        add_second_adapter_(_sites_that_need_one(self.sites, config.fusion), config.fused_rank)
+        add_second_adapters_(self.sites, config.fusion, config.fused_rank)
         self.num_training_steps = num_training_steps
         self.num_steps = 0
         self.num_switches = 0
@@ -104,7 +105,7 @@ class Switcher:
         logger.info(
             "SRLoRA on %s: %d sites, switches after steps %s", self.storage.name, len(self.sites), self.due_steps
         )
-        logger.info("beside what LoRA needs this rank holds, in MiB: %s", self.extra_memory)
+        logger.info("beside what LoRA needs this rank holds %s", self.extra_memory)
         return report
 
     def step(self) -> SwitchReport | None:
@@ -193,7 +194,7 @@ class Switcher:
         require_active(self.sites)
         self.storage.settle()
         report = SwitchReport(self.num_steps, self.num_switches, [])
-        digests = []
+        digests, self._compression = [], []
         for bucket in self._buckets():
             bucket = [number for number in bucket if slots[number]]
             if not bucket:
@@ -209,6 +210,11 @@ class Switcher:
                 part = self._switch_site(number, slots[number], score, triplets[j], *factors[2 * j : 2 * j + 2])
                 report.sites.append(part[0])
                 digests.append(part[1])
+        if any(self._compression):
+            logger.warning(
+                "switch %d: second adapters were compressed to srlora.fused_rank, largest relative error %.2e",
+                *(report.switch, max(self._compression)),
+            )
         self._compare(report, digests)
         self.storage.on_rank_0(
             f"append switch {report.switch} to the ledger", lambda: self._ledger.close_switch(report)
@@ -251,12 +257,7 @@ class Switcher:
         if site.fused_a is None:
             self.storage.edit_weight_(number, left.float(), right.float())
         else:
-            error = append_pairs_(self.storage, number, left, right)
-            if error:
-                logger.warning(
-                    "%s: the second adapter was compressed to rank %d, relative error %.2e",
-                    *(site.name, site.fused_rank, error),
-                )
+            self._compression.append(append_pairs_(self.storage, number, left, right))
         if self._ledger is not None:
             self._ledger.add(site.name, site.scale * left.float(), right.float())
 
@@ -301,16 +302,3 @@ class Switcher:
                 "would overwrite it: use LoraConfig(init_lora_weights=True) and a new adapter"
             )
         self.storage.raise_together(error)
-
-
-def _sites_that_need_one(sites: list[Site], fusion: str) -> list[Site]:
-    """The sites whose W is not edited but stood in for by a second adapter."""
-    if fusion == "adapter":
-        return sites
-    needing = [site for site in sites if site.quantised]
-    if needing and fusion == "in_place":
-        raise ValueError(
-            f"srlora.fusion is in_place, but {needing[0].name} is quantised ({needing[0].quantised}), where an edit "
-            "would be lost in the rounding: choose auto or adapter"
-        )
-    return needing

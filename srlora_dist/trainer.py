@@ -23,8 +23,9 @@ from srlora_dist.figures import draw
 from srlora_dist.ledger import SwitchReport
 from srlora_dist.methods import build_method
 from srlora_dist.plan import SampleOrder, by_length, due_evaluations, warm_up_and_decay
-from srlora_dist.precision import evaluation_mode_, require_precision, train_in_float32_
+from srlora_dist.precision import require_precision, train_in_
 from srlora_dist.runlog import RunLog, Window
+from srlora_dist.sites import keep_payloads_
 from srlora_dist.tasks import Task, check_task, load_task
 
 
@@ -90,8 +91,10 @@ class Trainer:
         set_seed(config.seed)
         self.method = build_method(config, task.model, task.peft_type, self.num_steps, config.engine)
         self.num_trainable = _num_trainable(self.method.model)
-        if not config.engine.startswith("zero"):  # DeepSpeed keeps a float32 copy of its own
-            train_in_float32_(self.method.model)
+        keep_payloads_(self.method.model)
+        # DeepSpeed keeps a float32 copy of its own, and cuts parameters of one type alone.
+        train_in_(self.method.model, config.model.dtype if config.engine.startswith("zero") else "float32")
+        together(lambda: log.start() if log is not None else None)
         self._prepare()
         require_precision(self.model, config.model)
         self._record_switch(self.method.bind(self.model, self.optimizer))
@@ -212,6 +215,7 @@ class Trainer:
             "train_seconds": train_seconds,
             **{f"{name}_seconds": value for name, value in asdict(seconds).items()},
             "peak_memory_bytes": _peak_memory(self.accelerator),
+            "extra_memory_bytes": self.method.extra_memory(),
             "versions": _versions(),
         }
 
@@ -225,7 +229,7 @@ def evaluate(accelerator: Accelerator, model: nn.Module, loader: DataLoader, tas
 
     Collective: every rank calls it; gathers the task's answers batch by batch.
     """
-    evaluation_mode_(model)
+    model.eval()
     gathered = []
     for batch in loader:
         inputs = {name: value for name, value in batch.items() if name != "labels"}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -122,6 +123,11 @@ class Storage(ABC):
         run, start = self.parameter_run(parameter)
         fill_pairs_(run, start, pair_dim, slots, whole)
 
+    @contextmanager
+    def in_memory(self, number: int) -> Iterator[None]:  # noqa: ARG002 (the interface)
+        """Hold this rank's part of a site's W in memory while it is read or edited; here it always is."""
+        yield
+
     # The same for every kind, in terms of these.
 
     def gather_weight(self, number: int) -> Tensor | None:
@@ -132,7 +138,9 @@ class Storage(ABC):
         Raises:
             ValueError: A quantised W is not in its original layout any more.
         """
-        site, stored = self.sites[number], self.gather_stored(number)
+        site = self.sites[number]
+        with self.in_memory(number):
+            stored = self.gather_stored(number)
         if stored is None:
             return None
         whole = dequantise(site, stored) if site.quantised else stored.float()
@@ -140,7 +148,9 @@ class Storage(ABC):
 
     def digest_weight(self, number: int) -> int:
         """This rank's part of the digest of a site's W; the parts of all ranks add up to it."""
-        site, total = self.sites[number], digest_run(*self.weight_run(number))
+        site = self.sites[number]
+        with self.in_memory(number):
+            total = digest_run(*self.weight_run(number))
         if site.quantised and self.rank == 0:  # the scales are on every rank
             total += digest_scales(site)
         return total % 2**64
@@ -154,23 +164,25 @@ class Storage(ABC):
         for number, site in enumerate(self.sites):
             if site.weight.dtype == torch.float32 or site.fused_a is not None:
                 continue
-            run, _ = self.weight_to_edit(number)
-            to_host = device == "cpu" and run.device.type != "cpu"
-            place = {"device": "cpu", "pin_memory": True} if to_host else {"device": run.device}
-            self.residuals[number] = torch.zeros(run.numel(), dtype=run.dtype, **place)
+            with self.in_memory(number):
+                run, _ = self.weight_to_edit(number)
+                to_host = device == "cpu" and run.device.type != "cpu"
+                place = {"device": "cpu", "pin_memory": True} if to_host else {"device": run.device}
+                self.residuals[number] = torch.zeros(run.numel(), dtype=run.dtype, **place)
 
     def edit_weight_(self, number: int, left: Tensor, right: Tensor) -> None:
         """Add ``scale * left @ right``, (m, k) times (k, n), to what this rank holds of a site's W; nothing is sent."""
         site = self.sites[number]
-        run, start = self.weight_to_edit(number)
         if site.transposed:
             left, right = right.T, left.T
-        left, right = left.to(run.device), right.to(run.device)
-        if number in self.residuals:
-            add_pairs_to_sum_(run, self.residuals[number], start, left, right, site.scale)
-        else:
-            add_pairs_(run, start, left, right, site.scale)
-        self.after_edit(number)
+        with self.in_memory(number):
+            run, start = self.weight_to_edit(number)
+            left, right = left.to(run.device), right.to(run.device)
+            if number in self.residuals:
+                add_pairs_to_sum_(run, self.residuals[number], start, left, right, site.scale)
+            else:
+                add_pairs_(run, start, left, right, site.scale)
+            self.after_edit(number)
 
     def model_run(self, run: Run) -> Tensor:
         """The same span in the copy that the model computes with, a view."""

@@ -30,12 +30,7 @@ def dequantise(site: Site, payload: Tensor) -> Tensor:
     if getattr(state, "packing_format_for_cpu", False):
         raise ValueError(
             f"bitsandbytes has repacked the 4-bit weight of {site.name} for inference on this CPU: "
-            "do not run the model in evaluation mode before bind(), and keep its 4-bit layers in training mode later"
-        )
-    if 2 * payload.nbytes != m * n + m * n % 2:
-        raise ValueError(
-            f"the 4-bit weight of {site.name} has {payload.nbytes} bytes, not one for two of its {m} x {n} elements: "
-            "was the model cast to another type? Set bnb_4bit_quant_storage to uint8"
+            "do not run the model in evaluation mode before the Switcher is made"
         )
     state = copy.copy(state)
     state.dtype = torch.float32  # it would round to the type that the weight was loaded in; the forward pass does not

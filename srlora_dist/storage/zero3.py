@@ -7,6 +7,9 @@ trainable parameters end to end. hpZ keeps a second run, cut among the ranks of 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -51,6 +54,18 @@ class Zero3Storage(CutWeights):
         start = min(parameter.partition_numel() * dist.get_rank(), parameter.ds_numel)
         numel = min(parameter.partition_numel(), parameter.ds_numel - start)  # without the padding; may be 0
         return parameter.ds_tensor.detach().view(-1)[:numel], start
+
+    @contextmanager
+    def in_memory(self, number: int) -> Iterator[None]:
+        weight = self.sites[number].weight
+        away = _is_away(weight)
+        if away:
+            weight.nvme_swapper.swap_in([weight], async_op=False)
+        try:
+            yield
+        finally:
+            if away:
+                weight.nvme_swapper.swap_out_and_release([weight])
 
     def weight_to_edit(self, number: int) -> tuple[Tensor, int]:
         weight = self.sites[number].weight
@@ -107,6 +122,11 @@ def _is_whole(parameter: nn.Parameter) -> bool:
     return parameter.ds_status.name == "AVAILABLE"
 
 
+def _is_away(parameter: nn.Parameter) -> bool:
+    """Whether this rank's run lies on NVMe: DeepSpeed puts runs of 1 MiB and more there."""
+    return parameter.ds_tensor.status.name == "NOT_AVAILABLE"
+
+
 def _forget_secondary(parameter: nn.Parameter) -> None:
     """Drop the run that hpZ keeps for the backward pass; the next forward pass makes a new one."""
     parameter.ds_secondary_tensor = None
@@ -119,8 +139,12 @@ def _refuse_unsupported(sites: list[Site], zero_optimizer: object) -> None:
     if zero_optimizer.offload_optimizer and zero_optimizer.partial_offload < 1:
         raise ValueError(f"offload_optimizer.ratio {zero_optimizer.partial_offload} is not supported: set it to 1")
     for site in sites:
-        run = site.weight.ds_tensor
-        if hasattr(run, "ds_quant_scale"):
+        if hasattr(site.weight.ds_tensor, "ds_quant_scale"):
             raise ValueError("zero_quantized_nontrainable_weights is not supported: set it to false")
-        if getattr(run.final_location, "value", run.final_location) == "nvme":
-            raise ValueError("offload_param to nvme is not supported: set offload_param.device to cpu or none")
+        if any(
+            _is_away(factor) for factor in (site.lora_a, site.lora_b, site.fused_a, site.fused_b) if factor is not None
+        ):
+            raise ValueError(
+                f"the adapters of {site.name} are so large that offload_param puts them on nvme, which cannot be: "
+                "set offload_param.device to cpu"
+            )

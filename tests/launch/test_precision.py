@@ -107,3 +107,16 @@ def token_mean(bench: Bench, adapter: Path) -> float:
         total += nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum").item()
         count += tokens.shape[1] - 1
     return total / count
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_new_head_trains_with_16_bit_weights_under_zero3(dtype: str, bench: Bench) -> None:
+    """DeepSpeed wants all that is trained in one type, and PEFT holds the pairs in another than the head."""
+    options = bench.arguments(dtype, model__dtype=dtype, train__max_steps=4, srlora__target_rank=8)
+    run = bench.launch_yaml("zero3_cpu", *options)
+    assert run.returncode == 0, run.stderr[-3000:]
+    summary = json.loads((bench.run_folder(dtype) / "summary.json").read_text())
+    assert (summary["storage"], summary["weights"]) == ("zero3", dtype)
+    assert summary["extra_memory_bytes"]["residual"] > 0
+    assert f"weights in **{dtype}**" in (bench.run_folder(dtype) / "adapter" / "README.md").read_text()
+    assert "this rank holds" in run.stderr

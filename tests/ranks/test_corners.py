@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 
 import pytest
 import torch
@@ -140,6 +141,52 @@ def test_gradient_checkpointing_changes_nothing(tmp_path) -> None:
     assert with_it["slots"] == without["slots"]
     assert len(with_it["slots"]) == 14
     torch.testing.assert_close(with_it["weight"], without["weight"])
+
+
+def train_on_nvme(rank: int, world_size: int, device: str, precision: str, folder: str) -> dict:
+    """A weight whose runs are over 1 MiB, which is when DeepSpeed swaps them."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(1024, 1100), nn.Tanh(), nn.Linear(1100, 3))
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    model = get_peft_model(net, LoraConfig(r=4, lora_alpha=6, target_modules=["0"]))
+    switcher = Switcher(model, SRLoRAConfig(target_rank=8, svd_cache=folder), 8)
+    place = {"device": device, "nvme_path": folder, "buffer_count": 5, "buffer_size": 2_000_000}
+    zero = {**PARTITIONED, "stage3_prefetch_bucket_size": 0, "offload_param": place}
+    settings = {"bf16": {"enabled": precision == "bf16"}}
+    engine = prepare("zero3", model, 1e-2, 0.5, 1, settings, **zero, offload_optimizer={"device": "cpu"})
+    switcher.bind(engine.model, engine.optimizer)
+    changes, slots = [], []
+    probe = torch.randn(6, 1024, generator=torch.Generator().manual_seed(5)).to(dtype)
+    for step in range(8):
+        x = torch.randn(8, 1024, generator=torch.Generator().manual_seed(step)).to(dtype).chunk(world_size)[rank]
+        engine.backward(engine.model(x).float().square().mean())
+        engine.step()
+        with torch.no_grad():
+            before = engine.model(probe).float()
+        report = switcher.step()
+        if report is not None:
+            with torch.no_grad():
+                changes.append(float((engine.model(probe).float() - before).norm() / before.norm()))
+            slots.append(report.sites[0].slots)
+    away = switcher.storage.sites[0].weight.ds_tensor.status.name == "NOT_AVAILABLE"
+    with torch.no_grad():
+        final = engine.model(probe).float()
+    return {"away": away, "changes": changes, "slots": slots, "final": final}
+
+
+@pytest.mark.timeout(1500)
+@pytest.mark.skipif("SRLORA_TEST_NVME" not in os.environ, reason="needs libaio-dev, and compiles: SRLORA_TEST_NVME=1")
+@pytest.mark.parametrize(("precision", "most"), [("fp32", 1e-5), ("bf16", 1e-2)])
+def test_parameters_on_nvme_train_like_those_in_memory(precision: str, most: float, tmp_path) -> None:
+    on_nvme, in_memory = (
+        run_ranks(train_on_nvme, 2, device, precision, str(tmp_path), timeout=1400, last=True)[0]
+        for device in ("nvme", "cpu")
+    )
+    assert (on_nvme["away"], in_memory["away"]) == (True, False)
+    assert len(on_nvme["changes"]) == 1
+    assert max(on_nvme["changes"]) < most
+    assert on_nvme["slots"] == in_memory["slots"]
+    torch.testing.assert_close(on_nvme["final"], in_memory["final"], rtol=most, atol=most)
 
 
 class Allocations(TorchDispatchMode):

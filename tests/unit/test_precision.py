@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from srlora_dist.config import ModelOptions
-from srlora_dist.precision import evaluation_mode_, mixed_precision, require_precision, train_in_float32_
+from srlora_dist.precision import mixed_precision, require_precision, train_in_
 
 AUTO = {name: {"enabled": "auto"} for name in ("bf16", "fp16")}
 
@@ -61,7 +61,7 @@ def frozen(dtype: torch.dtype) -> nn.Module:
 
 def test_only_what_is_trained_becomes_float32():
     model = frozen(torch.bfloat16)
-    train_in_float32_(model)
+    train_in_(model, "float32")
     assert {parameter.dtype for parameter in model[3].parameters()} == {torch.float32}
     assert model[0].weight.dtype == torch.bfloat16
     require_precision(model, ModelOptions(dtype="bfloat16"))
@@ -79,17 +79,3 @@ def test_only_what_is_trained_becomes_float32():
 def test_weights_in_another_type_stop_the_run(stored, options, found):
     with pytest.raises(ValueError, match=found):
         require_precision(frozen(stored), ModelOptions(**options))
-
-
-def test_only_4_bit_layers_keep_training_in_an_evaluation():
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    from peft import LoraConfig, get_peft_model
-
-    inner = bitsandbytes.nn.Linear4bit(64, 64)
-    inner.weight = bitsandbytes.nn.Params4bit(torch.randn(64, 64), requires_grad=False)
-    model = nn.Sequential(inner.to("cpu"), nn.Linear(64, 64))
-    model.is_loaded_in_4bit = True
-    model = get_peft_model(model, LoraConfig(target_modules=["0", "1"], lora_dropout=0.5))
-    evaluation_mode_(model)
-    assert [type(module).__name__ for module in model.modules() if module.training] == ["Linear4bit"]
-    assert inner.training, "the layer itself, not PEFT's wrapper with its dropout"
