@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from srlora_dist.ledger import Ledger
 from srlora_dist.pairs import truncate_pairs
-from srlora_dist.sites import Site, describe_base
+from srlora_dist.sites import FUSED, Site, describe_base
 from srlora_dist.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def export_adapter(
     saved = {
         name: parameter
         for name, parameter in peft_model.named_parameters()
-        if parameter.requires_grad or f".modules_to_save.{adapter_name}." in name
+        if (parameter.requires_grad or f".{adapter_name}." in name) and f".{FUSED}." not in name
     }
     state = dict(peft_model.named_buffers())
     state |= zip(saved, storage.gather_parameters(list(saved.values())), strict=True)

@@ -6,9 +6,11 @@ fused pair is an exact copy of the pair that was trained, in whatever type that 
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from peft import LoraConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from srlora_dist.pairs import truncate_pairs
 from srlora_dist.sites import FUSED, PAIR_DIM, Site
@@ -29,9 +31,8 @@ def add_second_adapters_(sites: list[Site], fusion: str, budget: int | None) -> 
         ValueError: A quantised site is to be edited in place, the budget does not even hold the first directions, or
             there is a second adapter already.
     """
-    for site in sites:
-        if fusion != "adapter" and not site.quantised:
-            continue
+    needing = [site for site in sites if fusion == "adapter" or site.quantised]
+    for site in needing:  # all of them before any is changed
         if fusion == "in_place":
             raise ValueError(
                 f"srlora.fusion is in_place, but {site.name} is quantised ({site.quantised}), where an edit would be "
@@ -39,27 +40,43 @@ def add_second_adapters_(sites: list[Site], fusion: str, budget: int | None) -> 
             )
         if site.fused_a is not None:
             raise ValueError(f"{site.name} has an adapter {FUSED!r} already: load the model anew for another Switcher")
-        num_first = min(site.rank, site.target_rank)  # a small matrix may have fewer directions than pairs
-        if budget is not None and budget < num_first:
+        if budget is not None and budget < _num_first(site):
             raise ValueError(
-                f"srlora.fused_rank {budget} is below the LoRA rank of {site.name} (r={num_first}), so that it does "
-                "not hold even the first directions: raise it, or leave it out"
+                f"srlora.fused_rank {budget} is below the LoRA rank of {site.name} (r={_num_first(site)}), so that it "
+                "does not hold even the first directions: raise it, or leave it out"
             )
-        most = 2 * site.target_rank - num_first
+    if budget is not None and not needing:
+        warnings.warn(f"srlora.fused_rank {budget} is without effect: no weight needs a second adapter", stacklevel=3)
+    for site in needing:
+        most = 2 * site.target_rank - _num_first(site)
         _add_to_layer_(site, most if budget is None else min(budget, most))
 
 
-def require_active(sites: list[Site]) -> None:
-    """Notice where a second adapter has been switched off, by ``set_adapter`` for one: the function is another then.
+def _num_first(site: Site) -> int:
+    """Directions that switch 0 takes: a small matrix may have fewer than the site has pairs."""
+    return min(site.rank, site.target_rank)
+
+
+def require_intact(sites: list[Site]) -> None:
+    """Notice where PEFT was told to merge, to switch adapters or to change types: the function is another then.
 
     Raises:
         RuntimeError: With the remedy.
     """
     for site in sites:
-        if site.fused_a is not None and FUSED not in site.lora.active_adapters:
+        if site.lora.merged:
+            raise RuntimeError(f"the adapter of {site.name} has been merged: call unmerge_adapter() before training on")
+        if site.fused_a is None:
+            continue
+        if FUSED not in site.lora.active_adapters:
             raise RuntimeError(
                 f"the adapter {FUSED!r} of {site.name}, which holds what was fused, is not active any more: call "
-                f"layer.set_adapter([yours, {FUSED!r}]) on each LoRA layer and freeze it, or leave the adapters alone"
+                f"layer.set_adapter([yours, {FUSED!r}]) on each LoRA layer, or leave the adapters alone"
+            )
+        if site.fused_a.dtype != site.lora_a.dtype:
+            raise RuntimeError(
+                f"the pairs of {site.name} are {site.lora_a.dtype} and what is fused {site.fused_a.dtype}: change both "
+                "or make the Switcher after it"
             )
 
 
@@ -74,9 +91,16 @@ def _add_to_layer_(site: Site, rank: int) -> None:
         parameter.requires_grad_(before)
     site.fused_rank = rank
     site.fused_a, site.fused_b = (factors[FUSED].weight for factors in (layer.lora_A, layer.lora_B))
+    for factors in (layer.lora_A, layer.lora_B):
+        factors[FUSED].register_forward_pre_hook(_freeze)
     for parameter, like in ((site.fused_a, site.lora_a), (site.fused_b, site.lora_b)):
         parameter.requires_grad_(False)
         parameter.data = torch.zeros(parameter.shape, dtype=like.dtype, device=like.device)
+
+
+def _freeze(module: nn.Module, *_: object) -> None:
+    # disable_adapter() turns on the gradients of all active adapters when it ends.
+    module.weight.requires_grad_(False)
 
 
 def append_pairs_(storage: Storage, number: int, left: Tensor, right: Tensor) -> float:
@@ -115,9 +139,9 @@ def _compress(storage: Storage, left: Tensor, right: Tensor, rank: int) -> tuple
     shapes = (left.shape[0], rank), (rank, right.shape[1]), (1,)
     results = [torch.zeros(shape, dtype=left.dtype, device=left.device) for shape in shapes]
     error = results[2] = results[2].double()
-    if storage.rank == 0:
-        *parts, lost = truncate_pairs(left, right, rank, left.dtype)
-        for result, part in zip(results, (*parts, torch.tensor([lost])), strict=True):
+    made = storage.on_rank_0("compress the second adapter", lambda: truncate_pairs(left, right, rank, left.dtype))
+    if made is not None:
+        for result, part in zip(results, (*made[:2], torch.tensor([made[2]])), strict=True):
             result.copy_(part)
     for result in results:
         storage.broadcast_(result)

@@ -17,7 +17,7 @@ class OriginalWeights:
         folder: Of the checkpoint, as ``from_pretrained`` reads it.
 
     Raises:
-        ValueError: There are no safetensors files in it.
+        ValueError: There are no safetensors files in it, or the same weight in several.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -27,7 +27,10 @@ class OriginalWeights:
         self._places: dict[str, Path] = {}
         for path in self.files:
             with safe_open(path, "pt") as file:
+                twice = self._places.keys() & set(file.keys())
                 self._places.update(dict.fromkeys(file.keys(), path))
+            if twice:
+                raise ValueError(f"srlora.directions_from {folder} has {min(twice)} in several files: give one variant")
 
     def identity(self) -> list:
         """Name, size and time of each file, by which the files of directions made from them are told apart."""
@@ -38,14 +41,16 @@ class OriginalWeights:
         """W of a site, (m, n) in float32.
 
         Raises:
-            ValueError: The checkpoint has no such weight, or one of another shape.
+            ValueError: The checkpoint has no such weight, several, or one of another shape.
         """
         name = f"{site.name}.weight"
         # A task's model holds the checkpoint's under a prefix, or the other way round.
-        keys = [key for key in self._places if key == name or key.endswith(f".{name}") or name.endswith(f".{key}")]
-        if not keys:
-            raise ValueError(f"srlora.directions_from has no weight {name}: give the checkpoint of this model")
-        key = max(keys, key=len)
+        keys = [key for key in self._places if key.endswith(f".{name}") or name.endswith(f".{key}")]
+        keys = [name] if name in self._places else keys
+        if len(keys) != 1:
+            found = f"several for {name}: {', '.join(keys)}" if keys else f"no weight {name}"
+            raise ValueError(f"srlora.directions_from has {found}; give the checkpoint of this model")
+        (key,) = keys
         with safe_open(self._places[key], "pt") as file:
             weight = file.get_tensor(key).float()
         weight = weight.T if site.transposed else weight

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from srlora_dist.config import ModelOptions
+from srlora_dist.sites import FUSED
 
 MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 """What Accelerate calls the forward pass on weights of each type."""
@@ -73,9 +74,10 @@ def train_in_(model: nn.Module, dtype: str) -> None:
     """Hold all that is trained in one type, a new head too, which comes in that of the pretrained weights.
 
     It is float32 where the optimizer steps these tensors themselves: it would lose most of its small steps in 16 bits.
+    What is fused follows the pairs.
     """
-    for parameter in model.parameters():
-        if parameter.requires_grad:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad or f".{FUSED}." in name:
             parameter.data = parameter.data.to(getattr(torch, dtype))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from srlora_dist.config import SRLoRAConfig
 from srlora_dist.digest import combine, digest_run, to_int64
 from srlora_dist.export import export_adapter
-from srlora_dist.fused import add_second_adapters_, append_pairs_, require_active
+from srlora_dist.fused import add_second_adapters_, append_pairs_, require_intact
 from srlora_dist.importance import Importance
 from srlora_dist.ledger import Ledger, SiteSwitch, SwitchReport
 from srlora_dist.memory import ExtraMemory, count_extra_memory
@@ -85,6 +85,7 @@ class Switcher:
         self.storage = find_storage(model, optimizer, self.sites)
         self._model = model
         require_resettable(self.storage.optimizer, self.config.optimizer_reset)
+        require_intact(self.sites)
         self._require_usable_adapter()
         began = time.perf_counter()
         self._directions = Directions(self.storage, self.config.svd_cache, self.config.directions_from)
@@ -92,6 +93,8 @@ class Switcher:
         self.svd_seconds = time.perf_counter() - began
         self._ledger = self.storage.on_rank_0("open the ledger", lambda: Ledger(self.config.ledger_dir))
         self.storage.allocate_residuals(self.config.residual_device)
+        if self.config.residual_device == "cpu" and not self.storage.residuals:
+            logger.warning("srlora.residual_device cpu is without effect: no 16-bit weight is edited in place")
         for site in self.sites:
             site.held = [-1] * site.rank
         report = self._switch([list(range(min(site.rank, site.target_rank))) for site in self.sites], scores=None)
@@ -119,12 +122,14 @@ class Switcher:
             What the switch did, or None.
 
         Raises:
-            RuntimeError: The ranks no longer agree, or ``bind`` was not called.
+            RuntimeError: The ranks no longer agree, the training has diverged, adapters were merged or switched, or
+                ``bind`` was not called.
         """
         self._require_bound()
         if not self._stepped:
             return None
         self._stepped.clear()
+        require_intact(self.sites)
         self.num_steps += 1
         if self.num_steps == self.num_training_steps + 1:
             logger.warning(
@@ -135,6 +140,11 @@ class Switcher:
         if self.num_steps not in self.due_steps:
             return None
         scores = self._importance.pair_scores()
+        if not all(bool(score.isfinite().all()) for score in scores):
+            raise RuntimeError(
+                f"the pair scores of step {self.num_steps} are not finite, so the training has diverged: lower the "
+                "learning rate, or clip the gradient"
+            )
         slots = [choose_slots(score, self._num_to_fuse(site)) for site, score in zip(self.sites, scores, strict=True)]
         report = self._switch(slots, scores)
         num_exhausted = sum(site.num_taken >= site.target_rank for site in self.sites)
@@ -155,7 +165,7 @@ class Switcher:
         Collective: every rank must call it; under ZeRO-3 the trainable parameters are gathered.
         """
         self._require_bound()
-        require_active(self.sites)
+        require_intact(self.sites)
         export_adapter(self._model, self.storage, self.sites, self._ledger, folder, max_rank, self.config.adapter_name)
 
     @property
@@ -191,7 +201,6 @@ class Switcher:
     def _switch(self, slots: list[list[int]], scores: list[Tensor] | None) -> SwitchReport:
         """Fuse and restart the given slots of every site; switch 0 has no scores and fuses nothing."""
         began = time.perf_counter()
-        require_active(self.sites)
         self.storage.settle()
         report = SwitchReport(self.num_steps, self.num_switches, [])
         digests, self._compression = [], []

@@ -20,10 +20,13 @@ class Fsdp2Storage(CutWeights):
 
     def __init__(self, optimizer: Optimizer, sites: list[Site], model: nn.Module) -> None:
         super().__init__(optimizer, sites)
+        for site in sites:
+            _require_rows(site, self.world_size)
+        kind = sites[0].lora_a.device_mesh.device_type  # parameters may be offloaded, messages go by the mesh's device
+        self.device = torch.device(kind, torch.accelerator.current_device_index()) if kind != "cpu" else self.device
         self._sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for number, site in enumerate(sites):
-            _require_rows(site, self.world_size)
             for factor in ("A", "B"):
                 parameter = site.factor(factor)
                 require_stepped(site, id(parameter) in stepped)
@@ -35,7 +38,8 @@ class Fsdp2Storage(CutWeights):
         return parameter.shape
 
     def largest_run(self, parameter: nn.Parameter) -> int:
-        return -(-parameter.shape[0] // self.world_size) * parameter[:1].numel()
+        # Not parameter[:1]: to slice a DTensor is to gather it.
+        return -(-parameter.shape[0] // self.world_size) * (parameter.numel() // parameter.shape[0])
 
     def parameter_run(self, parameter: nn.Parameter) -> tuple[Tensor, int]:
         # The rows are dealt out like torch.chunk's: as many to each of the first ranks as it takes to need no more.

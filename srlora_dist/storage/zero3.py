@@ -138,9 +138,12 @@ def _refuse_unsupported(sites: list[Site], zero_optimizer: object) -> None:
         raise ValueError("offload_optimizer to nvme is not supported: set offload_optimizer.device to cpu or none")
     if zero_optimizer.offload_optimizer and zero_optimizer.partial_offload < 1:
         raise ValueError(f"offload_optimizer.ratio {zero_optimizer.partial_offload} is not supported: set it to 1")
+    for setting in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):
+        if getattr(zero_optimizer.parameter_offload, setting):
+            raise ValueError(
+                f"{setting} is not supported, for it computes with other weights than it keeps: set it to false"
+            )
     for site in sites:
-        if hasattr(site.weight.ds_tensor, "ds_quant_scale"):
-            raise ValueError("zero_quantized_nontrainable_weights is not supported: set it to false")
         if any(
             _is_away(factor) for factor in (site.lora_a, site.lora_b, site.fused_a, site.fused_b) if factor is not None
         ):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 
 import pytest
 import torch
 from torch.distributed.tensor import Shard
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -92,6 +94,56 @@ def test_what_is_sent(name: str, zero: dict, tmp_path) -> None:
     assert ours[0]["bind"] == bind + first
     # Tracking is shared out: the ranks' parts add up to one mean and one deviation of every element.
     assert sum(seen["importance_bytes"] for seen in ours) == 2 * floats
+
+
+def gathers(rank: int, world_size: int, fusion: str, cache: str) -> dict:
+    """What DTensors send by themselves is hidden from the mode above."""
+    model = make_odd_net()
+    switcher = Switcher(model, SRLoRAConfig(target_rank=TARGET, svd_cache=cache, fusion=fusion), NUM_STEPS)
+    engine = prepare("fsdp2", model, 1e-2, 0.5)
+    with CommDebugMode() as sent:
+        switcher.bind(engine.model, engine.optimizer)
+        switcher._switch([[], [0], []], [torch.ones(4)] * 3)
+    return {str(name): count for name, count in sent.get_comm_counts().items()}
+
+
+@pytest.mark.parametrize("fusion", ["in_place", "adapter"])
+def test_a_switch_under_fsdp2_gathers_no_weight(fusion: str, tmp_path) -> None:
+    run_ranks(gathers, 2, fusion, str(tmp_path))  # leaves the file of directions
+    for seen in run_ranks(gathers, 2, fusion, str(tmp_path)):
+        assert seen
+        assert not [name for name in seen if "gather" in name or "scatter" in name], seen
+
+
+def fuse_nan(rank: int, world_size: int, budget: int | None, cache: str) -> dict:
+    """Factors that have become NaN: at a switch, and where rank 0 alone compresses the second adapter."""
+    model = make_odd_net()
+    options = SRLoRAConfig(target_rank=TARGET, svd_cache=cache, fusion="adapter", fused_rank=budget)
+    switcher = Switcher(model, options, NUM_STEPS)
+    engine = prepare("ddp", model, 1e-2, 0)
+    switcher.bind(engine.model, engine.optimizer)
+    try:
+        if budget is not None:
+            with torch.no_grad():
+                switcher.sites[1].lora_a.fill_(float("nan"))
+            for _ in range(2):  # the second one is over the budget
+                switcher._switch([[], [0], []], [torch.ones(4)] * 3)
+        for step in range(NUM_STEPS if budget is None else 0):
+            x, y = (t.chunk(world_size)[rank] for t in make_batch(step))
+            engine.backward((engine.model(x) * float("nan") - y).square().mean())
+            engine.step()
+            switcher.step()
+    except (ValueError, RuntimeError) as error:
+        return {"message": str(error)}
+    return {"message": ""}
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"), [(None, "scores of step 4 are not finite"), (4, "cannot compress the second adapter")]
+)
+def test_nan_stops_every_rank(budget: int | None, message: str, tmp_path) -> None:
+    for seen in run_ranks(fuse_nan, 2, budget, str(tmp_path), timeout=60):
+        assert message in seen["message"]
 
 
 def disagree(rank: int, world_size: int, cache: str, factor_name: str, element: int) -> dict:
@@ -228,10 +280,10 @@ def one_layer(model: torch.nn.Module) -> Engine:
     return with_optimizer(model)
 
 
-def quantised_partitions(model: torch.nn.Module) -> Engine:
-    """What ZeRO++ leaves on a weight; its kernels need a GPU, so the mark is set by hand."""
+def quantised_partitions(setting: str, model: torch.nn.Module) -> Engine:
+    """ZeRO++; its kernels need a GPU, so the mark is set by hand."""
     engine = prepare("zero3", model, 1e-2, 0)
-    model.base_model.model.first.base_layer.weight.ds_tensor.ds_quant_scale = torch.ones(1)
+    setattr(engine.optimizer.parameter_offload, setting, True)
     return engine
 
 
@@ -257,7 +309,11 @@ REFUSED = {
         "BF16_Optimizer is not supported: use ZeRO stage",
     ),
     "partial-offload": (partial_offload, "offload_optimizer.ratio 0.5 is not supported"),
-    "quantised-partitions": (quantised_partitions, "zero_quantized_nontrainable_weights is not supported"),
+    "quantised-gathers": (partial(quantised_partitions, "zero_quantized_weights"), "zero_quantized_weights is not"),
+    "quantised-partitions": (
+        partial(quantised_partitions, "zero_quantized_nontrainable_weights"),
+        "zero_quantized_nontrainable_weights is not supported",
+    ),
 }
 
 

@@ -64,6 +64,16 @@ def test_a_decoder_keeps_its_function_and_exports(make, fusion: str, tmp_path) -
     assert "weights in **float32**" in (tmp_path / "adapter" / "README.md").read_text()
 
 
+def test_directions_of_a_transposed_layer_come_from_the_original_checkpoint(tmp_path) -> None:
+    gpt2().save_pretrained(tmp_path / "original")
+    model = get_peft_model(gpt2(), LoraConfig(r=4, target_modules="all-linear"))
+    switcher = train(model, tmp_path, directions_from=str(tmp_path / "original"))
+    original = dict(gpt2().named_parameters())["transformer.h.0.attn.c_attn.weight"].T
+    read = switcher._directions._original.read(switcher.sites[0])
+    assert switcher.sites[0].name.endswith("c_attn")
+    assert torch.equal(read, original)
+
+
 def test_only_the_named_adapter_is_touched(tmp_path) -> None:
     model = get_peft_model(llama(), LoraConfig(r=4, target_modules="all-linear"))
     model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))

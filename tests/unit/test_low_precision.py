@@ -8,10 +8,11 @@ import bitsandbytes
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from srlora_dist import SRLoRAConfig, Switcher
+from srlora_dist.original import OriginalWeights
 from tests.ranks.engines import dequantised, quantised
 
 
@@ -170,9 +171,61 @@ def test_a_second_adapter_that_is_switched_off_is_noticed(tmp_path) -> None:
     model = net(torch.float32, (40, 72))
     switcher, _ = run(model, torch.float32, tmp_path, 6, fusion="adapter")
     model.set_adapter("default")
-    for call in (lambda: switcher._switch([[0]], [torch.ones(2)]), lambda: switcher.export(tmp_path / "adapter")):
+    switcher._stepped.add(0)  # an optimizer step
+    for call in (switcher.step, lambda: switcher.export(tmp_path / "adapter")):
         with pytest.raises(RuntimeError, match="'srlora_fused' of 0, which holds what was fused, is not active"):
             call()
+
+
+def test_a_reference_pass_without_adapters_leaves_the_second_one_frozen(tmp_path) -> None:
+    model = net(torch.float32, (40, 72))
+    switcher, _ = run(model, torch.float32, tmp_path, 6, fusion="adapter")
+    with model.disable_adapter():
+        model(torch.randn(2, 72))
+    model(torch.randn(2, 72)).sum().backward()
+    site = switcher.sites[0]
+    assert site.lora_a.requires_grad
+    assert (site.fused_a.grad, site.fused_b.grad) == (None, None)
+    switcher.export(tmp_path / "adapter")
+    assert not [name for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors") if "fused" in name]
+
+
+def test_a_merge_in_the_middle_is_noticed(tmp_path) -> None:
+    model = net(torch.float32, (40, 72))
+    switcher, _ = run(model, torch.float32, tmp_path, 6)
+    model.merge_adapter()
+    with pytest.raises(RuntimeError, match="adapter of 0 has been merged"):
+        switcher.export(tmp_path / "adapter")
+
+
+def test_settings_without_effect_are_named(tmp_path, caplog) -> None:
+    with pytest.warns(UserWarning, match="fused_rank 9 is without effect"):
+        run(net(torch.float32, (40, 72)), torch.float32, tmp_path, 6, fused_rank=9, residual_device="cpu")
+    assert "residual_device cpu is without effect" in caplog.text
+
+
+def test_a_weight_is_told_from_one_with_the_same_payload_and_other_scales(tmp_path) -> None:
+    digests = []
+    for scale in (1.0, 2.0):
+        torch.manual_seed(1)
+        linear = nn.Linear(72, 40)
+        linear.weight.data *= scale
+        layers = nn.Sequential(quantised(linear, "nf4"), nn.Linear(40, 3))
+        model = get_peft_model(layers, LoraConfig(r=2, target_modules=["0"]))
+        switcher, _ = run(model, torch.float32, tmp_path, 2)
+        digests.append(switcher.storage.digest_weight(0))
+    assert digests[0] != digests[1]
+
+
+def test_directions_are_those_of_the_weight_that_the_forward_pass_uses(tmp_path) -> None:
+    torch.manual_seed(1)
+    layer = quantised(nn.Linear(72, 40).bfloat16(), "nf4")  # it remembers bfloat16
+    layer.bias.data = layer.bias.data.float()
+    model = get_peft_model(nn.Sequential(layer, nn.Linear(40, 3)), LoraConfig(r=2, target_modules=["0"]))
+    x = torch.randn(5, 72)
+    used = layer(x) - layer.bias
+    switcher, _ = run(model, torch.float32, tmp_path, 2)
+    torch.testing.assert_close(x @ switcher.storage.gather_weight(0).T, used, rtol=1e-5, atol=1e-6)
 
 
 def test_a_second_switcher_on_the_same_adapters_is_refused() -> None:
@@ -207,6 +260,11 @@ def test_directions_come_from_the_original_checkpoint_where_it_is_given(tmp_path
     save_file({"0.weight": original.T.contiguous()}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"has 0.weight as \(72, 40\), but the model \(40, 72\)"):
         run(net(torch.float32, (40, 72)), torch.float32, tmp_path, 4, directions_from=str(tmp_path))
+    save_file({"0.weight": original, "aux.0.weight": 2 * original}, tmp_path / "model.safetensors")
+    assert torch.equal(OriginalWeights(tmp_path).read(switcher.sites[0]), original)  # the exact name wins
+    save_file({"a.0.weight": original, "b.0.weight": original.clone()}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="has several for 0.weight: a.0.weight, b.0.weight"):
+        OriginalWeights(tmp_path).read(switcher.sites[0])
     save_file({"1.weight": original}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"directions_from has no weight 0.weight"):
         run(net(torch.float32, (40, 72)), torch.float32, tmp_path, 4, directions_from=str(tmp_path))
