@@ -71,7 +71,9 @@ def run(case: str, model: str | None, folder: Path, extra: list[str]) -> dict[st
     command += ["launch/train.py", *(part for key, value in options.items() for part in (f"--{key}", str(value)))]
     began = time.perf_counter()
     with (folder / "log.txt").open("w") as log:
-        subprocess.run([*command, *extra], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=True)
+        ended = subprocess.run([*command, *extra], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=False)
+    if ended.returncode:
+        sys.exit(f"{case} failed:\n{(folder / 'log.txt').read_text()[-3000:]}")
     return results(folder) | {"case": case, "seconds": time.perf_counter() - began}
 
 
