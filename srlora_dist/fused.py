@@ -40,21 +40,16 @@ def add_second_adapters_(sites: list[Site], fusion: str, budget: int | None) -> 
             )
         if site.fused_a is not None:
             raise ValueError(f"{site.name} has an adapter {FUSED!r} already: load the model anew for another Switcher")
-        if budget is not None and budget < _num_first(site):
+        if budget is not None and budget < site.num_first:
             raise ValueError(
-                f"srlora.fused_rank {budget} is below the LoRA rank of {site.name} (r={_num_first(site)}), so that it "
+                f"srlora.fused_rank {budget} is below the LoRA rank of {site.name} (r={site.num_first}), so that it "
                 "does not hold even the first directions: raise it, or leave it out"
             )
     if budget is not None and not needing:
         warnings.warn(f"srlora.fused_rank {budget} is without effect: no weight needs a second adapter", stacklevel=3)
     for site in needing:
-        most = 2 * site.target_rank - _num_first(site)
+        most = 2 * site.target_rank - site.num_first
         _add_to_layer_(site, most if budget is None else min(budget, most))
-
-
-def _num_first(site: Site) -> int:
-    """Directions that switch 0 takes: a small matrix may have fewer than the site has pairs."""
-    return min(site.rank, site.target_rank)
 
 
 def require_intact(sites: list[Site]) -> None:

@@ -59,7 +59,7 @@ def count_extra_memory(
         for site in sites:
             most = site.rank + num_switches * num_fused(site.rank, fusion_ratio)
             restarted = max(0, min(site.target_rank, most) - site.rank)
-            in_ledger += 4 * sum(site.shape) * (min(site.rank, site.target_rank) + 2 * restarted)
+            in_ledger += 4 * sum(site.shape) * (site.num_first + 2 * restarted)
     with_second = [site for site in sites if site.fused_a is not None]
     return ExtraMemory(
         tracking=importance.num_bytes if importance is not None else 0,
@@ -73,5 +73,5 @@ def count_extra_memory(
 def _switch_bytes(storage: Storage, number: int) -> int:
     """Of a site in switch 0, the largest: its directions, and its factors where they are gathered."""
     site = storage.sites[number]
-    directions = 4 * min(site.rank, site.target_rank) * (sum(site.shape) + 1)
+    directions = 4 * site.num_first * (sum(site.shape) + 1)
     return directions + (4 * site.rank * sum(site.shape) if storage.gathers else 0)

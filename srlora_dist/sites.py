@@ -63,6 +63,11 @@ class Site:
     num_taken: int = 0
     held: list[int] | None = None
 
+    @property
+    def num_first(self) -> int:
+        """Directions that switch 0 takes: a small matrix may have fewer than the site has pairs."""
+        return min(self.rank, self.target_rank)
+
     def factor(self, name: str) -> nn.Parameter:
         """The parameter called ``"A"`` or ``"B"``."""
         return self.lora_a if name == "A" else self.lora_b

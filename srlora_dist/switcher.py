@@ -86,7 +86,7 @@ class Switcher:
         self._model = model
         require_resettable(self.storage.optimizer, self.config.optimizer_reset)
         require_intact(self.sites)
-        self._require_usable_adapter()
+        self.storage.require_fresh_adapter()
         began = time.perf_counter()
         self._directions = Directions(self.storage, self.config.svd_cache, self.config.directions_from)
         self._directions.prepare()
@@ -97,7 +97,7 @@ class Switcher:
             logger.warning("srlora.residual_device cpu is without effect: no 16-bit weight is edited in place")
         for site in self.sites:
             site.held = [-1] * site.rank
-        report = self._switch([list(range(min(site.rank, site.target_rank))) for site in self.sites], scores=None)
+        report = self._switch([list(range(site.num_first)) for site in self.sites], scores=None)
         if self.due_steps:
             self._importance = Importance(self.storage, self.config.beta1, self.config.beta2)
         self.storage.on_optimizer_step(self._before_optimizer_step)
@@ -294,20 +294,3 @@ class Switcher:
                 f"switch {report.switch} after step {report.step}: the ranks disagree on slots, directions or factors, "
                 f"first at {name}; they have drifted apart, so the run stops. Restart from the last good state"
             )
-
-    def _require_usable_adapter(self) -> None:
-        """The map of factors must be right, and they must not hold anything yet: switch 0 overwrites them."""
-        error = None
-        misplaced = self.storage.find_misplaced()
-        used = [run for run in self.storage.held if run.factor == "B" and bool(run.of(run.owner).any())]
-        if misplaced is not None:
-            error = ValueError(
-                f"the optimizer of {self.storage.name} does not hold {self.sites[misplaced.site].name} where it is "
-                "expected: use the engine's default layout, or another engine"
-            )
-        elif used:
-            error = ValueError(
-                f"the adapter at {self.sites[used[0].site].name} is not freshly initialised (B is not 0), and switch 0 "
-                "would overwrite it: use LoraConfig(init_lora_weights=True) and a new adapter"
-            )
-        self.storage.raise_together(error)

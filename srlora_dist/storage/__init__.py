@@ -48,10 +48,11 @@ def find_storage(model: nn.Module, optimizer: object, sites: list[Site]) -> Stor
             )
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
         raise ValueError("FSDP1 is not supported: set fsdp_version to 2, or use torch.distributed.fsdp.fully_shard")
-    if _sharded_modules(model):
+    sharded = _sharded_modules(model)
+    if sharded:
         from srlora_dist.storage.fsdp2 import Fsdp2Storage  # seconds of imports that other runs do without
 
-        return Fsdp2Storage(innermost, sites, model)
+        return Fsdp2Storage(innermost, sites, sharded)
     return PlainStorage(innermost, sites)
 
 

@@ -197,6 +197,29 @@ class Storage(ABC):
                 return run
         return None
 
+    def require_fresh_adapter(self) -> None:
+        """The map of factors must be right, and they must not hold anything yet: switch 0 overwrites them.
+
+        Collective: see :meth:`raise_together`.
+
+        Raises:
+            ValueError: On any rank the map is wrong, or a B is not 0.
+        """
+        error = None
+        misplaced = self.find_misplaced()
+        used = [run for run in self.held if run.factor == "B" and bool(run.of(run.owner).any())]
+        if misplaced is not None:
+            error = ValueError(
+                f"the optimizer of {self.name} does not hold {self.sites[misplaced.site].name} where it is "
+                "expected: use the engine's default layout, or another engine"
+            )
+        elif used:
+            error = ValueError(
+                f"the adapter at {self.sites[used[0].site].name} is not freshly initialised (B is not 0), and switch 0 "
+                "would overwrite it: use LoraConfig(init_lora_weights=True) and a new adapter"
+            )
+        self.raise_together(error)
+
     def write_pairs_(self, number: int, factor: str, slots: Tensor, whole: Tensor, optimizer_reset: str) -> None:
         """Write the given slots of a whole factor to all copies this rank holds and reset their optimizer moments."""
         pair_dim = PAIR_DIM[factor]

@@ -18,13 +18,13 @@ class Fsdp2Storage(CutWeights):
 
     name = "fsdp2"
 
-    def __init__(self, optimizer: Optimizer, sites: list[Site], model: nn.Module) -> None:
+    def __init__(self, optimizer: Optimizer, sites: list[Site], sharded: list[FSDPModule]) -> None:
         super().__init__(optimizer, sites)
         for site in sites:
             _require_rows(site, self.world_size)
         kind = sites[0].lora_a.device_mesh.device_type  # parameters may be offloaded, messages go by the mesh's device
         self.device = torch.device(kind, torch.accelerator.current_device_index()) if kind != "cpu" else self.device
-        self._sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        self._sharded = sharded
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for number, site in enumerate(sites):
             for factor in ("A", "B"):
