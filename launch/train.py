@@ -30,6 +30,8 @@ logging.getLogger("srlora_dist").setLevel(logging.INFO if IS_MAIN else logging.E
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it warns of a kernel that is not used
 
 from srlora_dist.config import parse  # noqa: E402 (after the environment is set)
+from srlora_dist.errors import STOPPED_BY_SIGNAL, RunStoppedError, StoppedBySignalError  # noqa: E402
+from srlora_dist.storage import lost_ranks  # noqa: E402
 from srlora_dist.trainer import train  # noqa: E402
 
 # The launcher ends the other ranks within a moment of the main process, so that one message is enough.
@@ -41,23 +43,41 @@ def main() -> None:
     try:
         config = parse()
         summary = train(config)
-    except (ValueError, OSError) as error:
+    except StoppedBySignalError as stop:
+        if IS_MAIN:
+            print(f"srlora_dist: {stop}", file=sys.stderr)
+        _leave(STOPPED_BY_SIGNAL)
+    except (ValueError, OSError, RunStoppedError) as error:
         if os.environ.get("SRLORA_DEBUG"):
             raise
-        _fail(error)
+        _fail(str(error))
+    except RuntimeError as error:
+        lost = lost_ranks()
+        if os.environ.get("SRLORA_DEBUG") or not lost:
+            raise
+        _fail(
+            f"rank {', '.join(map(str, lost))} of {os.environ.get('WORLD_SIZE')} is gone or does not answer, so the "
+            f"others end too; the same command goes on from the last checkpoint ({error})"
+        )
     if IS_MAIN:
         _report(summary, Path(config.output_dir))
 
 
-def _fail(error: Exception) -> None:
+def _fail(message: str) -> None:
     """End this process with one line, which a rank other than 0 prints only if rank 0 has not failed as well."""
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         time.sleep(GRACE_SECONDS)
     where = "" if rank == "0" else f" (on rank {rank} of {os.environ.get('WORLD_SIZE')})"
-    print(f"srlora_dist: error: {' '.join(str(error).split())}{where}", file=sys.stderr, flush=True)
-    # Not sys.exit: leaving the interpreter can wait for ranks that are still in a collective.
-    os._exit(1)
+    print(f"srlora_dist: error: {' '.join(message.split())}{where}", file=sys.stderr)
+    _leave(1)
+
+
+def _leave(status: int) -> None:
+    """Not by sys.exit: leaving the interpreter can wait for ranks that are still in a collective."""
+    sys.stderr.flush()
+    sys.stdout.flush()
+    os._exit(status)
 
 
 def _report(summary: dict[str, object], folder: Path) -> None:
@@ -69,6 +89,9 @@ def _report(summary: dict[str, object], folder: Path) -> None:
         print(f"{name:8}{summary['best'][name]:12.4f}{summary['final'][name]:12.4f}")
     times = {name.removesuffix("_seconds"): value for name, value in summary.items() if name.endswith("_seconds")}
     print("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in times.items()))
+    if summary["checkpoint_bytes"] is not None:
+        share = summary["checkpoint_bytes"] / summary["model_bytes"]
+        print(f"checkpoint: {summary['checkpoint_bytes'] / 1e6:.1f} MB, {share:.1%} of the pretrained model")
     print(f"base: {summary['model']} in {summary['weights']}")
     for name, path in (("adapter", "adapter"), ("TensorBoard", "tensorboard"), ("figures", "figures")):
         print(f"{name}: {folder / path}")

@@ -36,6 +36,12 @@ class SRLoRAConfig:
         residual_device: Where the second term of a 16-bit W lies: ``weight`` is beside it, ``cpu`` in host memory.
         directions_from: Folder of the original checkpoint (safetensors) to take the directions from; ``null`` takes
             them from the loaded weights, dequantised if they are quantised.
+        check_switch: Compare the model's output on the last training batch before and after each switch, and undo a
+            switch that changes it; costs two forward passes and, for a moment, a copy of this rank's weights in host
+            memory.
+        switch_tolerance: Largest relative change of the output then; ``null`` is 1e-4 for float32, 4e-3 for float16 and
+            3e-2 for bfloat16.
+        agreement_every: Steps between comparisons of all that ranks hold copies of; 0 compares at switches alone.
         adapter_name: The PEFT adapter to work on.
         svd_cache: Folder of the computed directions; ``null`` is ``srlora_dist/svd`` in the user's cache folder.
         ledger_dir: Folder to which each switch is appended; ``null`` keeps the ledger in memory alone.
@@ -51,6 +57,9 @@ class SRLoRAConfig:
     fused_rank: int | None = None
     residual_device: Literal["weight", "cpu"] = "weight"
     directions_from: str | None = None
+    check_switch: bool = False
+    switch_tolerance: float | None = None
+    agreement_every: int = 0
     adapter_name: str = "default"
     svd_cache: str | None = None
     ledger_dir: str | None = None
@@ -73,6 +82,10 @@ class SRLoRAConfig:
                 raise ValueError(f"srlora.{name} is {getattr(self, name)!r}: choose one of {', '.join(allowed)}")
         if self.fused_rank is not None and self.fused_rank < 1:
             raise ValueError(f"srlora.fused_rank is {self.fused_rank}: choose at least 1, or leave it out")
+        if self.agreement_every < 0:
+            raise ValueError(f"srlora.agreement_every is {self.agreement_every}: choose a number of steps, or 0")
+        if self.switch_tolerance is not None and not self.switch_tolerance > 0:
+            raise ValueError(f"srlora.switch_tolerance is {self.switch_tolerance}: choose a positive number")
         if self.target_rank < 1:
             raise ValueError(f"srlora.target_rank is {self.target_rank}: choose at least the rank of the adapter")
 
@@ -187,6 +200,9 @@ class TrainOptions:
         max_grad_norm: Clip the gradient to this norm; 0 does not clip.
         eval_every: Steps between evaluations; ``null`` evaluates five times in a run.
         log_every: Steps between lines of ``metrics.jsonl``.
+        max_bad_steps: Steps in a row whose gradient may be NaN or infinite, which are left out, before the run stops.
+        timeout: Seconds that a rank waits for the others before the run stops; rank 0 factors a large weight in that
+            time.
     """
 
     epochs: float = 1.0
@@ -200,9 +216,13 @@ class TrainOptions:
     max_grad_norm: float = 1.0
     eval_every: int | None = None
     log_every: int = 10
+    max_bad_steps: int = 20
+    timeout: int = 1800
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "eval_batch_size", "accumulation_steps", "log_every"):
+        for name in (
+            *("batch_size", "eval_batch_size", "accumulation_steps", "log_every", "max_bad_steps", "timeout"),
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} is {getattr(self, name)}: choose at least 1")
         for name in ("max_steps", "eval_every"):
@@ -220,6 +240,32 @@ class TrainOptions:
 
 
 @dataclass
+class CheckpointOptions:
+    """What a run writes so that it can be resumed, and what it resumes from.
+
+    Args:
+        every: Steps between checkpoints; ``null`` writes one with each evaluation, 0 only if the run is asked to stop.
+        keep: Newest checkpoints to keep; that of the lowest validation loss stays as well.
+        resume: ``auto`` goes on from the last good checkpoint in the output folder if the run there has not ended,
+            ``must`` insists on one, ``never`` starts anew; or the folder of a checkpoint.
+        if_disk_full: Whether to ``stop`` where a checkpoint cannot be written, or ``go_on`` without it.
+    """
+
+    every: int | None = None
+    keep: int = 2
+    resume: str = "auto"
+    if_disk_full: Literal["stop", "go_on"] = "stop"
+
+    def __post_init__(self) -> None:
+        if self.every is not None and self.every < 0:
+            raise ValueError(f"checkpoint.every is {self.every}: choose a number of steps, 0, or leave it out")
+        if self.keep < 1:
+            raise ValueError(f"checkpoint.keep is {self.keep}: choose at least 1")
+        if self.if_disk_full not in ("stop", "go_on"):
+            raise ValueError(f"checkpoint.if_disk_full is {self.if_disk_full!r}: choose stop or go_on")
+
+
+@dataclass
 class RunConfig:
     """One training run; ``config.yaml`` in the output folder is this, resolved.
 
@@ -234,6 +280,7 @@ class RunConfig:
         lora: The adapter.
         srlora: How pairs are scored, fused and restarted.
         train: The training loop.
+        checkpoint: What is written to be resumed.
     """
 
     method: Literal["lora", "pissa", "srlora", "adalora"] = "srlora"
@@ -245,6 +292,7 @@ class RunConfig:
     lora: LoRAOptions = field(default_factory=LoRAOptions)
     srlora: SRLoRAConfig = field(default_factory=SRLoRAConfig)
     train: TrainOptions = field(default_factory=TrainOptions)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
 
     def __post_init__(self) -> None:
         if self.output_dir is None:

@@ -26,9 +26,6 @@ from accelerate.utils import (
 from srlora_dist.config import RunConfig
 from srlora_dist.precision import mixed_precision
 
-# Rank 0 factors a large weight while the others wait in a collective; DeepSpeed's own limit is 10 minutes.
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-
 T = TypeVar("T")
 
 
@@ -77,15 +74,24 @@ def build_accelerator(config: RunConfig) -> tuple[Accelerator, str]:
     handlers = []
     if asked != "plain":
         backend = {"backend": "gloo"} if without_gpu else {}
-        handlers.append(InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT, **backend))
-    accelerator = Accelerator(
-        # Under DeepSpeed cpu=True would turn DeepSpeed off.
-        cpu=without_gpu and not asked.startswith("zero"),
-        mixed_precision=precision,
-        dataloader_config=DataLoaderConfiguration(split_batches=True),
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.train.accumulation_steps),
-        kwargs_handlers=handlers,
-    )
+        # DeepSpeed's own limit is 10 minutes, less than rank 0 may need to factor a large weight.
+        handlers.append(InitProcessGroupKwargs(timeout=timedelta(seconds=config.train.timeout), **backend))
+    try:
+        accelerator = Accelerator(
+            # Under DeepSpeed cpu=True would turn DeepSpeed off.
+            cpu=without_gpu and not asked.startswith("zero"),
+            mixed_precision=precision,
+            dataloader_config=DataLoaderConfiguration(split_batches=True),
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.train.accumulation_steps),
+            kwargs_handlers=handlers,
+        )
+    except RuntimeError as error:
+        if asked == "plain":
+            raise
+        raise ValueError(
+            f"the {os.environ.get('WORLD_SIZE')} processes of the launch did not come together within train.timeout "
+            f"{config.train.timeout} s ({error}): look at what the others print, or set train.timeout higher"
+        ) from error
     require_engine(asked, _accelerated_engine(accelerator), "Accelerate set up")
     _require_divisible(config, accelerator.num_processes)
     if asked.startswith("zero"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,18 +35,18 @@ class Interval:
     fused: bool
 
 
-def draw(folder: str | Path) -> list[Path]:
+def draw(folder: str | Path, summary: dict[str, object]) -> list[Path]:
     """Draw what ``metrics.jsonl`` and ``switches.jsonl`` of a run hold.
 
     Args:
         folder: The output folder of the run.
+        summary: The content of its ``summary.json``.
 
     Returns:
         The PNG files, in ``figures/``: ``loss.png`` and, after at least one switch, ``active_intervals.png`` and
         ``interval_lengths.png``.
     """
     folder = Path(folder)
-    summary = json.loads((folder / "summary.json").read_text())
     switches = read_lines(folder / "switches.jsonl")
     steps = sorted({line["step"] for line in switches if line["switch"] > 0})
     title = f"{summary['method']} on {summary['task']}, seed {summary['seed']}"

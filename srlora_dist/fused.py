@@ -7,6 +7,7 @@ fused pair is an exact copy of the pair that was trained, in whatever type that 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 
 import torch
 from peft import LoraConfig
@@ -141,3 +142,15 @@ def _compress(storage: Storage, left: Tensor, right: Tensor, rank: int) -> tuple
     for result in results:
         storage.broadcast_(result)
     return results[0], results[1], error.item()
+
+
+def replay_pairs(entries: Iterable[tuple[Tensor, Tensor]], rank: int) -> tuple[Tensor, Tensor]:
+    """What a second adapter of a rank holds after appending these (left, right), one after the other."""
+    held: tuple[Tensor, Tensor] | None = None
+    for left, right in entries:
+        if held is not None:
+            left, right = torch.cat([held[0], left], 1), torch.cat([held[1], right], 0)
+            if left.shape[1] > rank:
+                left, right, _ = truncate_pairs(left, right, rank, left.dtype)
+        held = left, right
+    return held

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -69,12 +70,55 @@ class Importance:
             parts[run.site].add_(mean_by_pair(score, run.start, shape, PAIR_DIM[run.factor]))
         return list(self.storage.all_reduce_(packed).cpu().split([site.rank for site in sites]))
 
+    def gather(self) -> dict[str, Tensor]:
+        """The statistics of whole factors, flat, by ``site.factor.statistic``, on rank 0; nothing elsewhere.
+
+        Collective: they are collected, see ``Ranks.collect``.
+        """
+        names, sizes = self._names_and_sizes()
+        return dict(zip(names, self.storage.collect(sizes, self._parts()), strict=self.storage.rank == 0))
+
+    def restore_(self, read: Callable[[str], Tensor]) -> None:
+        """Put back what :meth:`gather` gave.
+
+        Args:
+            read: Gives a statistic by its name; called on rank 0 alone.
+
+        Collective: they are spread, see ``Ranks.spread``.
+        """
+        names, sizes = self._names_and_sizes()
+        parts = {number: (start, run) for number, start, run in self._parts()}
+        for number, whole in self.storage.spread(sizes, lambda j: read(names[j])):
+            if number in parts:
+                start, run = parts[number]
+                run.copy_(whole[start : start + run.numel()])
+
+    def of_site(self, number: int) -> list[Tensor]:
+        """The statistics that this rank holds of a site, to be kept or put back."""
+        return [each[run] for run in self.storage.tracked if run.site == number for each in self._statistics()]
+
+    def _statistics(self) -> tuple[dict[Run, Tensor], dict[Run, Tensor]]:
+        return self._means, self._deviations
+
+    def _names_and_sizes(self) -> tuple[list[str], list[int]]:
+        factors = [(site, factor) for site in self.storage.sites for factor in ("A", "B")]
+        names = [f"{site.name}.{factor}.{kind}" for site, factor in factors for kind in ("mean", "deviation")]
+        return names, [site.factor_shape(factor).numel() for site, factor in factors for _ in range(2)]
+
+    def _parts(self) -> list[tuple[int, int, Tensor]]:
+        """(number of the name, start, run) of all that this rank tracks."""
+        return [
+            (4 * run.site + 2 * "AB".index(run.factor) + kind, run.start, each[run])
+            for run in self.storage.tracked
+            for kind, each in enumerate(self._statistics())
+        ]
+
     def reset_(self, number: int, slots: Tensor | None) -> None:
         """Forget the statistics of the given slots of a site, or of all its pairs."""
         for run in self.storage.tracked:
             if run.site != number:
                 continue
-            for statistic in (self._means[run], self._deviations[run]):
+            for statistic in (each[run] for each in self._statistics()):
                 if slots is None:
                     statistic.zero_()
                 else:

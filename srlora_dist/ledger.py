@@ -1,22 +1,25 @@
 """The append-only record of every fused pair and every direction taken, on disk at each switch.
 
-``W`` of a site is its pretrained weight plus the ledger's pairs: ``W = W0 + left @ right``.
+``W`` of a site with scale ``s`` is its pretrained weight plus the ledger's pairs: ``W = W0 + s left @ right``. The
+pairs are kept as they were added, so that adding them again, entry by entry, gives the same bits.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-FORMAT = "srlora-ledger-1"
+from srlora_dist.safefiles import write_whole
+
+FORMAT = "srlora-ledger-2"
 
 
 @dataclass
@@ -44,61 +47,87 @@ class SiteSwitch:
 
 @dataclass
 class SwitchReport:
-    """What one switch did: ``step`` it followed, its number (0 is the initialisation), and each site's part."""
+    """What one switch did.
+
+    Args:
+        step: Optimizer step that it followed.
+        switch: Its number; 0 is the initialisation.
+        sites: Each site's part.
+        relative_output_change: Of the model on the last training batch, where it was measured.
+        undone: Whether that was too much, so that the switch was taken back.
+    """
 
     step: int
     switch: int
     sites: list[SiteSwitch]
+    relative_output_change: float | None = None
+    undone: bool = False
 
 
 class Ledger:
-    """One entry a switch: for each site the columns and rows that were added to its W, signs and scale included.
+    """One entry a switch: for each site the columns and rows that were added to its W, signs included.
 
     Args:
         folder: Where to append; None keeps the entries in memory. Only rank 0 has a ledger.
+        start_from: A folder of entries to go on from, in place of those in ``folder``; they are copied.
 
     Raises:
-        ValueError: The folder already holds the ledger of a run.
+        ValueError: The folder already holds the ledger of a run, and there is nothing to go on from.
     """
 
-    def __init__(self, folder: str | Path | None) -> None:
+    def __init__(self, folder: str | Path | None, start_from: Path | None = None) -> None:
         self.folder = Path(folder) if folder is not None else None
         self._entries: list[dict[str, Tensor]] = []
         self._pending: dict[str, Tensor] = {}
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if any(self.folder.glob("switch-*.safetensors")):
+            present = _paths(self.folder)
+            if present and start_from is None:
                 raise ValueError(
                     f"srlora.ledger_dir {self.folder} holds the ledger of another run: choose a new folder"
                 )
+            for path in present:
+                path.unlink()
+        for path in _paths(start_from) if start_from is not None else []:
+            if self.folder is not None:
+                shutil.copyfile(path, self.folder / path.name)
+            else:
+                self._entries.append(load_file(path))
 
     def add(self, site: str, left: Tensor, right: Tensor) -> None:
-        """Note that ``left @ right``, (m, k) times (k, n), is added to a site's W by the switch under way."""
+        """Note that ``s left @ right``, (m, k) times (k, n), is added to a site's W by the switch under way."""
         self._pending[f"{site}.left"] = left.cpu().contiguous()
         self._pending[f"{site}.right"] = right.cpu().contiguous()
 
+    def forget_switch(self) -> None:
+        """Drop what was noted of a switch that is undone."""
+        self._pending = {}
+
     def close_switch(self, report: SwitchReport) -> None:
-        """Append the switch: written beside, synced and renamed, so that an entry is there whole or not at all."""
+        """Append the switch, whole or not at all."""
         entry, self._pending = self._pending, {}
         if self.folder is None:
             self._entries.append(entry)
             return
-        path = self.folder / f"switch-{report.switch:05d}.safetensors"
-        temporary = path.with_suffix(".tmp")
-        save_file(entry, temporary, metadata={"format": FORMAT, "report": json.dumps(asdict(report))})
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.rename(path)
+        metadata = {"format": FORMAT, "report": json.dumps(asdict(report))}
+        write_whole(self.folder / _name(report.switch), lambda path: save_file(entry, path, metadata=metadata))
+
+    def copy_to(self, folder: Path) -> None:
+        """Write all entries into a new folder."""
+        folder.mkdir()
+        for number, entry in enumerate(self._entries):
+            save_file(entry, folder / _name(number), metadata={"format": FORMAT})
+        for path in _paths(self.folder) if self.folder is not None else []:
+            shutil.copyfile(path, folder / path.name)
 
     def entries(self) -> Iterator[dict[str, Tensor]]:
         """The switches in order, each as ``{site.left, site.right}``."""
         yield from self._entries
-        for path in sorted(self.folder.glob("switch-*.safetensors")) if self.folder is not None else []:
-            with safe_open(path, "pt") as file:
-                yield {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+        if self.folder is not None:
+            yield from read_entries(self.folder)
 
     def factors(self, sites: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
-        """For each site all that was added to W0: columns (m, R) and rows (R, n).
+        """For each site all that was added to W0, scale excluded: columns (m, R) and rows (R, n) in float32.
 
         Raises:
             ValueError: There is no entry for a site.
@@ -108,9 +137,30 @@ class Ledger:
         for entry in self.entries():
             for site in sites:
                 if f"{site}.left" in entry:
-                    lefts[site].append(entry[f"{site}.left"])
-                    rights[site].append(entry[f"{site}.right"])
+                    lefts[site].append(entry[f"{site}.left"].float())
+                    rights[site].append(entry[f"{site}.right"].float())
         missing = [site for site in sites if not lefts[site]]
         if missing:
             raise ValueError(f"the ledger {self.folder or 'in memory'} has no entry for {missing[0]}: was it removed?")
         return {site: (torch.cat(lefts[site], 1), torch.cat(rights[site], 0)) for site in sites}
+
+
+def read_entries(folder: Path) -> Iterator[dict[str, Tensor]]:
+    """The entries of a ledger's folder in order, each as ``{site.left, site.right}``.
+
+    Raises:
+        ValueError: A file is not one of a ledger.
+    """
+    for path in _paths(folder):
+        try:
+            yield load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no ledger entry ({error})") from error
+
+
+def _name(switch: int) -> str:
+    return f"switch-{switch:05d}.safetensors"
+
+
+def _paths(folder: Path) -> list[Path]:
+    return sorted(folder.glob(_name(0).replace("00000", "*")))

@@ -14,11 +14,14 @@ from torch import nn
 from transformers import PreTrainedModel
 from typing_extensions import override
 
+from srlora_dist.checkpoint import Checkpoint, require_same_base
 from srlora_dist.config import RunConfig
 from srlora_dist.export import export_adapter
+from srlora_dist.saving import open_run, save_run
 from srlora_dist.sites import find_sites
 from srlora_dist.storage import find_storage, release_gathered
 from srlora_dist.switcher import Switcher, SwitchReport
+from srlora_dist.training_state import restore_training_state_
 
 
 @dataclass
@@ -36,16 +39,23 @@ class Method:
     Attributes:
         model: The base model with its adapter, for ``accelerator.prepare``.
         storage_name: How the ranks hold its tensors, known after ``bind``.
+        can_save: Whether it writes checkpoints.
     """
 
     model: PeftModel
     storage_name: str
+    can_save = True
 
-    def bind(self, model: nn.Module, optimizer: object) -> SwitchReport | None:
-        """Take what ``prepare`` returned; gives the report of switch 0. Collective: every rank calls it."""
+    def bind(
+        self, model: nn.Module, optimizer: object, resume_from: str | Checkpoint | None = None
+    ) -> SwitchReport | None:
+        """Take what ``prepare`` returned, and resume; gives the report of switch 0. Collective: every rank calls it."""
 
     def step(self, num_steps_done: int) -> SwitchReport | None:
         """After an optimizer step and before the gradients are cleared. Collective: every rank calls it."""
+
+    def save_checkpoint(self, parent: Path, extra: dict[str, object], step: int) -> int | None:
+        """Write ``step-N`` into a folder; its size on the main process. Collective: every rank calls it."""
 
     def export(self, folder: Path) -> None:
         """Write a PEFT adapter for the untouched base. Collective: every rank calls it."""
@@ -98,11 +108,29 @@ class LoRA(Method):
         find_sites(model, self.adapter_name)  # refuses early what cannot be worked on
 
     @override
-    def bind(self, model: nn.Module, optimizer: object) -> None:
+    def bind(self, model: nn.Module, optimizer: object, resume_from: str | Checkpoint | None = None) -> None:
         release_gathered(model)
         self.sites = find_sites(model, self.adapter_name)  # preparing a model can replace its parameters
         self.storage = find_storage(model, optimizer, self.sites)
         self.storage_name = self.storage.name
+        self.digests = self.storage.digest_weights()
+        if resume_from is not None:
+            saved = open_run(self.storage, resume_from)
+            require_same_base(saved.state, self.sites, self.digests)
+            restore_training_state_(model, self.storage, saved.state, saved.read)
+
+    @override
+    def save_checkpoint(self, parent: Path, extra: dict[str, object], step: int) -> int | None:
+        return save_run(
+            parent,
+            self.model,
+            self.storage,
+            self.adapter_name,
+            digests=self.digests,
+            state={"step": step, "extra": extra},
+            tensors={},
+            ledger=None,
+        )
 
     @override
     def export(self, folder: Path) -> None:
@@ -120,10 +148,16 @@ class SRLoRA(Method):
         self.switcher = Switcher(model, options, num_training_steps=num_steps)
 
     @override
-    def bind(self, model: nn.Module, optimizer: object) -> SwitchReport:
-        report = self.switcher.bind(model, optimizer)
+    def bind(
+        self, model: nn.Module, optimizer: object, resume_from: str | Checkpoint | None = None
+    ) -> SwitchReport | None:
+        report = self.switcher.bind(model, optimizer, resume_from)
         self.storage_name = self.switcher.storage.name
         return report
+
+    @override
+    def save_checkpoint(self, parent: Path, extra: dict[str, object], step: int) -> int | None:
+        return self.switcher.save_checkpoint(parent, extra, step)
 
     @override
     def step(self, num_steps_done: int) -> SwitchReport | None:
@@ -148,8 +182,10 @@ class AdaLoRA(Method):
 
     The ratio of 1.5 between the first and the final budget is the AdaLoRA paper's; its schedule is close to the paper's
     for GLUE: all ranks for a tenth of the run, pruning until the half, then fixed ranks. The training loss contains
-    its orthogonality penalty, the validation loss does not.
+    its orthogonality penalty, the validation loss does not. It writes no checkpoints.
     """
+
+    can_save = False
 
     def __init__(
         self, config: RunConfig, base: PreTrainedModel, options: dict[str, object], num_steps: int, engine: str

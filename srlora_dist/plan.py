@@ -23,24 +23,24 @@ class SampleOrder(Sampler[int]):
         batch_size: Samples of one optimizer step.
         num_steps: Optimizer steps of the run.
         seed: Decides the order alone.
+        num_done: Steps that were done before; the order goes on after them.
     """
 
-    def __init__(self, num_samples: int, batch_size: int, num_steps: int, seed: int) -> None:
+    def __init__(self, num_samples: int, batch_size: int, num_steps: int, seed: int, num_done: int = 0) -> None:
         self.num_samples = num_samples
         self.epoch_length = num_samples - num_samples % batch_size
         self.length = batch_size * num_steps
+        self.num_seen = batch_size * num_done
         self.seed = seed
 
     def __len__(self) -> int:
-        return self.length
+        return self.length - self.num_seen
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed)
-        left = self.length
-        while left > 0:
-            order = torch.randperm(self.num_samples, generator=generator)[: min(self.epoch_length, left)]
-            yield from order.tolist()
-            left -= len(order)
+        for start in range(0, self.length, self.epoch_length):  # of each epoch
+            order = torch.randperm(self.num_samples, generator=generator)[: min(self.epoch_length, self.length - start)]
+            yield from order[max(0, self.num_seen - start) :].tolist()
 
 
 def by_length(rows: Dataset) -> Dataset:
@@ -64,7 +64,14 @@ def warm_up_and_decay(num_steps: int, warmup_ratio: float) -> Callable[[int], fl
 
 
 def due_evaluations(num_steps: int, eval_every: int | None) -> set[int]:
-    """Steps after which to evaluate: every so many, or five times a run; the last step always."""
+    """Steps after which to evaluate: every so many, or five times a run; before the first and after the last always."""
     if eval_every is not None:
-        return {*range(eval_every, num_steps, eval_every), num_steps}
-    return {math.ceil(num_steps * k / NUM_EVALUATIONS) for k in range(1, NUM_EVALUATIONS + 1)}
+        return {*range(0, num_steps, eval_every), num_steps}
+    return {math.ceil(num_steps * k / NUM_EVALUATIONS) for k in range(NUM_EVALUATIONS + 1)}
+
+
+def due_checkpoints(num_steps: int, every: int | None, evaluations: set[int]) -> set[int]:
+    """Steps after which to write a checkpoint: every so many and the last, with each evaluation, or none."""
+    if every is None:
+        return evaluations - {0}
+    return {*range(every, num_steps, every), num_steps} if every else set()

@@ -13,8 +13,10 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from srlora_dist.checkpoint import remove_checkpoints
 from srlora_dist.config import RunConfig
 from srlora_dist.ledger import SwitchReport
+from srlora_dist.safefiles import write_whole
 
 WRITTEN_FILES = (
     "config.yaml",
@@ -26,7 +28,7 @@ WRITTEN_FILES = (
     "figures/interval_lengths.png",
     "tensorboard/events.out.tfevents.*",
     "ledger/switch-*.safetensors",
-    "ledger/switch-*.tmp",
+    "ledger/.switch-*.tmp",
     *(
         f"{folder}/{name}"
         for folder in ("adapter", "adapter_last")
@@ -64,6 +66,16 @@ class RunLog:
         self.config.save(self.folder / "config.yaml")
         self._writer = SummaryWriter(str(self.folder / "tensorboard"))
 
+    def resume(self, step: int) -> None:
+        """Go on after a step: what was logged after it will be logged again."""
+        (self.folder / "summary.json").unlink(missing_ok=True)
+        self.config.save(self.folder / "config.yaml")
+        for name in ("metrics.jsonl", "switches.jsonl"):
+            path = self.folder / name
+            kept = [json.dumps(line) + "\n" for line in read_lines(path) if line["step"] <= step]
+            write_whole(path, lambda beside, kept=kept: beside.write_text("".join(kept)))
+        self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
+
     def metrics(self, record: dict[str, object]) -> None:
         """Append one line to ``metrics.jsonl`` and the same figures to TensorBoard."""
         self._append("metrics.jsonl", record)
@@ -72,14 +84,20 @@ class RunLog:
                 self._writer.add_scalar(f"{record['split']}/{name}", value, record["step"])
 
     def switch(self, report: SwitchReport) -> None:
-        """Append one line a site to ``switches.jsonl``."""
+        """Append one line a site to ``switches.jsonl``; a switch that was undone is left out."""
+        if report.undone:
+            return
+        measured = {}
+        if report.relative_output_change is not None:
+            measured["relative_output_change"] = report.relative_output_change
         for site in report.sites:
-            self._append("switches.jsonl", {"step": report.step, "switch": report.switch, **site.as_dict()})
+            self._append("switches.jsonl", {"step": report.step, "switch": report.switch, **site.as_dict(), **measured})
         self._writer.add_scalar("train/switch", report.switch, report.step)
 
     def summary(self, summary: dict[str, object]) -> None:
         """Write ``summary.json`` and close the TensorBoard log."""
-        (self.folder / "summary.json").write_text(json.dumps(_finite(summary), indent=2) + "\n")
+        text = json.dumps(_finite(summary), indent=2) + "\n"
+        write_whole(self.folder / "summary.json", lambda beside: beside.write_text(text))
         self._writer.close()
 
     def _append(self, name: str, record: dict[str, object]) -> None:
@@ -115,26 +133,39 @@ class Window:
         if "attention_mask" in batch:
             self.tokens = self.tokens + batch["attention_mask"].sum()
 
+    def state_dict(self, accelerator: Accelerator) -> dict[str, float]:
+        """What a checkpoint keeps, the same on every rank. Collective: one all-reduce of two numbers."""
+        loss, tokens = self._reduced(accelerator)
+        numbers = {"num_batches": self.num_batches, "num_steps": self.num_steps, "seconds": self.seconds}
+        return {"loss": loss / accelerator.num_processes, "tokens": tokens, **numbers}
+
+    def load_state_dict(self, state: dict[str, float], is_main_process: bool) -> None:
+        """Put back what :meth:`state_dict` gave, so that sums over any number of ranks are what they were."""
+        self.loss, self.tokens = state["loss"], int(state["tokens"]) if is_main_process else 0
+        self.num_batches, self.num_steps, self.seconds = state["num_batches"], state["num_steps"], state["seconds"]
+
     def means(self, accelerator: Accelerator) -> dict[str, float]:
         """Loss over all ranks, seconds a step, tokens a second of all ranks.
 
         Collective: one all-reduce of two numbers.
         """
-        totals = torch.stack([torch.as_tensor(x, dtype=torch.float64).to(accelerator.device) for x in self._totals()])
-        loss, tokens = accelerator.reduce(totals, "sum").tolist()
+        loss, tokens = self._reduced(accelerator)
         figures = {
             "loss": loss / self.num_batches / accelerator.num_processes,
             "step_time": self.seconds / self.num_steps,
         }
         return figures | ({"tokens_per_second": tokens / self.seconds} if tokens else {})
 
-    def _totals(self) -> tuple[Tensor | float, Tensor | int]:
-        return self.loss, self.tokens
+    def _reduced(self, accelerator: Accelerator) -> list[float]:
+        """Loss and tokens, summed over the ranks."""
+        totals = (torch.as_tensor(x, dtype=torch.float64).to(accelerator.device) for x in (self.loss, self.tokens))
+        return accelerator.reduce(torch.stack([*totals]), "sum").tolist()
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The objects of a ``.jsonl`` file; none if there is no file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The objects of a ``.jsonl`` file; none if there is no file. A last line that was cut by a crash is left out."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def _finite(value: object) -> object:
@@ -150,3 +181,4 @@ def _remove_earlier_run(folder: Path) -> None:
     for pattern in WRITTEN_FILES:
         for path in folder.glob(pattern):
             path.unlink()
+    remove_checkpoints(folder / "checkpoints")

@@ -73,6 +73,7 @@ class Directions:
         self.storage = storage
         self.cache = cache
         self.checkpoint = checkpoint
+        self.digests: list[int] = []  # of each site's W
         self.path: Path | None = None  # on rank 0
         self._original: OriginalWeights | None = None  # likewise
 
@@ -127,13 +128,8 @@ class Directions:
     def _fingerprint(self) -> list:
         """What the directions depend on: method, and each site's name, shape, count and digest of W."""
         storage = self.storage
-        halves = torch.zeros(len(storage.sites), 2, dtype=torch.int64)
-        for number in range(len(storage.sites)):
-            digest = storage.digest_weight(number)
-            halves[number] = torch.tensor([digest >> 32, digest & 0xFFFFFFFF])  # halves cannot overflow in the sum
-        halves = storage.all_reduce_(halves.to(storage.device)).tolist()
-        digests = [((high << 32) + low) % 2**64 for high, low in halves]
-        entries = zip(storage.sites, digests, strict=True)
+        self.digests = storage.digest_weights()
+        entries = zip(storage.sites, self.digests, strict=True)
         return [METHOD, *([site.name, *site.shape, site.target_rank, digest] for site, digest in entries)]
 
     def _find(self, fingerprint: list) -> bool:

@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
+from srlora_dist.checkpoint import Checkpoint, require_same_base
 from srlora_dist.config import SRLoRAConfig
-from srlora_dist.digest import combine, digest_run, to_int64
+from srlora_dist.digest import digest_run
+from srlora_dist.errors import RunStoppedError
+from srlora_dist.exchange import Exchange
 from srlora_dist.export import export_adapter
-from srlora_dist.fused import add_second_adapters_, append_pairs_, require_intact
+from srlora_dist.fused import add_second_adapters_, require_intact
 from srlora_dist.importance import Importance
-from srlora_dist.ledger import Ledger, SiteSwitch, SwitchReport
+from srlora_dist.ledger import Ledger, SwitchReport
 from srlora_dist.memory import ExtraMemory, count_extra_memory
+from srlora_dist.output_check import OutputCheck
+from srlora_dist.saving import AVERAGES, SavedRun, open_run, save_run
 from srlora_dist.schedule import choose_slots, due_steps, num_fused
 from srlora_dist.sites import Site, clamp_target_ranks, find_sites, keep_payloads_, warn_of_adapted_heads
 from srlora_dist.storage import Storage, find_storage, release_gathered, require_resettable
 from srlora_dist.svd import Directions
+from srlora_dist.training_state import restore_training_state_, trained_parameters
 
 logger = logging.getLogger(__name__)
-
-BUCKET_BYTES = 64 << 20
-"""Sites are switched in groups of about this much of factors, so that few large messages are sent."""
 
 
 class Switcher:
@@ -66,48 +67,59 @@ class Switcher:
         self.storage: Storage | None = None
         self.extra_memory: ExtraMemory | None = None
         self._importance: Importance | None = None
+        self._check: OutputCheck | None = None
         self._stepped: set[int] = set()
 
-    def bind(self, model: nn.Module, optimizer: object) -> SwitchReport:
-        """Find the storage, and perform switch 0: start every pair along the top directions (Eq. 2).
+    def bind(
+        self, model: nn.Module, optimizer: object, resume_from: str | Path | Checkpoint | None = None
+    ) -> SwitchReport | None:
+        """Find the storage; then perform switch 0, which starts every pair along the top directions (Eq. 2), or resume.
 
         Args:
             model: What ``accelerator.prepare`` returned.
             optimizer: Likewise.
+            resume_from: A checkpoint, or its folder (rank 0's counts), to go on from. The base has to be untouched; the
+                engine and the number of ranks may be others.
 
-        Collective: the directions (see :class:`Directions`), then the phases 2 to 4 of a switch.
+        Returns:
+            The report of switch 0, or None after a resume.
+
+        Collective: the directions (see :class:`Directions`), then the phases 2 to 4 of a switch; or the content of the
+            checkpoint.
 
         Raises:
-            ValueError: The storage is not supported, or the adapter has been trained already.
+            ValueError: The storage is not supported, the adapter has been trained already, or the checkpoint does not
+                fit.
         """
         release_gathered(model)
         self.sites = self._find_same_sites(model)
-        self.storage = find_storage(model, optimizer, self.sites)
+        self.storage = storage = find_storage(model, optimizer, self.sites)
         self._model = model
-        require_resettable(self.storage.optimizer, self.config.optimizer_reset)
+        require_resettable(storage.optimizer, self.config.optimizer_reset)
         require_intact(self.sites)
-        self.storage.require_fresh_adapter()
+        saved = open_run(storage, resume_from) if resume_from is not None else None
+        if saved is None:
+            storage.require_fresh_adapter()
+        else:
+            storage.require_right_map()
         began = time.perf_counter()
-        self._directions = Directions(self.storage, self.config.svd_cache, self.config.directions_from)
+        self._directions = Directions(storage, self.config.svd_cache, self.config.directions_from)
         self._directions.prepare()
         self.svd_seconds = time.perf_counter() - began
-        self._ledger = self.storage.on_rank_0("open the ledger", lambda: Ledger(self.config.ledger_dir))
-        self.storage.allocate_residuals(self.config.residual_device)
-        if self.config.residual_device == "cpu" and not self.storage.residuals:
+        storage.allocate_residuals(self.config.residual_device)
+        if self.config.residual_device == "cpu" and not storage.residuals:
             logger.warning("srlora.residual_device cpu is without effect: no 16-bit weight is edited in place")
-        for site in self.sites:
-            site.held = [-1] * site.rank
-        report = self._switch([list(range(site.num_first)) for site in self.sites], scores=None)
         if self.due_steps:
-            self._importance = Importance(self.storage, self.config.beta1, self.config.beta2)
-        self.storage.on_optimizer_step(self._before_optimizer_step)
+            self._importance = Importance(storage, self.config.beta1, self.config.beta2)
+        report = self._start() if saved is None else self._resume(saved)
+        storage.on_optimizer_step(self._before_optimizer_step)
+        if self.config.check_switch:
+            self._check = OutputCheck(model, storage, self.config.switch_tolerance)
         self.extra_memory = count_extra_memory(
-            *(self.storage, self._importance, self._ledger, len(self.due_steps), self.config.fusion_ratio),
-            list(self._buckets()),
+            *(storage, self._importance, self._ledger, len(self.due_steps), self.config.fusion_ratio),
+            list(self._exchange.buckets()),
         )
-        logger.info(
-            "SRLoRA on %s: %d sites, switches after steps %s", self.storage.name, len(self.sites), self.due_steps
-        )
+        logger.info("SRLoRA on %s: %d sites, switches after steps %s", storage.name, len(self.sites), self.due_steps)
         logger.info("beside what LoRA needs this rank holds %s", self.extra_memory)
         return report
 
@@ -116,10 +128,11 @@ class Switcher:
 
         A call before which no optimizer step happened (accumulation, overflow) does nothing.
 
-        Collective: nothing, or on a due step the phases 1 to 4 of a switch.
+        Collective: nothing, or on a due step the phases 1 to 4 of a switch; with ``agreement_every`` an all-reduce of
+            16 bytes for each tensor that ranks hold copies of; with ``check_switch`` two forward passes a switch.
 
         Returns:
-            What the switch did, or None.
+            What the switch did, or None; it may have been undone.
 
         Raises:
             RuntimeError: The ranks no longer agree, the training has diverged, adapters were merged or switched, or
@@ -137,23 +150,66 @@ class Switcher:
                 self.num_steps,
                 self.num_training_steps,
             )
-        if self.num_steps not in self.due_steps:
-            return None
-        scores = self._importance.pair_scores()
-        if not all(bool(score.isfinite().all()) for score in scores):
-            raise RuntimeError(
-                f"the pair scores of step {self.num_steps} are not finite, so the training has diverged: lower the "
-                "learning rate, or clip the gradient"
+        if self.config.agreement_every and self.num_steps % self.config.agreement_every == 0:
+            self.require_agreement()
+        return self._switch_now() if self.num_steps in self.due_steps else None
+
+    def require_agreement(self) -> None:
+        """Compare all that ranks hold copies of: trained parameters and, under DDP, their moments.
+
+        Collective: one all-reduce of 16 bytes a tensor.
+
+        Raises:
+            RuntimeError: Some rank holds something else; the message names the first such tensor.
+        """
+        parameters = trained_parameters(self._model)
+        digests, names = [], []
+        for name, parameter in parameters.items():
+            for copy in self.storage.copies([parameter]):
+                digests.append(digest_run(copy))
+                names.append(name)
+        number = self.storage.find_difference(digests)
+        if number is not None:
+            raise RunStoppedError(
+                f"after step {self.num_steps} the ranks hold different values of {names[number]}; they have drifted "
+                "apart, so the run stops. Restart from the last good checkpoint"
             )
-        slots = [choose_slots(score, self._num_to_fuse(site)) for site, score in zip(self.sites, scores, strict=True)]
-        report = self._switch(slots, scores)
-        num_exhausted = sum(site.num_taken >= site.target_rank for site in self.sites)
-        if num_exhausted:
-            logger.info(
-                "step %d: %d of %d sites have used all their directions and train on without switches",
-                *(self.num_steps, num_exhausted, len(self.sites)),
-            )
-        return report
+
+    def save_checkpoint(
+        self, parent: str | Path, extra: dict[str, object] | None = None, step: int | None = None
+    ) -> int | None:
+        """Write ``step-N`` into a folder of checkpoints, whole or not at all.
+
+        Args:
+            parent: Folder of the run's checkpoints; rank 0 writes.
+            extra: What belongs to your loop, such as the state of the scheduler; whatever JSON can hold.
+            step: N, where your loop counts in another way; else the optimizer steps that were done.
+
+        Returns:
+            The size in bytes on rank 0, None elsewhere.
+
+        Collective: every rank must call it; what is trained, its moments and the moving averages are collected on rank
+            0 (see ``Ranks.collect``).
+
+        Raises:
+            ValueError: Rank 0 could not write; the checkpoints that were there are still good. Raised on every rank.
+        """
+        self._require_bound()
+        averages = self._importance.gather() if self._importance is not None and self._observes() else {}
+        state = {
+            "step": self.num_steps if step is None else step,
+            "num_steps": self.num_steps,
+            "num_switches": self.num_switches,
+            "num_training_steps": self.num_training_steps,
+            "extra": extra or {},
+        }
+        return save_run(
+            *(Path(parent), self._model, self.storage, self.config.adapter_name),
+            digests=self._directions.digests,
+            state=state,
+            tensors={AVERAGES: averages},
+            ledger=self._ledger,
+        )
 
     def export(self, folder: str | Path, max_rank: int | None = None) -> None:
         """Write a plain PEFT adapter that gives this model's outputs on the untouched base.
@@ -184,113 +240,89 @@ class Switcher:
             raise ValueError("bind() got another model than Switcher(): pass what prepare() made of the same one")
         for site, known in zip(sites, self.sites, strict=True):
             site.target_rank = known.target_rank
+            site.held = [-1] * site.rank
         return sites
+
+    def _prepare_exchange(self, start_from: Path | None) -> None:
+        ledger_dir = self.config.ledger_dir
+        self._ledger = self.storage.on_rank_0("open the ledger", lambda: Ledger(ledger_dir, start_from))
+        self._exchange = Exchange(self.storage, self._directions, self._ledger, self._importance, self.config)
+
+    def _start(self) -> SwitchReport:
+        """Switch 0."""
+        self._prepare_exchange(None)
+        return self._switch([list(range(site.num_first)) for site in self.sites], scores=None)
+
+    def _resume(self, saved: SavedRun) -> None:
+        """Make the ledger's edits of the base again, and put back what a checkpoint holds."""
+        state = saved.state
+        require_same_base(state, self.sites, self._directions.digests)
+        if state.get("num_training_steps") != self.num_training_steps:
+            raise ValueError(
+                f"the checkpoint is of a run of {state.get('num_training_steps')} optimizer steps, and this one has "
+                f"{self.num_training_steps}, which moves the switches: resume with the same length"
+            )
+        self.num_steps, self.num_switches = state["num_steps"], state["num_switches"]
+        self._prepare_exchange(saved.checkpoint.ledger if saved.checkpoint is not None else None)
+        self._exchange.repeat()
+        for site, theirs in zip(self.sites, state["sites"], strict=True):
+            site.num_taken, site.held = theirs["num_taken"], list(theirs["held"])
+        restore_training_state_(self._model, self.storage, state, saved.read)
+        if self._importance is not None and self._observes():
+            self._importance.restore_(lambda name: saved.read(AVERAGES, name))
+
+    def _observes(self) -> bool:
+        """Whether a switch is still to come."""
+        return bool(self.due_steps) and self.num_steps < self.due_steps[-1]
 
     def _before_optimizer_step(self, owners: list[Tensor]) -> None:
         owned = {id(owner) for owner in owners}
         if self._stepped & owned:
             raise RuntimeError("call switcher.step() after every optimizer.step(): the one before was not reported")
         self._stepped |= owned  # ZeRO steps one group after the other
-        if self._importance is not None and self.num_steps < self.due_steps[-1]:
+        if self._importance is not None and self._observes():
             self._importance.observe_(owners)
 
     def _num_to_fuse(self, site: Site) -> int:
         return min(num_fused(site.rank, self.config.fusion_ratio), site.target_rank - site.num_taken)
 
-    @torch.no_grad()
-    def _switch(self, slots: list[list[int]], scores: list[Tensor] | None) -> SwitchReport:
-        """Fuse and restart the given slots of every site; switch 0 has no scores and fuses nothing."""
-        began = time.perf_counter()
-        self.storage.settle()
-        report = SwitchReport(self.num_steps, self.num_switches, [])
-        digests, self._compression = [], []
-        for bucket in self._buckets():
-            bucket = [number for number in bucket if slots[number]]
-            if not bucket:
-                continue
-            starts = [self.sites[number].num_taken for number in bucket]
-            wanted = [(number, start, start + len(slots[number])) for number, start in zip(bucket, starts, strict=True)]
-            triplets = self._directions.take(wanted)
-            factors = self.storage.gather_parameters(
-                [self.sites[number].factor(name) for number in bucket for name in ("A", "B")]
+    def _switch_now(self) -> SwitchReport:
+        """Choose by the scores, and switch; undo it if it changed the output."""
+        scores = self._importance.pair_scores()
+        if not all(bool(score.isfinite().all()) for score in scores):
+            raise RunStoppedError(
+                f"the pair scores of step {self.num_steps} are not finite, so the training has diverged: lower the "
+                "learning rate, or clip the gradient"
             )
-            for j, number in enumerate(bucket):
-                score = scores[number].tolist() if scores is not None else []
-                part = self._switch_site(number, slots[number], score, triplets[j], *factors[2 * j : 2 * j + 2])
-                report.sites.append(part[0])
-                digests.append(part[1])
-        if any(self._compression):
-            logger.warning(
-                "switch %d: second adapters were compressed to srlora.fused_rank, largest relative error %.2e",
-                *(report.switch, max(self._compression)),
+        slots = [choose_slots(score, self._num_to_fuse(site)) for site, score in zip(self.sites, scores, strict=True)]
+        report = self._switch(slots, scores)
+        num_exhausted = sum(site.num_taken >= site.target_rank for site in self.sites)
+        if num_exhausted:
+            logger.info(
+                "step %d: %d of %d sites have used all their directions and train on without switches",
+                *(self.num_steps, num_exhausted, len(self.sites)),
             )
-        self._compare(report, digests)
-        self.storage.on_rank_0(
-            f"append switch {report.switch} to the ledger", lambda: self._ledger.close_switch(report)
-        )
-        self.num_switches += 1
-        self.switch_seconds += time.perf_counter() - began
         return report
 
-    def _switch_site(
-        self, number: int, slots: list[int], scores: list[float], triplet: tuple, a: Tensor, b: Tensor
-    ) -> tuple[SiteSwitch, int]:
-        """Eq. 8-12 at one site: one edit of W of rank 2 r', then the new pairs take the fused ones' slots."""
-        site, config = self.sites[number], self.config
-        left, values, right = triplet
-        root = (values / site.scale).sqrt()
-        # In the type of the factors, for what is taken out of W has to be what the forward pass will use.
-        new_b, new_a = (left * root).to(b.dtype), (right * root[:, None]).to(a.dtype)
-        chosen = torch.tensor(slots)
-        fuses = bool(scores)
-        index = chosen.to(a.device)
-        lefts = torch.cat([b[:, index]] * fuses + [-new_b], 1)
-        rights = torch.cat([a[index]] * fuses + [new_a], 0)
-        self._add_to_weight_(number, lefts, rights)
-        whole_a, whole_b = a.index_copy(0, index, new_a), b.index_copy(1, index, new_b)
-        self.storage.write_pairs_(number, "A", chosen, whole_a, config.optimizer_reset)
-        self.storage.write_pairs_(number, "B", chosen, whole_b, config.optimizer_reset)
-        if self._importance is not None:
-            self._importance.reset_(number, None if config.score_reset == "all" else chosen)
-        taken = list(range(site.num_taken, site.num_taken + len(slots)))
-        part = SiteSwitch(site.name, slots, [site.held[slot] for slot in slots] if fuses else [], taken, scores)
-        for slot, direction in zip(slots, taken, strict=True):
-            site.held[slot] = direction
-        site.num_taken += len(slots)
-        tensors = (chosen, lefts, rights, whole_a, whole_b)
-        return part, combine(*slots, *taken, *(digest_run(tensor) for tensor in tensors))
-
-    def _add_to_weight_(self, number: int, left: Tensor, right: Tensor) -> None:
-        """Add ``scale * left @ right`` to a site's W, or to what stands for it. Collective: see ``append_pairs_``."""
-        site = self.sites[number]
-        if site.fused_a is None:
-            self.storage.edit_weight_(number, left.float(), right.float())
-        else:
-            self._compression.append(append_pairs_(self.storage, number, left, right))
-        if self._ledger is not None:
-            self._ledger.add(site.name, site.scale * left.float(), right.float())
-
-    def _buckets(self) -> Iterator[list[int]]:
-        """Site numbers in order, cut where a bucket's factors reach ``BUCKET_BYTES``."""
-        bucket, size = [], 0
-        for number, site in enumerate(self.sites):
-            bucket.append(number)
-            size += 4 * site.rank * sum(site.shape)
-            if size >= BUCKET_BYTES:
-                yield bucket
-                bucket, size = [], 0
-        if bucket:
-            yield bucket
-
-    def _compare(self, report: SwitchReport, digests: list[int]) -> None:
-        """Raise on every rank if any rank fused, took or wrote something else. Collective: one all-reduce."""
-        mine = torch.tensor([to_int64(digest) for digest in digests], dtype=torch.int64, device=self.storage.device)
-        # ~x falls as x rises, so the largest ~x belongs to the smallest x: both in one all-reduce.
-        highest = self.storage.all_reduce_(torch.stack([mine, ~mine]), "max")
-        differs = (highest[0] != ~highest[1]).nonzero()
-        if len(differs):
-            name = report.sites[int(differs[0])].site
-            raise RuntimeError(
-                f"switch {report.switch} after step {report.step}: the ranks disagree on slots, directions or factors, "
-                f"first at {name}; they have drifted apart, so the run stops. Restart from the last good state"
+    def _switch(self, slots: list[list[int]], scores: list[Tensor] | None) -> SwitchReport:
+        began = time.perf_counter()
+        report = SwitchReport(self.num_steps, self.num_switches, [])
+        before = self._check.output() if self._check is not None else None
+        put_back = self._exchange.snapshot() if before is not None else None
+        self._exchange.run(report, slots, scores)
+        if before is not None:
+            report.relative_output_change = self._check.relative_change(before)
+            report.undone = report.relative_output_change > self._check.tolerance
+        if report.undone:
+            put_back()
+            logger.warning(
+                "switch %d after step %d changed the output by %.2e of its norm, more than srlora.switch_tolerance "
+                "%.2e, and was undone: training goes on with the pairs it had",
+                *(report.switch, report.step, report.relative_output_change, self._check.tolerance),
             )
+        else:
+            what = f"append switch {report.switch} to the ledger"
+            self.storage.on_rank_0(what, lambda: self._ledger.close_switch(report))
+            self.num_switches += 1
+        self.switch_seconds += time.perf_counter() - began
+        return report

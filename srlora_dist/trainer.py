@@ -2,35 +2,44 @@
 
 from __future__ import annotations
 
-import platform
-import resource
+import logging
+import math
+import signal
 import sys
-from dataclasses import asdict, replace
-from importlib import metadata
+import threading
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from srlora_dist.checkpoint import Checkpoint, remove_checkpoints
 from srlora_dist.config import RunConfig
 from srlora_dist.engine import build_accelerator, require_engine, together
+from srlora_dist.environment import peak_memory, versions
+from srlora_dist.errors import RunStoppedError, StoppedBySignalError
+from srlora_dist.evaluation import evaluate
 from srlora_dist.figures import draw
 from srlora_dist.ledger import SwitchReport
 from srlora_dist.methods import build_method
-from srlora_dist.plan import SampleOrder, by_length, due_evaluations, warm_up_and_decay
+from srlora_dist.plan import SampleOrder, by_length, due_checkpoints, due_evaluations, warm_up_and_decay
 from srlora_dist.precision import require_precision, train_in_
+from srlora_dist.random_state import random_state, restore_random_state
+from srlora_dist.resuming import checkpoints_of, choose_checkpoint
 from srlora_dist.runlog import RunLog, Window
-from srlora_dist.sites import keep_payloads_
+from srlora_dist.sites import FUSED, keep_payloads_
 from srlora_dist.tasks import Task, check_task, load_task
+
+logger = logging.getLogger(__name__)
 
 
 def train(config: RunConfig) -> dict[str, object]:
-    """Run one training and leave its results in ``config.output_dir``.
+    """Run one training, or the rest of one, and leave its results in ``config.output_dir``.
 
     Collective: every process of the launch calls it.
 
@@ -38,21 +47,24 @@ def train(config: RunConfig) -> dict[str, object]:
         The content of ``summary.json``, on every process.
 
     Raises:
-        ValueError: The options, the task, the launch or the output folder cannot be worked with; the message names
-            the value and the remedy.
+        ValueError: The options, the task, the launch, the output folder or the checkpoint cannot be worked with; the
+            message names the value and the remedy.
+        RunStoppedError: Training diverged, or the ranks no longer agree.
+        StoppedBySignalError: SIGTERM or SIGUSR1 came, and a checkpoint was written.
     """
     accelerator, engine = build_accelerator(config)
     log = together(lambda: _begin(config, accelerator))
+    checkpoint = together(lambda: choose_checkpoint(config) if accelerator.is_main_process else None)
     ledger_dir = config.srlora.ledger_dir or str(Path(config.output_dir) / "ledger")
     config = replace(config, engine=engine, srlora=replace(config.srlora, ledger_dir=ledger_dir))
     set_seed(config.seed)
     # Under ZeRO-3 loading sends weights from rank to rank already.
     task = load_task(config) if engine == "zero3" else together(lambda: load_task(config))
-    trainer = Trainer(config, accelerator, task, log)
+    trainer = Trainer(config, accelerator, task, log, checkpoint)
     summary = trainer.run()
     if log is not None:
+        draw(log.folder, summary)
         log.summary(summary)
-        draw(log.folder)
     accelerator.end_training()
     return summary
 
@@ -63,6 +75,31 @@ def _begin(config: RunConfig, accelerator: Accelerator) -> RunLog | None:
     return RunLog(Path(config.output_dir), config) if accelerator.is_main_process else None
 
 
+@dataclass
+class Progress:
+    """How far a run has come; a checkpoint holds it.
+
+    Args:
+        done: Optimizer steps, those that were skipped too.
+        start: Validation figures before the first step.
+        best: Those of the lowest loss so far, with their ``step``.
+        final: The last ones.
+        train_seconds: Time of the training loop so far, over all starts.
+        method_seconds: What the method added to it before the last start.
+        num_skipped: Steps that were left out because their gradient was NaN or infinite.
+        resumed_after: The steps after which the run was resumed.
+    """
+
+    done: int = 0
+    start: dict[str, float] = field(default_factory=dict)
+    best: dict[str, float] | None = None
+    final: dict[str, float] = field(default_factory=dict)
+    train_seconds: float = 0.0
+    method_seconds: dict[str, float] = field(default_factory=dict)
+    num_skipped: int = 0
+    resumed_after: list[int] = field(default_factory=list)
+
+
 class Trainer:
     """One run: model, data, optimizer and method, prepared for the engine.
 
@@ -71,14 +108,22 @@ class Trainer:
         accelerator: On that engine.
         task: What is learnt.
         log: The output folder, on the main process; None elsewhere.
+        checkpoint: To go on from, on the main process; None elsewhere, and for a new run.
 
-    Collective: prepares the model and performs switch 0.
+    Collective: prepares the model and performs switch 0, or resumes.
 
     Raises:
-        ValueError: The data, the adapter or the storage cannot be worked with.
+        ValueError: The data, the adapter, the storage or the checkpoint cannot be worked with.
     """
 
-    def __init__(self, config: RunConfig, accelerator: Accelerator, task: Task, log: RunLog | None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        accelerator: Accelerator,
+        task: Task,
+        log: RunLog | None,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
         self.config, self.accelerator, self.task, self.log = config, accelerator, task, log
         options = config.train
         self.steps_per_epoch = len(task.train) // options.batch_size
@@ -88,24 +133,43 @@ class Trainer:
                 "choose a smaller batch"
             )
         self.num_steps = options.max_steps or max(1, round(options.epochs * self.steps_per_epoch))
+        source = [checkpoint.state["extra"], str(checkpoint.folder)] if checkpoint is not None else [None, None]
+        self.saved, folder = broadcast_object_list(source)
+        self._require_same_data()
         set_seed(config.seed)
         self.method = build_method(config, task.model, task.peft_type, self.num_steps, config.engine)
         self.num_trainable = _num_trainable(self.method.model)
+        self.model_bytes = _frozen_bytes(self.method.model)
         keep_payloads_(self.method.model)
         # DeepSpeed keeps a float32 copy of its own, and cuts parameters of one type alone.
         train_in_(self.method.model, config.model.dtype if config.engine.startswith("zero") else "float32")
-        together(lambda: log.start() if log is not None else None)
+        self.progress = Progress(**self.saved["progress"]) if self.saved else Progress()
+        if self.saved is None:
+            together(lambda: log.start() if log is not None else None)
         self._prepare()
         require_precision(self.model, config.model)
-        self._record_switch(self.method.bind(self.model, self.optimizer))
+        report = self.method.bind(self.model, self.optimizer, checkpoint or folder)
         require_engine(config.engine, self.method.storage_name, "the model is held as")
-        set_seed(config.seed, device_specific=True)  # dropout must differ between ranks
-        self.best: dict[str, object] | None = None
-        self.final: dict[str, object] = {}
+        set_seed(config.seed + self.progress.done, device_specific=True)  # dropout must differ between ranks
+        self.window = Window()
+        if self.saved is not None:
+            self._resume()
+        self._record_switch(report)
+        self.num_bad_in_a_row = 0
+        self.num_bytes: int | None = None  # of the last checkpoint
+        self.asked_to_stop = False
+
+    def _require_same_data(self) -> None:
+        if self.saved is not None and self.saved["num_samples"] != len(self.task.train):
+            raise ValueError(
+                f"the checkpoint is of a run on {self.saved['num_samples']} training samples, and there are "
+                f"{len(self.task.train)}: the order of the data would be another; resume with the same task.data_dir"
+            )
 
     def _prepare(self) -> None:
         options, task, accelerator = self.config.train, self.task, self.accelerator
-        order = SampleOrder(len(task.train), options.batch_size, self.num_steps, self.config.seed)
+        done = self.progress.done
+        order = SampleOrder(len(task.train), options.batch_size, self.num_steps, self.config.seed, done)
         micro_batch_size = options.batch_size // options.accumulation_steps
         train_loader = DataLoader(
             task.train, batch_size=micro_batch_size, sampler=order, collate_fn=task.collate, drop_last=True
@@ -121,83 +185,203 @@ class Trainer:
         # FSDP2 has put others in their place.
         self.trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
+    def _resume(self) -> None:
+        """Put back what the loop itself keeps; the random numbers wait for the first batch."""
+        self.scheduler.load_state_dict(self.saved["scheduler"])
+        if self.accelerator.scaler is not None and self.saved["scaler"]:
+            self.accelerator.scaler.load_state_dict(self.saved["scaler"])
+        self.window.load_state_dict(self.saved["window"], self.accelerator.is_main_process)
+        self.progress.resumed_after.append(self.progress.done)
+        together(lambda: self.log.resume(self.progress.done) if self.log is not None else None)
+
     def run(self) -> dict[str, object]:
-        """Train to the last step; gives the summary. Collective: every rank calls it."""
-        options, window, done = self.config.train, Window(), 0
-        due = due_evaluations(self.num_steps, options.eval_every)
-        train_seconds = 0.0
+        """Train to the last step; gives the summary.
+
+        Collective: every rank calls it. Beside what training sends, each optimizer step sends one number, by which the
+        ranks agree on whether to stop.
+        """
+        self._listen_to_signals()
+        options, progress = self.config.train, self.progress
+        evaluations = due_evaluations(self.num_steps, options.eval_every)
+        checkpoints = due_checkpoints(self.num_steps, self.config.checkpoint.every, evaluations)
+        if progress.done == 0:
+            self._evaluate_and_export()
         bar = self._progress_bar()
+        self.window.resume()
         self.model.train()
-        for batch in self.train_loader:
-            loss, grad_norm, learning_rate = self._micro_step(batch, done + 1)
-            window.add(loss, batch)
+        for number, batch in enumerate(self.train_loader if progress.done < self.num_steps else ()):
+            if number == 0 and self.saved is not None:
+                self._catch_up(batch)
+            loss, figures = self._micro_step(batch)
+            self.window.add(loss, batch)
             if not self.accelerator.sync_gradients:
                 continue
-            done += 1
-            window.num_steps += 1
+            progress.done += 1
+            self.window.num_steps += 1
             bar.update()
-            if done % options.log_every == 0 or done == self.num_steps:
-                window.pause()
-                train_seconds += window.seconds
-                figures = {"learning_rate": learning_rate, **window.means(self.accelerator)}
-                figures |= {} if grad_norm is None else {"grad_norm": _number(grad_norm)}
-                bar.set_postfix(loss=f"{figures['loss']:.4f}", refresh=False)
-                self._record("train", done, figures)
-                window.restart()
-            if done in due:
-                window.pause()
-                self._evaluate_and_export(done)
-                window.resume()
+            self._require_good_steps()
+            if progress.done % options.log_every == 0 or progress.done == self.num_steps:
+                self._log_window(figures, bar)
+            is_best = False
+            if progress.done in evaluations:
+                self.window.pause()
+                is_best = self._evaluate_and_export()
+                self.window.resume()
+            if progress.done in checkpoints or (is_best and checkpoints):
+                self._save_checkpoint()
+            self._stop_if_asked()
         bar.close()
-        return self._summary(train_seconds)
+        return self._summary()
 
-    def _micro_step(self, batch: dict[str, Tensor], step: int) -> tuple[Tensor, Tensor | float | None, float]:
+    def _micro_step(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
         """One micro-batch, and at the end of an accumulation the optimizer step and the switch if one is due."""
-        accelerator, max_norm, norm = self.accelerator, self.config.train.max_grad_norm, None
-        learning_rate = self.scheduler.get_last_lr()[0]
+        accelerator = self.accelerator
+        figures = {"learning_rate": self.scheduler.get_last_lr()[0]}
+        self.skipped = False
         with accelerator.accumulate(self.model):
             loss = self.model(**batch).loss
-            accelerator.backward(loss)
-            if accelerator.sync_gradients and max_norm > 0:
-                norm = accelerator.clip_grad_norm_(self.trainable, max_norm)
-            self.optimizer.step()
-            self.scheduler.step()
+            # A loss that is not finite may have gradients that are: then no rank would notice.
+            accelerator.backward(loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan))
             if accelerator.sync_gradients:
-                self._record_switch(self.method.step(step))
+                # An infinite limit clips nothing and gives the norm. DeepSpeed has clipped and stepped already.
+                norm = accelerator.clip_grad_norm_(self.trainable, self.config.train.max_grad_norm or math.inf)
+                figures |= {} if norm is None else {"grad_norm": _number(norm)}
+                self.skipped = accelerator.scaler is None and not math.isfinite(figures.get("grad_norm", 0.0))
+            if not self.skipped:
+                self.optimizer.step()
+                self.scheduler.step()
+            self.skipped |= accelerator.sync_gradients and accelerator.optimizer_step_was_skipped
+            if accelerator.sync_gradients and not self.skipped:
+                self._record_switch(self.method.step(self.progress.done + 1))
             self.optimizer.zero_grad()
-        return loss, norm, learning_rate
+        return loss, figures
+
+    def _require_good_steps(self) -> None:
+        """Count the steps that were skipped, on every rank alike, and stop after too many in a row."""
+        most, progress = self.config.train.max_bad_steps, self.progress
+        self.num_bad_in_a_row = self.num_bad_in_a_row + 1 if self.skipped else 0
+        if self.skipped:
+            progress.num_skipped += 1
+            logger.warning("step %d: the gradient is NaN or infinite, so the step was left out", progress.done)
+        if self.num_bad_in_a_row >= most:
+            raise RunStoppedError(
+                f"the gradient was NaN or infinite in {most} steps in a row (train.max_bad_steps), up to step "
+                f"{progress.done}: lower train.learning_rate, or look at the data; checkpoints from before are good"
+            )
+
+    def _log_window(self, figures: dict[str, float], bar: tqdm) -> None:
+        self.window.pause()
+        self.progress.train_seconds += self.window.seconds
+        figures |= self.window.means(self.accelerator)
+        bar.set_postfix(loss=f"{figures['loss']:.4f}", refresh=False)
+        self._record("train", figures)
+        self.window.restart()
 
     def _progress_bar(self) -> tqdm:
         # A log file keeps every refresh, a terminal only the last.
         pause = 0.1 if sys.stderr.isatty() else 10.0
-        return tqdm(
-            total=self.num_steps, desc=self.config.method, unit="step", disable=self.log is None, mininterval=pause
-        )
+        numbers = {"total": self.num_steps, "initial": self.progress.done}
+        return tqdm(**numbers, desc=self.config.method, unit="step", disable=self.log is None, mininterval=pause)
 
     def _record_switch(self, report: SwitchReport | None) -> None:
         if report is not None and self.log is not None:
             self.log.switch(report)
 
-    def _record(self, split: str, step: int, figures: dict[str, object]) -> None:
+    def _record(self, split: str, figures: dict[str, object]) -> None:
+        done = self.progress.done
         if self.log is not None:
-            self.log.metrics({"step": step, "epoch": step / self.steps_per_epoch, "split": split, **figures})
+            self.log.metrics({"step": done, "epoch": done / self.steps_per_epoch, "split": split, **figures})
 
-    def _evaluate_and_export(self, step: int) -> None:
-        """Evaluate; export the adapter if it is the best so far, and in any case after the last step."""
+    def _evaluate_and_export(self) -> bool:
+        """Evaluate; export the adapter if it is the best so far, which is told, and after the last step in any case."""
+        progress, folder = self.progress, Path(self.config.output_dir)
         figures = evaluate(self.accelerator, self.model, self.eval_loader, self.task)
-        self._record("eval", step, figures)
-        self.final = figures
-        folder = Path(self.config.output_dir)
-        if self.best is None or figures["loss"] < self.best["loss"]:
-            self.best = {"step": step, **figures}
+        self._record("eval", figures)
+        if progress.done == 0:
+            progress.start = figures
+            return False
+        progress.final = figures
+        is_best = progress.best is None or figures["loss"] < progress.best["loss"]
+        if is_best:
+            progress.best = {"step": progress.done, **figures}
             self.method.export(folder / "adapter")
-        if step == self.num_steps:
+        if progress.done == self.num_steps:
             self.method.export(folder / "adapter_last")
+        return is_best
 
-    def _summary(self, train_seconds: float) -> dict[str, object]:
+    def _save_checkpoint(self) -> None:
+        """Write a checkpoint and remove old ones. Collective: see ``Switcher.save_checkpoint``."""
+        if not self.method.can_save:
+            return
+        self.window.pause()
+        extra = {
+            "config": asdict(self.config),
+            "progress": asdict(replace(self.progress, method_seconds=self._method_seconds())),
+            "num_samples": len(self.task.train),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
+            "window": self.window.state_dict(self.accelerator),
+            "random": gather_object([random_state()]),
+        }
+        options, parent, done = self.config.checkpoint, checkpoints_of(self.config), self.progress.done
+        try:
+            self.num_bytes = self.method.save_checkpoint(parent, extra, done)
+        except ValueError as error:
+            if options.if_disk_full == "stop":
+                raise
+            logger.warning("going on without a checkpoint of step %d, the ones before are still good: %s", done, error)
+        else:
+            together(lambda: self._remove_old_checkpoints(parent))
+        self.window.resume()
+
+    def _remove_old_checkpoints(self, parent: Path) -> None:
+        if self.log is not None:
+            best = {self.progress.best["step"]} if self.progress.best is not None else set()
+            remove_checkpoints(parent, keep=best, newest=self.config.checkpoint.keep)
+
+    def _catch_up(self, batch: dict[str, Tensor]) -> None:
+        """Come into the state of a run that was never stopped.
+
+        DDP adds gradients up in another order after its first two passes, so they are made and dropped. Then this rank
+        gets its random state back; on another number of ranks each has got a new seed.
+        """
+        if self.config.engine == "ddp":
+            for _ in range(2):
+                self.accelerator.backward(self.model(**batch).loss)
+                self.optimizer.zero_grad()
+        states = self.saved["random"]
+        if len(states) == self.accelerator.num_processes:
+            restore_random_state(states[self.accelerator.process_index])
+
+    def _listen_to_signals(self) -> None:
+        def ask(*_: object) -> None:
+            self.asked_to_stop = True
+
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python refuses
+            for name in (signal.SIGTERM, signal.SIGUSR1):
+                signal.signal(name, ask)
+
+    def _stop_if_asked(self) -> None:
+        """If any rank was asked to stop, write a checkpoint and raise on all of them.
+
+        Collective: one all-reduce of a number.
+        """
+        if self.asked_to_stop:
+            self.accelerator.set_trigger()
+        if self.accelerator.check_trigger() and self.progress.done < self.num_steps:
+            self._save_checkpoint()
+            raise StoppedBySignalError(
+                f"stopped by a signal after step {self.progress.done} of {self.num_steps}: the same command goes on"
+            )
+
+    def _method_seconds(self) -> dict[str, float]:
+        """What the method added to the training, over all starts."""
+        earlier = self.saved["progress"]["method_seconds"] if self.saved is not None else {}
+        return {name: earlier.get(name, 0.0) + value for name, value in asdict(self.method.seconds()).items()}
+
+    def _summary(self) -> dict[str, object]:
         """The content of ``summary.json``. Collective: one gather of a number."""
-        best = dict(self.best)
-        seconds = self.method.seconds()
+        progress, best = self.progress, dict(self.progress.best)
         return {
             "method": self.config.method,
             "task": self.config.task.name,
@@ -207,39 +391,22 @@ class Trainer:
             "world_size": self.accelerator.num_processes,
             "storage": self.method.storage_name,
             "steps": self.num_steps,
+            "skipped_steps": progress.num_skipped,
+            "resumed_after": progress.resumed_after,
             "best_step": best.pop("step"),
+            "start": progress.start,
             "best": best,
-            "final": self.final,
+            "final": progress.final,
             "main_metric": self.task.main_metric,
             "trainable_parameters": self.num_trainable,
-            "train_seconds": train_seconds,
-            **{f"{name}_seconds": value for name, value in asdict(seconds).items()},
-            "peak_memory_bytes": _peak_memory(self.accelerator),
+            "train_seconds": progress.train_seconds,
+            **{f"{name}_seconds": value for name, value in self._method_seconds().items()},
+            "peak_memory_bytes": peak_memory(self.accelerator),
             "extra_memory_bytes": self.method.extra_memory(),
-            "versions": _versions(),
+            "checkpoint_bytes": self.num_bytes,
+            "model_bytes": self.model_bytes,
+            "versions": versions(),
         }
-
-
-@torch.no_grad()
-def evaluate(accelerator: Accelerator, model: nn.Module, loader: DataLoader, task: Task) -> dict[str, float]:
-    """Loss and figures over the whole evaluation split, each sample counted once on any world size.
-
-    The loss is computed from the gathered outputs, not averaged over ranks: the last batch is filled up with repeated
-    samples, which would weigh in.
-
-    Collective: every rank calls it; gathers the task's answers batch by batch.
-    """
-    model.eval()
-    gathered = []
-    for batch in loader:
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        answers = task.answers(model(**inputs), batch)
-        answers = accelerator.gather_for_metrics(tuple(part.contiguous() for part in answers))
-        gathered.append([part.cpu() for part in answers])
-    model.train()
-    outputs, labels = (torch.cat(parts) for parts in zip(*gathered, strict=True))
-    outputs = outputs.double()
-    return {"loss": task.loss(outputs, labels).item(), **task.metrics(outputs.numpy(), labels.numpy())}
 
 
 def _number(norm: Tensor | float) -> float:
@@ -252,21 +419,10 @@ def _num_trainable(model: nn.Module) -> int:
     return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
 
 
-def _peak_memory(accelerator: Accelerator) -> int:
-    """Of the rank that needed most, in bytes: of the GPU, or resident where there is none."""
-    if accelerator.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
-    return int(accelerator.gather(torch.tensor([peak], dtype=torch.int64, device=accelerator.device)).max())
-
-
-def _versions() -> dict[str, str]:
-    names = ("torch", "accelerate", "deepspeed", "transformers", "peft", "bitsandbytes", "srlora_dist")
-    found = {"python": platform.python_version()}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+def _frozen_bytes(model: nn.Module) -> int:
+    """Of the pretrained model as it is stored."""
+    return sum(
+        getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
+        for name, parameter in model.named_parameters()
+        if not parameter.requires_grad and f".{FUSED}." not in name
+    )

@@ -9,12 +9,21 @@ from torch.optim import Optimizer
 
 from srlora_dist.sites import Site
 from srlora_dist.storage.base import Run, Storage, deal_by_size
+from srlora_dist.storage.lost import lost_ranks
 from srlora_dist.storage.moments import require_resettable
 from srlora_dist.storage.plain import PlainStorage
 from srlora_dist.storage.zero3 import Zero3Storage
 from srlora_dist.storage.zero12 import Zero12Storage
 
-__all__ = ["Run", "Storage", "deal_by_size", "find_storage", "release_gathered", "require_resettable"]
+__all__ = [
+    "Run",
+    "Storage",
+    "deal_by_size",
+    "find_storage",
+    "lost_ranks",
+    "release_gathered",
+    "require_resettable",
+]
 
 
 def find_storage(model: nn.Module, optimizer: object, sites: list[Site]) -> Storage:

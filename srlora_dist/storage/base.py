@@ -1,15 +1,13 @@
-"""What a storage must offer, and the collectives: the seam between the method and the way tensors are held."""
+"""What a storage must offer: the seam between the method and the way tensors are held."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -18,33 +16,41 @@ from srlora_dist.pairs import add_pairs_, add_pairs_to_sum_, fill_pairs_
 from srlora_dist.sites import PAIR_DIM, Site
 from srlora_dist.storage.moments import resettable_moments
 from srlora_dist.storage.quantised import dequantise, digest_scales
-
-T = TypeVar("T")
+from srlora_dist.storage.ranks import Ranks
 
 
 @dataclass(eq=False)
-class Run:
-    """A span of one factor: the same span of the weight, the gradient and the moments that this rank's optimizer holds.
+class Piece:
+    """A span of a parameter: the same one of the weight, the gradient and the moments that this rank's optimizer holds.
 
     Args:
-        site: Number of the site.
-        factor: ``"A"`` or ``"B"``.
-        start: Offset in the flattened factor.
         owner: The tensor that the optimizer steps: the parameter itself, or a flat fragment of several.
         offset: Offset in the flattened owner.
-        numel: Length.
+        start: Offset in the flattened parameter.
+        numel: Length, 0 where this rank holds nothing of it.
     """
 
-    site: int
-    factor: str
-    start: int
     owner: Tensor
     offset: int
+    start: int
     numel: int
 
     def of(self, tensor: Tensor) -> Tensor:
         """This run of the owner's weight, gradient or moment, a view."""
         return local_part(tensor).view(-1)[self.offset : self.offset + self.numel]
+
+
+@dataclass(eq=False)
+class Run(Piece):
+    """The piece of one factor.
+
+    Args:
+        site: Number of the site.
+        factor: ``"A"`` or ``"B"``.
+    """
+
+    site: int
+    factor: str
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -53,34 +59,51 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-class Storage(ABC):
+class Storage(Ranks, ABC):
     """How the ranks hold the weights, factors, gradients and moments of the sites.
 
     Attributes:
         name: ``plain``, ``ddp``, ``zero1``, ``zero2``, ``zero3`` or ``fsdp2``.
         optimizer: The innermost torch optimizer, the one place that sees the gradients that are applied.
         gathers: Whether :meth:`gather_parameters` makes copies, because a rank holds only a part.
+        cuts_optimizer: Whether a rank's optimizer holds only a part of what is trained.
         held: The runs of factors that this rank's optimizer steps.
         tracked: Those of them that this rank keeps statistics of; over all ranks each element is tracked once.
         residuals: For each site whose 16-bit W is edited in place the low part of ``W = high + low``, of the run that
             :meth:`weight_to_edit` gives; the model computes with the high part alone.
+        loss_scaler: DeepSpeed's, or None.
     """
 
     name: str
     gathers = False
+    cuts_optimizer = True
+    loss_scaler: object = None
 
     def __init__(self, optimizer: Optimizer, sites: list[Site]) -> None:
+        super().__init__(sites[0].lora_a.device)
         self.optimizer = optimizer
         self.sites = sites
-        self.distributed = dist.is_available() and dist.is_initialized()
-        self.rank = dist.get_rank() if self.distributed else 0
-        self.world_size = dist.get_world_size() if self.distributed else 1
-        self.device = sites[0].lora_a.device
         self.held: list[Run] = []
         self.tracked: list[Run] = []
         self.residuals: dict[int, Tensor] = {}
 
+    def _map_factors(self) -> None:
+        """List the runs of all factors; a kind calls this when it can answer :meth:`stepped`."""
+        for number, site in enumerate(self.sites):
+            for factor in ("A", "B"):
+                piece = self.stepped(site.factor(factor))
+                self.held.append(Run(**vars(piece), site=number, factor=factor))
+        self.tracked = self.held
+
     # How weights are held: each kind answers these.
+
+    @abstractmethod
+    def stepped(self, parameter: nn.Parameter) -> Piece:
+        """The piece of a trained parameter that this rank's optimizer holds.
+
+        Raises:
+            ValueError: The optimizer does not train it.
+        """
 
     @abstractmethod
     def parameter_run(self, parameter: nn.Parameter) -> tuple[Tensor, int]:
@@ -104,6 +127,14 @@ class Storage(ABC):
         Collective: every rank must call it with the same parameters; what is sent depends on the storage.
         """
 
+    def whole_shape(self, parameter: nn.Parameter) -> torch.Size:
+        """Shape of the whole parameter as it is stored, however it is cut."""
+        return parameter.shape
+
+    def copies(self, parameters: Iterable[nn.Parameter]) -> Iterator[Tensor]:  # noqa: ARG002 (the interface)
+        """What every rank holds whole of trained parameters and their moments, so that it has to be the same there."""
+        return iter(())
+
     def weight_to_edit(self, number: int) -> tuple[Tensor, int]:
         """The run of W, as it is stored, that this rank edits, and its offset."""
         return self.parameter_run(self.sites[number].weight)
@@ -118,10 +149,9 @@ class Storage(ABC):
     def settle(self) -> None:  # noqa: B027 (a default)
         """Bring the parameters into the state in which they are read and edited; here there is no other."""
 
-    def write_parameter_(self, parameter: nn.Parameter, pair_dim: int, slots: Tensor, whole: Tensor) -> None:
-        """Write the given pairs of a whole factor to what this rank's model holds of it."""
-        run, start = self.parameter_run(parameter)
-        fill_pairs_(run, start, pair_dim, slots, whole)
+    def copies_to_write(self, parameter: nn.Parameter) -> list[tuple[Tensor, int]]:
+        """Every run of a parameter that this rank's model holds, and its offset; whoever asks writes all of them."""
+        return [self.parameter_run(parameter)]
 
     @contextmanager
     def in_memory(self, number: int) -> Iterator[None]:  # noqa: ARG002 (the interface)
@@ -145,6 +175,15 @@ class Storage(ABC):
             return None
         whole = dequantise(site, stored) if site.quantised else stored.float()
         return whole.T if site.transposed else whole
+
+    def digest_weights(self) -> list[int]:
+        """The digest of each site's W, the same on every rank. Collective: one all-reduce of 16 bytes a site."""
+        halves = torch.zeros(len(self.sites), 2, dtype=torch.int64)
+        for number in range(len(self.sites)):
+            digest = self.digest_weight(number)
+            halves[number] = torch.tensor([digest >> 32, digest & 0xFFFFFFFF])  # halves cannot overflow in the sum
+        halves = self.all_reduce_(halves.to(self.device)).tolist()
+        return [((high << 32) + low) % 2**64 for high, low in halves]
 
     def digest_weight(self, number: int) -> int:
         """This rank's part of the digest of a site's W; the parts of all ranks add up to it."""
@@ -184,6 +223,11 @@ class Storage(ABC):
                 add_pairs_(run, start, left, right, site.scale)
             self.after_edit(number)
 
+    def write_parameter_(self, parameter: nn.Parameter, pair_dim: int, slots: Tensor, whole: Tensor) -> None:
+        """Write the given pairs of a whole factor to what this rank's model holds of it."""
+        for run, start in self.copies_to_write(parameter):
+            fill_pairs_(run, start, pair_dim, slots, whole)
+
     def model_run(self, run: Run) -> Tensor:
         """The same span in the copy that the model computes with, a view."""
         held, start = self.parameter_run(self.sites[run.site].factor(run.factor))
@@ -197,23 +241,35 @@ class Storage(ABC):
                 return run
         return None
 
+    def require_right_map(self) -> None:
+        """The optimizer has to hold the factors where this storage expects them.
+
+        Collective: see :meth:`raise_together`.
+
+        Raises:
+            ValueError: On any rank it does not.
+        """
+        misplaced = self.find_misplaced()
+        error = None
+        if misplaced is not None:
+            error = ValueError(
+                f"the optimizer of {self.name} does not hold {self.sites[misplaced.site].name} where it is "
+                "expected: use the engine's default layout, or another engine"
+            )
+        self.raise_together(error)
+
     def require_fresh_adapter(self) -> None:
-        """The map of factors must be right, and they must not hold anything yet: switch 0 overwrites them.
+        """The map of factors has to be right, and they must not hold anything yet: switch 0 overwrites them.
 
         Collective: see :meth:`raise_together`.
 
         Raises:
             ValueError: On any rank the map is wrong, or a B is not 0.
         """
-        error = None
-        misplaced = self.find_misplaced()
+        self.require_right_map()
         used = [run for run in self.held if run.factor == "B" and bool(run.of(run.owner).any())]
-        if misplaced is not None:
-            error = ValueError(
-                f"the optimizer of {self.name} does not hold {self.sites[misplaced.site].name} where it is "
-                "expected: use the engine's default layout, or another engine"
-            )
-        elif used:
+        error = None
+        if used:
             error = ValueError(
                 f"the adapter at {self.sites[used[0].site].name} is not freshly initialised (B is not 0), and switch 0 "
                 "would overwrite it: use LoraConfig(init_lora_weights=True) and a new adapter"
@@ -232,6 +288,19 @@ class Storage(ABC):
                 fill_pairs_(run.of(moment), run.start, pair_dim, slots, torch.full_like(whole, zero))
         self.write_parameter_(self.sites[number].factor(factor), pair_dim, slots, whole)
 
+    @contextmanager
+    def changed_by_switch(self, number: int) -> Iterator[list[Tensor]]:
+        """Views of all that a switch changes of a site on this rank, but for the model's copies of the factors."""
+        with self.in_memory(number):
+            views = [] if self.sites[number].fused_a is not None else [self.weight_to_edit(number)[0]]
+            views += [self.residuals[number]] if number in self.residuals else []
+            for run in (run for run in self.held if run.site == number):
+                state = self.optimizer.state.get(run.owner, {})
+                moments = (moment for moment, _ in resettable_moments(state, run.owner, "zero"))
+                views += [run.of(tensor) for tensor in (run.owner, *moments)]
+            yield views
+            self.after_edit(number)
+
     def on_optimizer_step(self, hook: Callable[[list[Tensor]], None]) -> None:
         """Call ``hook`` with the tensors that are about to be stepped, their final gradients in ``.grad``."""
 
@@ -245,62 +314,12 @@ class Storage(ABC):
 
         self.optimizer.register_step_pre_hook(pre_hook)
 
-    # Collectives.
 
-    def all_reduce_(self, tensor: Tensor, op: str = "sum") -> Tensor:
-        """Sum (or ``max``) over ranks in place. Collective: one all-reduce of the tensor."""
-        if self.distributed:
-            dist.all_reduce(tensor, op=dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM)
-        return tensor
-
-    def broadcast_(self, tensor: Tensor) -> Tensor:
-        """Copy rank 0's tensor to all in place. Collective: one broadcast of the tensor."""
-        if self.distributed:
-            dist.broadcast(tensor, src=0)
-        return tensor
-
-    def on_rank_0(self, task: str, work: Callable[[], T]) -> T | None:
-        """Do what rank 0 alone does, files above all; None elsewhere. If it fails, every rank raises.
-
-        Collective: see :meth:`raise_together`.
-
-        Raises:
-            ValueError: Rank 0 could not do the task.
-        """
-        result, error = None, None
-        if self.rank == 0:
-            try:
-                result = work()
-            except Exception as failure:  # whatever it is, the other ranks wait
-                known = isinstance(failure, ValueError)
-                error = failure if known else OSError(f"cannot {task}: {failure or type(failure).__name__}")
-        self.raise_together(error)
-        return result
-
-    def raise_together(self, error: Exception | None) -> None:
-        """Raise on every rank if any has failed, so that no rank waits for one that is gone.
-
-        Collective: one all-reduce of 8 bytes; after a failure also the messages.
-
-        Raises:
-            ValueError: At least one rank called this with an error.
-        """
-        failed = torch.tensor([int(error is not None)], dtype=torch.int64, device=self.device)
-        if not self.all_reduce_(failed, "max").item():
-            return
-        messages: list[str | None] = [str(error)]
-        if self.distributed:
-            messages = [None] * self.world_size
-            dist.all_gather_object(messages, None if error is None else str(error))
-        raise ValueError(next(message for message in messages if message is not None)) from error
-
-
-def require_stepped(site: Site, is_stepped: bool) -> None:
-    """Refuse an optimizer that does not train the pairs."""
-    if not is_stepped:
-        raise ValueError(
-            f"the optimizer does not hold the LoRA parameters of {site.name}: build it from all trainable ones"
-        )
+def not_stepped(sites: list[Site], parameter: nn.Parameter) -> ValueError:
+    """The error of an optimizer that does not train a parameter."""
+    names = [f"the LoRA parameters of {s.name}" for s in sites if parameter is s.lora_a or parameter is s.lora_b]
+    what = names[0] if names else f"a trainable parameter of shape {tuple(parameter.shape)}"
+    return ValueError(f"the optimizer does not hold {what}: build it from all trainable ones")
 
 
 def deal_by_size(sizes: list[int], num_ranks: int) -> list[int]:

@@ -17,10 +17,6 @@ class CutWeights(Storage):
     gathers = True
 
     @abstractmethod
-    def whole_shape(self, parameter: nn.Parameter) -> torch.Size:
-        """Shape of the whole parameter as it is stored."""
-
-    @abstractmethod
     def largest_run(self, parameter: nn.Parameter) -> int:
         """Elements of the longest run that a rank holds of a parameter."""
 

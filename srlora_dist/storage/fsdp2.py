@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
 from srlora_dist.sites import Site
-from srlora_dist.storage.base import Run, local_part, require_stepped
+from srlora_dist.storage.base import Piece, local_part, not_stepped
 from srlora_dist.storage.cut import CutWeights
 
 
@@ -25,17 +25,14 @@ class Fsdp2Storage(CutWeights):
         kind = sites[0].lora_a.device_mesh.device_type  # parameters may be offloaded, messages go by the mesh's device
         self.device = torch.device(kind, torch.accelerator.current_device_index()) if kind != "cpu" else self.device
         self._sharded = sharded
-        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for number, site in enumerate(sites):
-            for factor in ("A", "B"):
-                parameter = site.factor(factor)
-                require_stepped(site, id(parameter) in stepped)
-                run, start = self.parameter_run(parameter)
-                self.held.append(Run(number, factor, start, parameter, 0, run.numel()))
-        self.tracked = self.held
+        self._stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        self._map_factors()
 
-    def whole_shape(self, parameter: nn.Parameter) -> torch.Size:
-        return parameter.shape
+    def stepped(self, parameter: nn.Parameter) -> Piece:
+        if id(parameter) not in self._stepped:
+            raise not_stepped(self.sites, parameter)
+        run, start = self.parameter_run(parameter)
+        return Piece(parameter, 0, start, run.numel())
 
     def largest_run(self, parameter: nn.Parameter) -> int:
         # Not parameter[:1]: to slice a DTensor is to gather it.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from srlora_dist.sites import Site
-from srlora_dist.storage.base import Run, Storage, deal_by_size, require_stepped
+from srlora_dist.storage.base import Piece, Storage, deal_by_size, not_stepped
 
 
 class WholeWeights(Storage):
@@ -22,6 +25,9 @@ class WholeWeights(Storage):
     def parameter_run(self, parameter: nn.Parameter) -> tuple[Tensor, int]:
         return parameter.detach().view(-1), 0
 
+    def copies(self, parameters: Iterable[nn.Parameter]) -> Iterator[Tensor]:
+        yield from (parameter.detach() for parameter in parameters)
+
     def weight_run(self, number: int) -> tuple[Tensor, int]:
         flat = self.sites[number].weight.detach().view(-1)
         return (flat if self.dealt_to[number] == self.rank else flat[:0]), 0
@@ -36,13 +42,22 @@ class WholeWeights(Storage):
 class PlainStorage(WholeWeights):
     """Also the optimizer holds everything; a rank tracks only the sites that were dealt to it."""
 
+    cuts_optimizer = False
+
     def __init__(self, optimizer: Optimizer, sites: list[Site]) -> None:
         super().__init__(optimizer, sites)
         self.name = "ddp" if self.world_size > 1 else "plain"
-        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for number, site in enumerate(sites):
-            for factor in ("A", "B"):
-                parameter = site.factor(factor)
-                require_stepped(site, id(parameter) in stepped)
-                self.held.append(Run(number, factor, 0, parameter, 0, parameter.numel()))
+        self._stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        self._map_factors()
         self.tracked = [run for run in self.held if self.dealt_to[run.site] == self.rank]
+
+    def stepped(self, parameter: nn.Parameter) -> Piece:
+        if id(parameter) not in self._stepped:
+            raise not_stepped(self.sites, parameter)
+        return Piece(parameter, 0, 0, parameter.numel())
+
+    def copies(self, parameters: Iterable[nn.Parameter]) -> Iterator[Tensor]:
+        for parameter in parameters:
+            yield parameter.detach()
+            state = self.optimizer.state.get(parameter, {})
+            yield from (state[key] for key in sorted(state) if torch.is_tensor(state[key]))

@@ -7,10 +7,11 @@ are rebuilt from all fragments, so a written pair must go to both copies.
 
 from __future__ import annotations
 
+from torch import nn
 from torch.optim import Optimizer
 
 from srlora_dist.sites import Site
-from srlora_dist.storage.base import Run, require_stepped
+from srlora_dist.storage.base import Piece, not_stepped
 from srlora_dist.storage.plain import WholeWeights
 
 
@@ -20,22 +21,24 @@ class Zero12Storage(WholeWeights):
     def __init__(self, optimizer: Optimizer, sites: list[Site], zero_optimizer: object) -> None:
         super().__init__(optimizer, sites)
         self.name = "zero2" if zero_optimizer.partition_gradients else "zero1"
+        self.loss_scaler = zero_optimizer.loss_scaler
+        self._fragments = zero_optimizer.single_partition_of_fp32_groups
         # Not parameter._hp_mapping: under round_robin_gradients that map does not follow the layout of the buffer.
         layout = zip(zero_optimizer.round_robin_bit16_groups, zero_optimizer.round_robin_bit16_offsets, strict=True)
-        places = {
+        self._places = {
             id(parameter): (group, offset)
             for group, (parameters, offsets) in enumerate(layout)
             for parameter, offset in zip(parameters, offsets, strict=True)
         }
-        for number, site in enumerate(sites):
-            for factor in ("A", "B"):
-                parameter = site.factor(factor)
-                require_stepped(site, id(parameter) in places)
-                group, offset = places[id(parameter)]
-                owner = zero_optimizer.single_partition_of_fp32_groups[group]
-                begin = self.rank * owner.numel()  # of this rank's fragment in the buffer
-                start = max(0, begin - offset)
-                stop = min(parameter.numel(), begin + owner.numel() - offset)
-                if start < stop:  # else this rank's fragment holds nothing of the factor
-                    self.held.append(Run(number, factor, start, owner, offset + start - begin, stop - start))
-        self.tracked = self.held
+        self._map_factors()
+
+    def stepped(self, parameter: nn.Parameter) -> Piece:
+        if id(parameter) not in self._places:
+            raise not_stepped(self.sites, parameter)
+        group, offset = self._places[id(parameter)]
+        owner = self._fragments[group]
+        begin = self.rank * owner.numel()  # of this rank's fragment in the buffer
+        start = min(max(0, begin - offset), parameter.numel())
+        stop = max(start, min(parameter.numel(), begin + owner.numel() - offset))
+        # Of a parameter that lies outside the fragment the piece is empty, wherever it would begin.
+        return Piece(owner, offset + start - begin if start < stop else 0, start, stop - start)

@@ -7,7 +7,7 @@ trainable parameters end to end. hpZ keeps a second run, cut among the ranks of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -15,9 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from srlora_dist.pairs import fill_pairs_
 from srlora_dist.sites import Site
-from srlora_dist.storage.base import Run, require_stepped
+from srlora_dist.storage.base import Piece, not_stepped
 from srlora_dist.storage.cut import CutWeights
 
 
@@ -29,23 +28,27 @@ class Zero3Storage(CutWeights):
     def __init__(self, optimizer: Optimizer, sites: list[Site], zero_optimizer: object) -> None:
         super().__init__(optimizer, sites)
         _refuse_unsupported(sites, zero_optimizer)
-        positions = {
+        self.loss_scaler = zero_optimizer.loss_scaler
+        self._sub_groups = zero_optimizer.fp32_partitioned_groups_flat
+        self._places = {
             id(parameter): (group, offset)
             for group, parameters in enumerate(zero_optimizer.fp16_groups)
             for parameter, offset in zip(parameters, _offsets(parameters), strict=True)
         }
-        for number, site in enumerate(sites):
-            for factor in ("A", "B"):
-                parameter = site.factor(factor)
-                require_stepped(site, id(parameter) in positions)
-                group, offset = positions[id(parameter)]
-                run, start = self.parameter_run(parameter)
-                owner = zero_optimizer.fp32_partitioned_groups_flat[group]
-                self.held.append(Run(number, factor, start, owner, offset, run.numel()))
-        self.tracked = self.held
+        self._map_factors()
+
+    def stepped(self, parameter: nn.Parameter) -> Piece:
+        if id(parameter) not in self._places:
+            raise not_stepped(self.sites, parameter)
+        group, offset = self._places[id(parameter)]
+        run, start = self.parameter_run(parameter)
+        return Piece(self._sub_groups[group], offset, start, run.numel())
 
     def whole_shape(self, parameter: nn.Parameter) -> torch.Size:
         return parameter.ds_shape
+
+    def copies(self, parameters: Iterable[nn.Parameter]) -> Iterator[Tensor]:
+        yield from (parameter.detach() for parameter in parameters if _is_whole(parameter))
 
     def largest_run(self, parameter: nn.Parameter) -> int:
         return parameter.partition_numel()
@@ -84,14 +87,15 @@ class Zero3Storage(CutWeights):
         _forget_secondary(weight)
 
     def settle(self) -> None:
-        """Hold the persistent 16-bit weights whole and the others in runs, whatever the last forward pass left behind.
+        """Hold the persistent weights whole and the others in runs, whatever the last forward pass left behind.
 
-        A residual belongs to the one or the other. Otherwise ranks would round the same element differently.
+        A residual belongs to the one or the other, and so does what a snapshot keeps. Otherwise ranks would round the
+        same element differently.
 
         Collective: where a forward pass without a backward one went before, an all-gather of the persistent weights,
             which the next forward pass then does without.
         """
-        weights = [site.weight for site in self.sites if site.weight.dtype in (torch.bfloat16, torch.float16)]
+        weights = [site.weight for site in self.sites if not site.quantised]
         waiting = [weight for weight in weights if weight.ds_persist and not _is_whole(weight)]
         if waiting:
             waiting[0].all_gather(waiting)
@@ -103,11 +107,10 @@ class Zero3Storage(CutWeights):
         self.settle()
         super().allocate_residuals(device)
 
-    def write_parameter_(self, parameter: nn.Parameter, pair_dim: int, slots: Tensor, whole: Tensor) -> None:
-        super().write_parameter_(parameter, pair_dim, slots, whole)
-        if _is_whole(parameter):
-            fill_pairs_(parameter.detach().view(-1), 0, pair_dim, slots, whole)
+    def copies_to_write(self, parameter: nn.Parameter) -> list[tuple[Tensor, int]]:
         _forget_secondary(parameter)
+        whole = [(parameter.detach().view(-1), 0)] if _is_whole(parameter) else []
+        return [self.parameter_run(parameter), *whole]
 
 
 def _offsets(parameters: list[nn.Parameter]) -> list[int]:

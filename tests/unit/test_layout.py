@@ -12,7 +12,7 @@ LAYERS = [
     ["trainer"],
     ["figures", "runlog", "methods", "engine", "plan", "tasks", "precision"],
     ["switcher"],
-    ["memory"],
+    ["memory", "diagnostics"],
     ["export", "svd", "importance", "fused"],
     ["ledger", "schedule", "original", "cache"],
     ["storage"],

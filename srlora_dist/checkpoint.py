@@ -1,0 +1,221 @@
+"""A portable checkpoint: a folder of safetensors and JSON that any engine resumes on any number of ranks.
+
+It holds what a run has learnt and nothing of the pretrained weights: the trained parameters and their optimizer's
+moments, the moving averages, and the ledger, from which the edits of the pretrained weights are made again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from srlora_dist.safefiles import (
+    clean_up,
+    folders_with_manifest,
+    read_manifest,
+    remove_folder,
+    require_unharmed,
+    write_folder,
+)
+from srlora_dist.sites import Site, describe_base
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "srlora-checkpoint-1"
+STATE, LEDGER = "state.json", "ledger"
+
+
+class Checkpoint:
+    """A checkpoint whose files are what its manifest says.
+
+    Args:
+        folder: Of the checkpoint.
+
+    Attributes:
+        state: The content of ``state.json``.
+        step: Optimizer steps that the run had done.
+
+    Raises:
+        ValueError: The folder is no checkpoint, of another version, or damaged; the message names the file.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        manifest = read_manifest(self.folder)
+        if manifest.get("format") != FORMAT:
+            raise ValueError(
+                f"{self.folder} has the format {manifest.get('format')!r}, and this version of srlora_dist reads "
+                f"{FORMAT!r}: use the version that wrote it"
+            )
+        require_unharmed(self.folder, manifest)
+        if STATE not in manifest["files"]:
+            raise ValueError(f"the manifest of {self.folder} does not list {STATE}: it is not a checkpoint")
+        self._listed = manifest["files"]
+        try:
+            self.state = json.loads((self.folder / STATE).read_text())
+            self.step = int(self.state["step"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.folder / STATE} is not the state of a run ({error!r})") from error
+
+    @property
+    def ledger(self) -> Path:
+        """The folder of the ledger; it need not exist."""
+        return self.folder / LEDGER
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all its files."""
+        return sum(listed["bytes"] for listed in self._listed.values())
+
+    def read(self, file: str, name: str) -> Tensor:
+        """One tensor of a file.
+
+        Raises:
+            ValueError: There is no such tensor, or the file is not in the safetensors format.
+        """
+        path = f"{file}.safetensors"
+        if path not in self._listed:
+            raise ValueError(f"the checkpoint {self.folder} has no {path}")
+        try:
+            with safe_open(self.folder / path, "pt") as tensors:
+                return tensors.get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"{self.folder / path} cannot be read as safetensors ({error})") from error
+
+
+def write_checkpoint(
+    parent: Path,
+    state: dict[str, object],
+    tensors: dict[str, dict[str, Tensor]],
+    fill: Callable[[Path], None],
+) -> int:
+    """Write ``step-N`` into the folder of a run's checkpoints, whole or not at all.
+
+    Args:
+        parent: Folder of the run's checkpoints.
+        state: Content of ``state.json``; ``step`` names the folder.
+        tensors: By file and name; a file without tensors is left out.
+        fill: Writes what else belongs into the folder that it is given.
+
+    Returns:
+        The size of its files, in bytes.
+
+    Raises:
+        OSError: It could not be written; the checkpoints that were there still are.
+    """
+
+    def write(folder: Path) -> None:
+        for file, named in tensors.items():
+            if named:
+                save_file({name: t.contiguous() for name, t in named.items()}, folder / f"{file}.safetensors")
+        (folder / STATE).write_text(json.dumps(state) + "\n")
+        fill(folder)
+
+    folder = parent / f"step-{state['step']}"
+    try:
+        write_folder(folder, write, {"format": FORMAT, "step": state["step"]})
+    except SafetensorError as error:  # it reports a full disk in its own way
+        raise OSError(str(error)) from error
+    return sum(listed["bytes"] for listed in read_manifest(folder)["files"].values())
+
+
+def find_checkpoint(parent: Path) -> Checkpoint | None:
+    """The last good checkpoint in a folder, by what the manifests say; damaged ones are passed over with a warning.
+
+    Raises:
+        ValueError: There are checkpoints, but none of them is good.
+    """
+    clean_up(parent)
+    problems = []
+    for folder in sorted(folders_with_manifest(parent), key=_step, reverse=True):
+        try:
+            return Checkpoint(folder)
+        except (ValueError, OSError) as error:
+            logger.warning("a checkpoint cannot be used, trying the one before it: %s", error)
+            problems.append(str(error))
+    if problems:
+        raise ValueError(
+            f"no checkpoint in {parent} can be used ({problems[0]}): restore one from a backup, or start again with "
+            "--checkpoint.resume never"
+        )
+    return None
+
+
+def remove_checkpoints(parent: Path, keep: set[int] | None = None, newest: int = 0) -> None:
+    """Remove the checkpoints of a folder but those of the given steps and so many of the newest."""
+    clean_up(parent)
+    folders = sorted(folders_with_manifest(parent), key=_step)
+    for folder in folders[: len(folders) - newest]:
+        if 0 <= _step(folder) not in (keep or set()):
+            remove_folder(folder)
+
+
+def describe_sites(sites: list[Site], digests: list[int]) -> dict[str, object]:
+    """What a checkpoint says of the sites and of the pretrained weights that they belong to."""
+    return {
+        "weights": describe_base(sites),
+        "sites": [
+            {
+                "name": site.name,
+                "shape": list(site.shape),
+                "rank": site.rank,
+                "scale": site.scale,
+                "target_rank": site.target_rank,
+                "fused_rank": site.fused_rank,
+                "num_taken": site.num_taken,
+                "held": site.held,
+                "digest": f"{digest:016x}",
+            }
+            for site, digest in zip(sites, digests, strict=True)
+        ],
+    }
+
+
+def require_same_base(state: dict[str, object], sites: list[Site], digests: list[int]) -> None:
+    """Refuse a checkpoint of another model, another adapter or other pretrained weights.
+
+    Raises:
+        ValueError: With the first difference and the remedy.
+    """
+    now = describe_sites(sites, digests)
+    theirs, ours = ([site["name"] for site in what["sites"]] for what in (state, now))
+    for name in [*theirs, *ours]:
+        if (name in theirs) != (name in ours):
+            where = "the checkpoint but not in the model" if name in theirs else "the model but not in the checkpoint"
+            raise ValueError(
+                f"the layer {name} is adapted in {where}: resume with the model and lora.target_modules of that run"
+            )
+    if state["weights"] != now["weights"]:
+        raise ValueError(
+            f"the checkpoint belongs to pretrained weights in {state['weights']}, and these are in {now['weights']}: "
+            "what was fused into those does not fit these, so set model.dtype and model.quantization as in that run"
+        )
+    remedies = {
+        "shape": "resume with the same model",
+        "rank": "set lora.rank to that of the checkpoint",
+        "scale": "set lora.alpha to that of the checkpoint",
+        "target_rank": "set srlora.target_rank to that of the checkpoint",
+        "fused_rank": "set srlora.fusion and srlora.fused_rank to those of the checkpoint",
+        "digest": "the pretrained weights are others, or were edited already, so load the untouched model of that run",
+    }
+    for saved, live in zip(state["sites"], now["sites"], strict=True):
+        for key, remedy in remedies.items():
+            if saved[key] != live[key]:
+                raise ValueError(
+                    f"the checkpoint has {key} {saved[key]} at {saved['name']}, and the model {live[key]}: {remedy}"
+                )
+
+
+def _step(folder: Path) -> int:
+    """As the manifest says, by which the last checkpoint is found; -1 for what is not a checkpoint."""
+    try:
+        manifest = read_manifest(folder)
+        return int(manifest["step"]) if str(manifest["format"]).startswith("srlora-checkpoint") else -1
+    except (ValueError, KeyError, TypeError):
+        return -1

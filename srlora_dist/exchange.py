@@ -1,0 +1,217 @@
+"""What a switch does once the slots are chosen: fuse their pairs, and start the next directions in their place."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from srlora_dist.config import SRLoRAConfig
+from srlora_dist.digest import combine, digest_run
+from srlora_dist.errors import RunStoppedError
+from srlora_dist.fused import append_pairs_
+from srlora_dist.importance import Importance
+from srlora_dist.ledger import Ledger, SiteSwitch, SwitchReport
+from srlora_dist.sites import PAIR_DIM
+from srlora_dist.storage import Storage
+from srlora_dist.svd import Directions
+
+logger = logging.getLogger(__name__)
+
+BUCKET_BYTES = 64 << 20
+"""Sites are switched in groups of about this much of factors, so that few large messages are sent."""
+
+
+class Exchange:
+    """Phases 2 to 4 of a switch (see :class:`~srlora_dist.switcher.Switcher`), and how they are undone or made again.
+
+    Args:
+        storage: How the ranks hold the weights; its sites are switched.
+        directions: Of every site.
+        ledger: On rank 0; None elsewhere.
+        importance: The statistics to reset; None where nothing is tracked.
+        config: Options.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        directions: Directions,
+        ledger: Ledger | None,
+        importance: Importance | None,
+        config: SRLoRAConfig,
+    ) -> None:
+        self.storage, self.sites = storage, storage.sites
+        self.directions, self.ledger, self.importance, self.config = directions, ledger, importance, config
+        self._compression: list[float] = []
+
+    @torch.no_grad()
+    def run(self, report: SwitchReport, slots: list[list[int]], scores: list[Tensor] | None) -> SwitchReport:
+        """Fuse and restart the given slots of every site; switch 0 has no scores and fuses nothing.
+
+        Args:
+            report: Step and number of the switch; gets the part of each site.
+            slots: Of each site; a site without any is left alone.
+            scores: All scores of each site.
+
+        Collective: for each bucket one broadcast of the directions and, under ZeRO-3 and FSDP2, an all-reduce of the
+            factors; then one all-reduce of 16 bytes a site.
+
+        Raises:
+            RunStoppedError: The ranks have fused, taken or written different things.
+        """
+        self.storage.settle()
+        self._compression, digests = [], []
+        for bucket in self.buckets():
+            bucket = [number for number in bucket if slots[number]]
+            if not bucket:
+                continue
+            starts = [self.sites[number].num_taken for number in bucket]
+            wanted = [(number, start, start + len(slots[number])) for number, start in zip(bucket, starts, strict=True)]
+            triplets = self.directions.take(wanted)
+            factors = self.storage.gather_parameters(
+                [self.sites[number].factor(name) for number in bucket for name in ("A", "B")]
+            )
+            for j, number in enumerate(bucket):
+                score = scores[number].tolist() if scores is not None else []
+                part = self._switch_site(number, slots[number], score, triplets[j], *factors[2 * j : 2 * j + 2])
+                report.sites.append(part[0])
+                digests.append(part[1])
+        if any(self._compression):
+            logger.warning(
+                "switch %d: second adapters were compressed to srlora.fused_rank, largest relative error %.2e",
+                *(report.switch, max(self._compression)),
+            )
+        self._compare(report, digests)
+        return report
+
+    def _switch_site(
+        self, number: int, slots: list[int], scores: list[float], triplet: tuple, a: Tensor, b: Tensor
+    ) -> tuple[SiteSwitch, int]:
+        """Eq. 8-12 at one site: one edit of W of rank 2 r', then the new pairs take the fused ones' slots."""
+        site, config = self.sites[number], self.config
+        left, values, right = triplet
+        root = (values / site.scale).sqrt()
+        # In the type of the factors, for what is taken out of W has to be what the forward pass will use.
+        new_b, new_a = (left * root).to(b.dtype), (right * root[:, None]).to(a.dtype)
+        chosen = torch.tensor(slots)
+        fuses = bool(scores)
+        index = chosen.to(a.device)
+        lefts = torch.cat([b[:, index]] * fuses + [-new_b], 1)
+        rights = torch.cat([a[index]] * fuses + [new_a], 0)
+        self._add_to_weight_(number, lefts, rights)
+        if self.ledger is not None:
+            self.ledger.add(site.name, lefts, rights)
+        whole_a, whole_b = a.index_copy(0, index, new_a), b.index_copy(1, index, new_b)
+        self.storage.write_pairs_(number, "A", chosen, whole_a, config.optimizer_reset)
+        self.storage.write_pairs_(number, "B", chosen, whole_b, config.optimizer_reset)
+        if self.importance is not None:
+            self.importance.reset_(number, None if config.score_reset == "all" else chosen)
+        taken = list(range(site.num_taken, site.num_taken + len(slots)))
+        part = SiteSwitch(site.name, slots, [site.held[slot] for slot in slots] if fuses else [], taken, scores)
+        for slot, direction in zip(slots, taken, strict=True):
+            site.held[slot] = direction
+        site.num_taken += len(slots)
+        tensors = (chosen, lefts, rights, whole_a, whole_b)
+        return part, combine(*slots, *taken, *(digest_run(tensor) for tensor in tensors))
+
+    def _add_to_weight_(self, number: int, left: Tensor, right: Tensor) -> None:
+        """Add ``scale * left @ right`` to a site's W, or to what stands for it. Collective: see ``append_pairs_``."""
+        site = self.sites[number]
+        if site.fused_a is None:
+            self.storage.edit_weight_(number, left.float(), right.float())
+        else:
+            left, right = left.to(site.fused_b.dtype), right.to(site.fused_a.dtype)
+            self._compression.append(append_pairs_(self.storage, number, left, right))
+
+    @torch.no_grad()
+    def repeat(self) -> None:
+        """Make all edits that the ledger holds, in their order, on the untouched base.
+
+        Collective: for each entry the shapes, and a spread of its pairs (see ``Ranks.spread``).
+
+        Raises:
+            ValueError: Rank 0 cannot read an entry.
+        """
+        storage = self.storage
+        storage.settle()
+        entries = iter(self.ledger.entries()) if self.ledger is not None else iter(())
+        while True:
+            entry = storage.on_rank_0("read the ledger", lambda: next(entries, {}))
+            shapes = storage.broadcast_object({name: list(tensor.shape) for name, tensor in (entry or {}).items()})
+            if not shapes:
+                return
+            names = [f"{site.name}.{side}" for site in self.sites for side in ("left", "right")]
+            names = [name for name in names if name in shapes]
+            sizes = [torch.Size(shapes[name]).numel() for name in names]
+            numbers = iter([number for number, site in enumerate(self.sites) if f"{site.name}.left" in shapes])
+            left = None
+            for j, whole in storage.spread(sizes, lambda j, names=names, entry=entry: entry[names[j]].float()):
+                whole = whole.view(shapes[names[j]])
+                if left is None:
+                    left = whole
+                else:
+                    self._add_to_weight_(next(numbers), left, whole)
+                    left = None
+
+    @torch.no_grad()
+    def snapshot(self) -> Callable[[], None]:
+        """Keep copies of all that a switch changes, in host memory; call what is returned to put them back.
+
+        Collective: under ZeRO-3 and FSDP2 an all-reduce of the factors, here and not when they are put back.
+        """
+        storage = self.storage
+        storage.settle()
+        factors = [
+            (parameter, PAIR_DIM[name], whole.clone())
+            for site in self.sites
+            for name, parameter in (("A", site.lora_a), ("B", site.lora_b), ("A", site.fused_a), ("B", site.fused_b))
+            if parameter is not None
+            for whole in storage.gather_parameters([parameter])
+        ]
+        numbers = [(site.num_taken, site.num_fused, list(site.held)) for site in self.sites]
+        kept = [[view.to("cpu", copy=True) for view in self._changed(number)] for number in range(len(self.sites))]
+
+        @torch.no_grad()
+        def put_back() -> None:
+            storage.settle()
+            for number, copies in enumerate(kept):
+                for view, copy in zip(self._changed(number), copies, strict=True):
+                    view.copy_(copy)
+            for parameter, pair_dim, whole in factors:
+                storage.write_parameter_(parameter, pair_dim, torch.arange(whole.shape[pair_dim]), whole)
+            for site, (num_taken, num_fused, held) in zip(self.sites, numbers, strict=True):
+                site.num_taken, site.num_fused, site.held = num_taken, num_fused, held
+            if self.ledger is not None:
+                self.ledger.forget_switch()
+
+        return put_back
+
+    def _changed(self, number: int) -> Iterator[Tensor]:
+        with self.storage.changed_by_switch(number) as views:
+            yield from views
+            yield from self.importance.of_site(number) if self.importance is not None else ()
+
+    def buckets(self) -> Iterator[list[int]]:
+        """Site numbers in order, cut where a bucket's factors reach ``BUCKET_BYTES``."""
+        bucket, size = [], 0
+        for number, site in enumerate(self.sites):
+            bucket.append(number)
+            size += 4 * site.rank * sum(site.shape)
+            if size >= BUCKET_BYTES:
+                yield bucket
+                bucket, size = [], 0
+        if bucket:
+            yield bucket
+
+    def _compare(self, report: SwitchReport, digests: list[int]) -> None:
+        """Raise on every rank if any rank fused, took or wrote something else. Collective: one all-reduce."""
+        number = self.storage.find_difference(digests)
+        if number is not None:
+            raise RunStoppedError(
+                f"switch {report.switch} after step {report.step}: the ranks disagree on slots, directions or factors, "
+                f"first at {report.sites[number].site}; they have drifted apart, so the run stops. Restart from the "
+                "last good checkpoint"
+            )

@@ -1,0 +1,77 @@
+"""Which checkpoint a run goes on from, and whether it is a checkpoint of the same run."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+
+from srlora_dist.checkpoint import Checkpoint, find_checkpoint
+from srlora_dist.config import RunConfig
+
+logger = logging.getLogger(__name__)
+
+FREE = {
+    *("output_dir", "engine", "checkpoint", "model.name_or_path", "model.gguf_file", "model.trust_remote_code"),
+    *("task.data_dir", "task.max_eval_samples", "srlora.directions_from", "srlora.svd_cache", "srlora.ledger_dir"),
+    *("srlora.residual_device", "srlora.check_switch", "srlora.switch_tolerance", "srlora.agreement_every"),
+    *("train.accumulation_steps", "train.eval_batch_size", "train.eval_every", "train.log_every", "train.timeout"),
+    "train.max_bad_steps",
+}
+"""Options that may be others when a run is resumed: where things are, on what it runs, how often it reports. The
+pretrained weights are compared by their digests."""
+
+
+def checkpoints_of(config: RunConfig) -> Path:
+    """The folder of a run's checkpoints."""
+    return Path(config.output_dir) / "checkpoints"
+
+
+def choose_checkpoint(config: RunConfig) -> Checkpoint | None:
+    """The checkpoint that ``checkpoint.resume`` asks for; None to start anew. For the main process.
+
+    Raises:
+        ValueError: There is none where one is asked for, none that is good, or one of another run.
+    """
+    asked, folder = config.checkpoint.resume, checkpoints_of(config)
+    if asked == "never":
+        return None
+    if asked not in ("auto", "must"):
+        checkpoint = Checkpoint(asked)
+    elif asked == "auto" and (Path(config.output_dir) / "summary.json").exists():
+        return None  # the run in this folder has ended, so this is another one
+    else:
+        checkpoint = find_checkpoint(folder)
+    if checkpoint is None:
+        if asked == "must":
+            raise ValueError(f"checkpoint.resume is must, but there is no checkpoint in {folder}: choose auto")
+        return None
+    _require_same_run(checkpoint, config)
+    logger.info("resuming after step %d from %s", checkpoint.step, checkpoint.folder)
+    return checkpoint
+
+
+def _require_same_run(checkpoint: Checkpoint, config: RunConfig) -> None:
+    try:
+        theirs = _options(checkpoint.state["extra"]["config"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{checkpoint.folder} is not a checkpoint of launch/train.py: it has no options") from error
+    ours = _options(asdict(config))
+    for name in [*theirs, *ours]:
+        if theirs.get(name) != ours.get(name):
+            raise ValueError(
+                f"{checkpoint.folder} is of a run with {name} {theirs.get(name)}, and this one has {ours.get(name)}: "
+                "set it back to go on, choose another --output_dir, or start anew in its place with "
+                "--checkpoint.resume never"
+            )
+
+
+def _options(config: dict[str, object]) -> dict[str, object]:
+    """The options of a run that decide what it computes, by their full names."""
+    flat = {}
+    for name, value in config.items():
+        inner = value if isinstance(value, dict) and name not in FREE else {}
+        flat |= {f"{name}.{key}": each for key, each in inner.items()}
+        if not isinstance(value, dict):
+            flat[name] = value
+    return {name: value for name, value in flat.items() if name not in FREE}

@@ -1,0 +1,164 @@
+"""Files that are there whole or not at all, and folders of them that are listed with checksums."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+
+MANIFEST = "manifest.json"
+KINDS = (".safetensors", ".json")
+"""Endings of the files that a folder may hold: none of them can run code when it is read."""
+
+
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file beside its place, sync it and rename it.
+
+    Args:
+        path: Where it will be.
+        write: Writes a new file at the path that it is given.
+
+    Raises:
+        OSError: It could not be written; what was at the place before is still there.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write(temporary)
+        _sync(temporary)
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+def write_folder(folder: Path, fill: Callable[[Path], None], about: dict[str, object]) -> None:
+    """Write a folder beside its place, list its files in a manifest, sync everything and rename it.
+
+    Args:
+        folder: Where it will be; one that is there already is replaced.
+        fill: Writes ``.safetensors`` and ``.json`` files into the folder that it is given.
+        about: Kept in the manifest beside the list: which format it is, above all.
+
+    Raises:
+        OSError: It could not be written; what was at the place before is still there.
+    """
+    temporary, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("tmp", "old"))
+    for stale in (temporary, old):
+        shutil.rmtree(stale, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        fill(temporary)
+        paths = sorted(path for path in temporary.rglob("*") if path.is_file())
+        files = {path.relative_to(temporary).as_posix(): describe(path) for path in paths}
+        (temporary / MANIFEST).write_text(json.dumps({**about, "files": files}, indent=1) + "\n")
+        for path in (*paths, temporary / MANIFEST, *(p for p in temporary.rglob("*") if p.is_dir()), temporary):
+            _sync(path)
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def read_manifest(folder: Path) -> dict[str, object]:
+    """The manifest of a folder.
+
+    Raises:
+        ValueError: There is none, or it is not one of :func:`write_folder`.
+    """
+    path = folder / MANIFEST
+    try:
+        _require_regular(folder, MANIFEST)
+        manifest = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error})") from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise ValueError(f"{path} is no manifest: it has no list of files")
+    return manifest
+
+
+def require_unharmed(folder: Path, manifest: dict[str, object]) -> None:
+    """Compare every file of a folder with its manifest.
+
+    Raises:
+        ValueError: One is missing, has another size or checksum, is a link, lies elsewhere or is of another kind.
+    """
+    for name, listed in manifest["files"].items():
+        path = _require_regular(folder, name)
+        found = describe(path)
+        if not isinstance(listed, dict) or found["bytes"] != listed.get("bytes"):
+            expected = listed.get("bytes") if isinstance(listed, dict) else "none"
+            raise ValueError(f"{path} has {found['bytes']} bytes, and its manifest says {expected}: it was cut")
+        if found["sha256"] != listed.get("sha256"):
+            raise ValueError(f"{path} has another checksum than its manifest says: it is damaged")
+
+
+def describe(path: Path) -> dict[str, object]:
+    """Size in bytes and SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def folders_with_manifest(parent: Path) -> Iterator[Path]:
+    """The folders in a folder that hold a manifest; those still being written are hidden and left out."""
+    if parent.is_dir():
+        for path in sorted(parent.iterdir()):
+            if path.is_dir() and not path.name.startswith(".") and (path / MANIFEST).exists():
+                yield path
+
+
+def clean_up(parent: Path) -> None:
+    """Remove what a killed :func:`write_folder` left in a folder, and put back what it was about to replace."""
+    for old in parent.glob(".*.old"):
+        place = parent / old.name[1:].removesuffix(".old")
+        if place.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(place)
+    for temporary in parent.glob(".*.tmp"):
+        shutil.rmtree(temporary)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder so that a crash leaves it there, or nothing that is taken for it."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    folder.rename(temporary)
+    shutil.rmtree(temporary)
+
+
+def _require_regular(folder: Path, name: str) -> Path:
+    """The path of a listed file, which has to be a regular one below the folder, reached without a link."""
+    parts = PurePosixPath(name).parts
+    if not parts or PurePosixPath(name).is_absolute() or ".." in parts or "\\" in name or "\0" in name:
+        raise ValueError(f"the manifest of {folder} lists {name!r}, which is outside of the folder")
+    if PurePosixPath(name).suffix not in KINDS:
+        raise ValueError(f"the manifest of {folder} lists {name!r}, which is not one of {', '.join(KINDS)}")
+    path = folder
+    for part in parts:
+        path = path / part
+        if path.is_symlink():
+            raise ValueError(f"{path} is a symbolic link: copy the file itself")
+    if not path.is_file():
+        raise ValueError(f"{path} is missing")
+    return path
+
+
+def _sync(path: Path) -> None:
+    """Make a file or the entries of a folder outlast a crash of the machine."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

@@ -1,0 +1,105 @@
+"""Puts together what a checkpoint of a run holds, and opens it again on all ranks: the same for every method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from srlora_dist.checkpoint import LEDGER, Checkpoint, describe_sites, write_checkpoint
+from srlora_dist.export import NOT_TRAINED, exported_parts
+from srlora_dist.ledger import Ledger
+from srlora_dist.storage import Storage
+from srlora_dist.training_state import gather_training_state
+
+AVERAGES = "averages"
+"""Name of the file of the moving averages."""
+
+
+def save_run(
+    parent: Path,
+    model: nn.Module,
+    storage: Storage,
+    adapter_name: str,
+    *,
+    digests: list[int],
+    state: dict[str, object],
+    tensors: dict[str, dict[str, Tensor]],
+    ledger: Ledger | None,
+) -> int | None:
+    """Write ``step-N`` into a folder of checkpoints.
+
+    Args:
+        parent: The folder.
+        model: The prepared model.
+        storage: How it is held.
+        adapter_name: What is trained.
+        digests: Of each site's untouched W.
+        state: What else belongs into ``state.json``; its ``step`` names the checkpoint.
+        tensors: What else is saved, by file and name, on rank 0.
+        ledger: On rank 0; None for a run without switches.
+
+    Returns:
+        The size in bytes on rank 0, None elsewhere.
+
+    Collective: every rank must call it; see :func:`gather_training_state` and :func:`exported_parts`.
+
+    Raises:
+        ValueError: Rank 0 could not write, or the optimizer's state cannot be saved; raised on every rank.
+    """
+    storage.settle()
+    trained, about_training = gather_training_state(model, storage)
+    about_export, not_trained, adapter_config = exported_parts(model, storage, adapter_name)
+    state = {
+        **state,
+        **describe_sites(storage.sites, digests),
+        **about_training,
+        **about_export,
+        "storage": storage.name,
+        "world_size": storage.world_size,
+    }
+
+    def fill(folder: Path) -> None:
+        adapter_config.save_pretrained(str(folder))
+        if ledger is not None:
+            ledger.copy_to(folder / LEDGER)
+
+    files = {**tensors, **trained, NOT_TRAINED: not_trained}
+    what = f"write the checkpoint of step {state['step']} to {parent}"
+    return storage.on_rank_0(what, lambda: write_checkpoint(parent, state, files, fill))
+
+
+@dataclass
+class SavedRun:
+    """An open checkpoint: its state on every rank, its tensors on rank 0.
+
+    Args:
+        checkpoint: On rank 0; None elsewhere.
+        state: The content of ``state.json``.
+    """
+
+    checkpoint: Checkpoint | None
+    state: dict[str, object]
+
+    def read(self, file: str, name: str) -> Tensor:
+        """One tensor; for rank 0 alone."""
+        return self.checkpoint.read(file, name)
+
+
+def open_run(storage: Storage, source: str | Path | Checkpoint) -> SavedRun:
+    """Open a checkpoint for all ranks.
+
+    Args:
+        storage: How the ranks hold the model.
+        source: The checkpoint or its folder; rank 0's counts.
+
+    Collective: two broadcasts of ``state.json``.
+
+    Raises:
+        ValueError: Rank 0 cannot read it, or it is damaged; raised on every rank.
+    """
+    checkpoint = storage.on_rank_0(
+        f"open the checkpoint {source}", lambda: source if isinstance(source, Checkpoint) else Checkpoint(source)
+    )
+    return SavedRun(checkpoint, storage.broadcast_object(checkpoint.state if checkpoint is not None else None))

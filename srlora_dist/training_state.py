@@ -1,0 +1,173 @@
+"""The trained parameters and their optimizer's moments as whole tensors by name, the same on any engine and world size.
+
+Each rank's optimizer holds a piece of a parameter: all of it, some rows, or a run of a flat fragment. The fp32 weights
+and each of the moments are put together on rank 0 to be saved, and cut again, perhaps otherwise, to be restored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from srlora_dist.storage import Storage
+
+WEIGHTS, MOMENTS = "trainable", "moments"
+"""Names of the files."""
+
+SAME_STATE = {"Adam": "AdamW", "DeepSpeedCPUAdam": "AdamW", "FusedAdam": "AdamW"}
+"""Optimizers whose state is that of another one."""
+
+GROUP_NUMBERS = ("lr", "step")
+SCALER_NUMBERS = ("cur_scale", "cur_iter", "cur_hysteresis", "last_overflow_iter")
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """All trainable parameters by their names in the PEFT model, whatever it is wrapped in."""
+    peft_model = next(module for module in model.modules() if isinstance(module, PeftModel))
+    return {name: parameter for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
+
+
+@torch.no_grad()
+def gather_training_state(model: nn.Module, storage: Storage) -> tuple[dict[str, dict[str, Tensor]], dict[str, object]]:
+    """The trained parameters, their moments, and the numbers that the optimizer keeps beside them.
+
+    Args:
+        model: The prepared model.
+        storage: How it is held.
+
+    Returns:
+        Whole tensors in float32 by file and name, on rank 0 (empty files elsewhere), and a part of ``state.json``.
+
+    Collective: every rank must call it; the weights and each moment are collected, see ``Ranks.collect``.
+
+    Raises:
+        ValueError: The optimizer's state cannot be cut by elements.
+    """
+    parameters = trained_parameters(model)
+    names, shapes = list(parameters), [storage.whole_shape(parameter) for parameter in parameters.values()]
+    sizes = [shape.numel() for shape in shapes]
+    pieces = [storage.stepped(parameter) for parameter in parameters.values()]
+    scalars, kinds = _state_of_pieces(storage, dict(zip(names, pieces, strict=True)))
+
+    def collect(read: Callable[[Tensor], Tensor | None]) -> dict[str, Tensor]:
+        held = [(j, piece, read(piece.owner)) for j, piece in enumerate(pieces) if piece.numel]
+        parts = [(j, piece.start, piece.of(tensor)) for j, piece, tensor in held if tensor is not None]
+        wholes = storage.collect(sizes, parts, storage.cuts_optimizer)
+        return {name: whole.view(shape) for name, whole, shape in zip(names, wholes, shapes, strict=bool(wholes))}
+
+    moments = {}
+    for kind in kinds:
+        wholes = collect(lambda owner, kind=kind: storage.optimizer.state.get(owner, {}).get(kind))
+        moments |= {f"{kind}.{name}": whole for name, whole in wholes.items() if name in scalars}
+    groups = [
+        {key: float(group[key]) for key in GROUP_NUMBERS if key in group} for group in storage.optimizer.param_groups
+    ]
+    optimizer = {"name": type(storage.optimizer).__name__, "moments": kinds, "scalars": scalars, "groups": groups}
+    if storage.loss_scaler is not None:
+        scaler = vars(storage.loss_scaler)
+        optimizer["loss_scaler"] = {key: scaler[key] for key in SCALER_NUMBERS if key in scaler}
+    state = {"trainable": dict(zip(names, map(list, shapes), strict=True)), "optimizer": optimizer}
+    return {WEIGHTS: collect(lambda owner: owner), MOMENTS: moments}, state
+
+
+@torch.no_grad()
+def restore_training_state_(
+    model: nn.Module, storage: Storage, state: dict[str, object], read: Callable[[str, str], Tensor]
+) -> None:
+    """Put back what :func:`gather_training_state` gave, into whatever pieces this rank holds.
+
+    Args:
+        model: The prepared model.
+        storage: How it is held.
+        state: The part of ``state.json``, on every rank.
+        read: Gives a tensor by file and name; called on rank 0 alone.
+
+    Collective: every rank must call it; the weights and each moment are spread, see ``Ranks.spread``.
+
+    Raises:
+        ValueError: The model trains other parameters, the optimizer is of another kind, or a tensor cannot be read.
+    """
+    parameters, optimizer = trained_parameters(model), storage.optimizer
+    _require_same(storage, parameters, state)
+    names = list(parameters)
+    sizes = [storage.whole_shape(parameter).numel() for parameter in parameters.values()]
+    pieces = {name: storage.stepped(parameter) for name, parameter in parameters.items()}
+    for number, whole in storage.spread(sizes, lambda j: read(WEIGHTS, names[j])):
+        parameter, piece = parameters[names[number]], pieces[names[number]]
+        for run, start in [(piece.of(piece.owner), piece.start), *storage.copies_to_write(parameter)]:
+            run.copy_(whole[start : start + run.numel()])
+    saved = state["optimizer"]
+    stepped = [name for name in names if name in saved["scalars"]]
+    sizes = [size for name, size in zip(names, sizes, strict=True) if name in saved["scalars"]]
+    for piece in pieces.values():  # not by the groups, which ZeRO-3 fills for the moment of a step
+        optimizer.state[piece.owner] = {}
+    for kind in saved["moments"]:
+        for number, whole in storage.spread(sizes, lambda j, kind=kind: read(MOMENTS, f"{kind}.{stepped[j]}")):
+            piece = pieces[stepped[number]]
+            if piece.numel:
+                moment = optimizer.state[piece.owner].setdefault(kind, torch.zeros_like(piece.owner.detach()))
+                piece.of(moment).copy_(whole[piece.start : piece.start + piece.numel])
+    for name in stepped:
+        if pieces[name].numel:
+            _restore_scalars_(optimizer, pieces[name].owner, saved["scalars"][name])
+    if len(saved["groups"]) == len(optimizer.param_groups):
+        for group, numbers in zip(optimizer.param_groups, saved["groups"], strict=True):
+            group.update({key: int(value) if key == "step" else value for key, value in numbers.items()})
+    if storage.loss_scaler is not None:
+        vars(storage.loss_scaler).update(saved.get("loss_scaler", {}))
+
+
+def _state_of_pieces(storage: Storage, pieces: dict[str, object]) -> tuple[dict[str, dict[str, float]], list[str]]:
+    """For each parameter that was ever stepped its numbers, and the names of all moments.
+
+    Collective: an all-gather of both, because a rank without a piece of a parameter has no state of it.
+    """
+    scalars, kinds, error = {}, set(), None
+    for name, piece in pieces.items():
+        state = storage.optimizer.state.get(piece.owner, {}) if piece.numel else {}
+        for key, value in state.items():
+            if not torch.is_tensor(value) or value.dim() == 0:
+                scalars.setdefault(name, {})[key] = float(value)
+            elif value.shape == piece.owner.shape and value.is_floating_point():
+                scalars.setdefault(name, {})
+                kinds.add(key)
+            else:
+                error = ValueError(
+                    f"the {key} of {type(storage.optimizer).__name__} is kept as {value.dtype} of shape "
+                    f"{tuple(value.shape)}, which no other number of ranks could use: a checkpoint needs an optimizer "
+                    "with moments in floating point, such as AdamW"
+                )
+    storage.raise_together(error)
+    everywhere, all_kinds = {}, set()
+    for theirs, their_kinds in storage.gather_objects((scalars, sorted(kinds))):
+        everywhere |= theirs
+        all_kinds |= set(their_kinds)
+    return everywhere, sorted(all_kinds)
+
+
+def _restore_scalars_(optimizer: torch.optim.Optimizer, owner: Tensor, numbers: dict[str, float]) -> None:
+    """Step counts and the like, in the form in which this kind of optimizer keeps them."""
+    on_device = optimizer.defaults.get("capturable") or optimizer.defaults.get("fused")
+    for key, value in numbers.items():
+        if type(optimizer).__module__.startswith("torch."):
+            place = owner.device if on_device else "cpu"
+            optimizer.state[owner][key] = torch.tensor(value, dtype=torch.float32, device=place)
+        else:
+            optimizer.state[owner][key] = int(value)
+
+
+def _require_same(storage: Storage, parameters: dict[str, nn.Parameter], state: dict[str, object]) -> None:
+    shapes = {name: list(storage.whole_shape(parameter)) for name, parameter in parameters.items()}
+    for name in [*state["trainable"], *shapes]:
+        theirs, ours = state["trainable"].get(name), shapes.get(name)
+        if theirs != ours:
+            raise ValueError(
+                f"the checkpoint has {name} as {theirs}, and the model trains it as {ours}: resume with the same model "
+                "and the same options of LoRA"
+            )
+    theirs, ours = state["optimizer"]["name"], type(storage.optimizer).__name__
+    if state["optimizer"]["moments"] and SAME_STATE.get(theirs, theirs) != SAME_STATE.get(ours, ours):
+        raise ValueError(f"the checkpoint was made with {theirs}, and the optimizer is {ours}: use {theirs}")

@@ -1,0 +1,154 @@
+"""Runs launch/train.py on several ranks that are forked after the imports, and kills one of them where it is told to.
+
+What ``accelerate launch`` would put into the environment comes from Accelerate's own functions. There is no launcher to
+end the other ranks: whether they end by themselves is a part of the test.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.launch.one_by_one import load_main  # noqa: E402 (after the path is set)
+
+
+@dataclass
+class Order:
+    """One start of a run.
+
+    Args:
+        yaml: File of launch/accelerate.
+        world_size: Ranks.
+        arguments: Of launch/train.py.
+        rank: The rank that is killed; None kills no one.
+        seconds: After so many seconds from the start;
+        place: or after a call of this function, ``module:name`` or ``module:Class.name``,
+        call: the how manieth.
+        signal: By this signal.
+        limit: Seconds until all ranks must have ended.
+    """
+
+    yaml: str
+    world_size: int
+    arguments: list[str]
+    rank: int | None = None
+    seconds: float | None = None
+    place: str | None = None
+    call: int = 1
+    signal: int = signal.SIGKILL
+    limit: float = 60
+
+
+def environment(order: Order) -> dict[str, str]:
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+    file = str(ROOT / "launch" / "accelerate" / f"{order.yaml}.yaml")
+    args = launch_command_parser().parse_args(["--config_file", file, "launch/train.py"])
+    args, _, _ = _validate_launch_command(args)
+    args.deepspeed_fields_from_accelerate_config = ""
+    return prepare_deepspeed_cmd_env(args)[1] if args.use_deepspeed else prepare_multi_gpu_env(args)
+
+
+def start(main: object, order: Order) -> dict[str, object]:
+    """Fork the ranks, kill one, wait for the others; gives the exit statuses and what each printed on stderr."""
+    shared = environment(order) if order.world_size > 1 else {}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    errors = [tempfile.TemporaryFile() for _ in range(order.world_size)]  # noqa: SIM115 (closed with the process)
+    began = time.perf_counter()
+    children = {_fork(main, order, rank, shared, errors[rank]): rank for rank in range(order.world_size)}
+    statuses: dict[int, int] = {}
+    while children and time.perf_counter() - began < order.limit:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid:
+            statuses[children.pop(pid)] = os.waitstatus_to_exitcode(status)
+        elif order.seconds is not None and time.perf_counter() - began >= order.seconds:
+            for pid in [pid for pid, rank in children.items() if rank == order.rank]:
+                os.kill(pid, order.signal)
+            order.seconds = None
+        else:
+            time.sleep(0.005)
+    seconds, hung = time.perf_counter() - began, sorted(children.values())
+    for pid in children:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    texts = []
+    for file in errors:
+        file.seek(0)
+        texts.append(file.read().decode())
+    return {"statuses": statuses, "stderr": texts, "seconds": seconds, "hung": hung}
+
+
+def _fork(main: object, order: Order, rank: int, shared: dict[str, str], errors: object) -> int:
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        os.dup2(errors.fileno(), 2)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.environ.update(shared)
+        if order.world_size > 1:
+            sizes = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": order.world_size}
+            os.environ.update({name: str(value) for name, value in sizes.items()})
+        main.__globals__["IS_MAIN"] = rank == 0
+        if order.place is not None and rank == order.rank:
+            _kill_at(order)
+        sys.argv = ["launch/train.py", *order.arguments]
+        main()
+        status = 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _kill_at(order: Order) -> None:
+    """Put a call of ``kill`` behind a function."""
+    module, _, name = order.place.partition(":")
+    *path, name = name.split(".")
+    owner = functools.reduce(getattr, path, importlib.import_module(module))
+    original, calls = getattr(owner, name), iter(range(1, sys.maxsize))
+
+    @functools.wraps(original)
+    def deadly(*args: object, **kwargs: object) -> object:
+        result = original(*args, **kwargs)
+        if next(calls) == order.call:
+            os.kill(os.getpid(), order.signal)
+        return result
+
+    setattr(owner, name, deadly)
+
+
+def serve(lines: Iterator[str]) -> None:
+    """One order a line, one result a line."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no result
+    main = load_main()
+    import deepspeed  # noqa: F401 (seconds of imports)
+
+    for line in lines:
+        out.write(json.dumps(start(main, Order(**json.loads(line)))) + "\n")
+        out.flush()
+
+
+if __name__ == "__main__":
+    serve(iter(sys.stdin.readline, ""))

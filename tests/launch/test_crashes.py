@@ -1,0 +1,202 @@
+"""Whatever kills a rank, the same command goes on and ends where a run that was never killed ends, bit for bit.
+
+``SRLORA_TEST_KILLS=100 pytest tests/launch/test_crashes.py -k random`` kills so often on each engine; the seed of the
+moments is ``SRLORA_TEST_SEED``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from srlora_dist.errors import STOPPED_BY_SIGNAL
+from tests.launch.conftest import ROOT, Bench
+from tests.launch.test_bad_inputs import script_with
+
+logger = logging.getLogger(__name__)
+NUM_KILLS, SEED = (int(os.environ.get(f"SRLORA_TEST_{name}", value)) for name, value in (("KILLS", 3), ("SEED", 0)))
+ENGINES = {"cpu2": "ddp", "zero2_cpu": "zero2"}
+OPTIONS = {
+    "train__timeout": 25,
+    "train__max_steps": 12,
+    "train__eval_every": 4,
+    "checkpoint__every": 2,
+    "model__dropout": 0.1,
+}
+
+
+class Forks:
+    """The process of forked.py."""
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        command = [sys.executable, str(Path(__file__).with_name("forked.py"))]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)
+
+    def start(self, limit: float = 100, **order: object) -> dict:
+        self.process.stdin.write(json.dumps({"world_size": 2, "limit": limit, **order}) + "\n")
+        self.process.stdin.flush()
+        ready, _, _ = select.select([self.process.stdout], [], [], limit + 60)  # the first one waits for the imports
+        assert ready, "forked.py does not answer"
+        return json.loads(self.process.stdout.readline())
+
+
+@pytest.fixture(scope="module")
+def forks(bench: Bench) -> Iterator[Forks]:
+    forks = Forks(bench.environment())
+    yield forks
+    forks.process.kill()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(bench: Bench, forks: Forks) -> dict[str, float]:
+    """Seconds that a run takes on each engine."""
+    seconds = {}
+    for yaml in ENGINES:
+        ended = forks.start(yaml=yaml, arguments=bench.arguments(f"whole {yaml}", **OPTIONS))
+        assert ended["statuses"] == {"0": 0, "1": 0}, ended["stderr"]
+        seconds[yaml] = ended["seconds"]
+    return seconds
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def untimed(folder: Path) -> list[dict]:
+    timed = ("step_time", "tokens_per_second")
+    return [{k: v for k, v in line.items() if k not in timed} for line in lines(folder / "metrics.jsonl")]
+
+
+def assert_same_results(bench: Bench, name: str, yaml: str) -> None:
+    mine, whole = bench.run_folder(name), bench.run_folder(f"whole {yaml}")
+    for adapter in ("adapter", "adapter_last"):
+        expected = load_file(whole / adapter / "adapter_model.safetensors")
+        got = load_file(mine / adapter / "adapter_model.safetensors")
+        assert got.keys() == expected.keys()
+        assert all(torch.equal(got[key], expected[key]) for key in expected)
+    assert lines(mine / "switches.jsonl") == lines(whole / "switches.jsonl")
+    timed = ("step_time", "tokens_per_second")
+    assert [
+        {key: value for key, value in line.items() if key not in timed} for line in lines(mine / "metrics.jsonl")
+    ] == [{key: value for key, value in line.items() if key not in timed} for line in lines(whole / "metrics.jsonl")]
+    for path in (whole / "ledger").iterdir():
+        assert (mine / "ledger" / path.name).read_bytes() == path.read_bytes()
+    summary = json.loads((mine / "summary.json").read_text())
+    assert summary["storage"] == ENGINES[yaml]  # the engine asked for is the one that ran
+    assert not list(mine.rglob(".*"))  # nothing half written stays behind
+
+
+def assert_ended(ended: dict, killed: int) -> None:
+    """The other rank does not hang, and says who is missing."""
+    assert ended["hung"] == []
+    assert ended["statuses"][str(killed)] in (-signal.SIGKILL, 0)
+    if ended["statuses"][str(killed)] != 0:
+        other = 1 - killed
+        assert ended["statuses"][str(other)] != 0
+        gone, never_came = f"rank {killed} of 2 is gone", "the 2 processes of the launch did not come together"
+        assert gone in ended["stderr"][other] or never_came in ended["stderr"][other], ended["stderr"][other]
+
+
+@pytest.mark.timeout(60 + 60 * NUM_KILLS)
+@pytest.mark.parametrize("yaml", ENGINES)
+def test_killed_at_random_moments(yaml: str, bench: Bench, forks: Forks, undisturbed: dict[str, float]) -> None:
+    draw, num_kills, num_runs = random.Random(SEED), 0, 0
+    while num_kills < NUM_KILLS:
+        name = f"random {yaml} {num_runs}"
+        arguments = bench.arguments(name, **OPTIONS)
+        while not (bench.run_folder(name) / "summary.json").exists():
+            rank, seconds = draw.randrange(2), draw.uniform(0, undisturbed[yaml])
+            order = {"rank": rank, "seconds": seconds} if num_kills < NUM_KILLS else {}
+            ended = forks.start(yaml=yaml, arguments=arguments, **order)
+            if order:
+                assert_ended(ended, rank)
+                num_kills += ended["statuses"][str(rank)] != 0
+            else:
+                assert ended["statuses"] == {"0": 0, "1": 0}, ended["stderr"]
+        assert_same_results(bench, name, yaml)
+        num_runs += 1
+    logger.info("%s: %d kills (seed %d) in %d runs, each with the undisturbed results", yaml, num_kills, SEED, num_runs)
+
+
+PLACES = {  # where, after which call, in which rank
+    "in a switch, between fusing and re-initialising": ("srlora_dist.exchange:Exchange._add_to_weight_", 18, 1),
+    "in a switch, before the ledger is written": ("srlora_dist.exchange:Exchange._compare", 2, 0),
+    "while an entry of the ledger is renamed": ("srlora_dist.safefiles:_sync", 3, 0),
+    "in the singular value decomposition": ("srlora_dist.svd:compute_directions", 4, 0),
+    "while a checkpoint is written": ("srlora_dist.safefiles:describe", 9, 0),
+    "while a checkpoint is renamed": ("pathlib:Path.rename", 3, 0),
+    "while old checkpoints are removed": ("srlora_dist.safefiles:clean_up", 4, 0),
+    "in the backward pass": ("accelerate:Accelerator.backward", 9, 1),
+    "while an adapter is exported": ("srlora_dist.export:_write", 2, 0),
+    "while the summary is written": ("srlora_dist.figures:draw", 1, 0),
+}
+
+
+@pytest.mark.timeout(400)
+def test_killed_at_places(bench: Bench, forks: Forks, undisturbed: dict[str, float]) -> None:
+    """Each kill is in a run of its own; the engines take turns."""
+    assert undisturbed
+    for number, (what, (place, call, rank)) in enumerate(PLACES.items()):
+        yaml = list(ENGINES)[number % 2]
+        arguments = bench.arguments(f"place {number}", **OPTIONS, srlora__svd_cache=bench.folder / f"svd {number}")
+        ended = forks.start(yaml=yaml, arguments=arguments, rank=rank, place=place, call=call)
+        assert ended["statuses"][str(rank)] == -signal.SIGKILL, f"{what}: {place} was not called so often"
+        assert_ended(ended, rank)
+        again = forks.start(yaml=yaml, arguments=arguments)
+        assert again["statuses"] == {"0": 0, "1": 0}, f"{what}: {again['stderr']}"
+        assert_same_results(bench, f"place {number}", yaml)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_ends_the_run_after_a_checkpoint(name: str, bench: Bench, forks: Forks, undisturbed: dict) -> None:
+    assert undisturbed
+    yaml = "cpu2" if name == "SIGTERM" else "zero2_cpu"
+    arguments = bench.arguments(name, **OPTIONS | {"checkpoint__every": 0})
+    order = {"place": "accelerate:Accelerator.backward", "call": 9, "signal": getattr(signal, name)}
+    ended = forks.start(yaml=yaml, arguments=arguments, rank=1, **order)  # in step 5, and rank 1 alone is told
+    assert ended["statuses"] == {"0": STOPPED_BY_SIGNAL, "1": STOPPED_BY_SIGNAL}, ended["stderr"]
+    assert "stopped by a signal after step 5 of 12" in ended["stderr"][0]
+    assert "Traceback" not in "".join(ended["stderr"])
+    checkpoints = bench.run_folder(name) / "checkpoints"
+    assert [path.name for path in checkpoints.iterdir()] == ["step-5"]
+    again = forks.start(yaml=yaml, arguments=arguments)
+    assert again["statuses"] == {"0": 0, "1": 0}, again["stderr"]
+    assert "resuming after step 5" in again["stderr"][0]
+    assert_same_results(bench, name, yaml)
+
+
+@pytest.mark.timeout(240)
+def test_the_launcher_restarts_a_killed_run(bench: Bench, forks: Forks, undisturbed: dict, tmp_path: Path) -> None:
+    assert undisturbed
+    once = tmp_path / "killed"
+    line = (
+        "import accelerate, pathlib, signal; backward = accelerate.Accelerator.backward; calls = iter(range(99)); "
+        f"once = pathlib.Path({str(once)!r}); "
+        "die = lambda: (once.touch(), os.kill(os.getpid(), signal.SIGKILL)); "
+        "accelerate.Accelerator.backward = lambda *a, **k: (backward(*a, **k), "
+        "next(calls) == 12 and os.environ['RANK'] == '1' and not once.exists() and die())[0]"
+    )
+    arguments = bench.arguments("restarted", **OPTIONS)
+    before = ("--config_file", "launch/accelerate/cpu2.yaml", "--max_restarts", "1")
+    began = time.perf_counter()
+    ended = bench.launch(*arguments, script=script_with(tmp_path, line), before=before)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert once.exists()
+    assert "resuming after step 6" in ended.stderr
+    assert time.perf_counter() - began < 200
+    assert_same_results(bench, "restarted", "cpu2")

@@ -1,0 +1,121 @@
+"""Saved and resumed is never stopped: bit for bit on the same ranks, and with the same choices on any others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from srlora_dist import SRLoRAConfig, Switcher
+from srlora_dist.training_state import trained_parameters
+from tests.ranks.engines import Engine, make_batch, make_odd_net, prepare
+from tests.ranks.test_engines import ENGINES, MIXED, PARTITIONED, input_type
+from tests.ranks.world import run_ranks
+
+NUM_STEPS, RATE, CLIP = 12, 1e-2, 0.5
+OPTIONS = {"target_rank": 7, "fusion_ratio": 0.5, "beta1": 0.8, "beta2": 0.6}  # switches after steps 2, 4, 7 and 9
+
+
+def train(
+    rank: int,
+    world_size: int,
+    engine_name: str,
+    precision: str,
+    zero: dict,
+    folder: str,
+    steps: tuple[int, int],
+    resumes: bool,
+    more: dict,
+) -> dict:
+    """Steps ``first`` to ``last`` of the run; saves after half of all steps and after the last one."""
+    first, last = steps
+    model, dtype = make_odd_net(precision), input_type(precision)
+    switcher = Switcher(model, SRLoRAConfig(svd_cache=f"{folder}/svd", **OPTIONS, **more), NUM_STEPS)
+    settings = {"bf16": {"enabled": True}} if precision == "bf16" else {}
+    engine = prepare(engine_name, model, RATE, CLIP, 1, settings, **zero)
+    resume_from = f"{folder}/checkpoints/step-{first}" if resumes else None
+    report = switcher.bind(engine.model, engine.optimizer, resume_from)
+    assert (report is None) == resumes
+    assert switcher.storage.name == engine_name
+    if resumes and engine_name == "ddp":
+        warm_up(engine)
+    losses, parts = [], []
+    for step in range(first, last):
+        x, y = (t.chunk(world_size)[rank] for t in make_batch(step))
+        loss = (engine.model(x.to(dtype)).float() - y).square().mean()
+        engine.backward(loss)
+        engine.step()
+        report = switcher.step()
+        torch.distributed.all_reduce(loss.detach())
+        losses.append(loss.detach() / world_size)
+        if report is not None:
+            parts.append([(part.site, part.slots, part.new_directions) for part in report.sites])
+        if step + 1 in (NUM_STEPS // 2, last):
+            switcher.save_checkpoint(f"{folder}/checkpoints", {"rate": RATE})
+    storage = switcher.storage
+    storage.settle()
+    whole = storage.gather_parameters(list(trained_parameters(engine.model).values()))
+    return {
+        "losses": losses,
+        "parts": parts,
+        "factors": [factor.detach().float().clone() for factor in whole],
+        "weights": [storage.digest_weight(number) for number in range(len(storage.sites))],
+        "held": [(site.held, site.num_taken, site.num_fused) for site in storage.sites],
+    }
+
+
+def warm_up(engine: Engine) -> None:
+    """DDP adds gradients up in another order after its first backward pass, and a resumed run is past that."""
+    x, _ = make_batch(0)
+    for _ in range(2):
+        engine.backward(engine.model(x).sum())
+        engine.model.zero_grad()
+
+
+EXACT = [(engine, "fp32") for engine in ENGINES if "hpZ" not in engine]
+EXACT += [(engine, "bf16") for engine in ("plain", "ddp, 2 ranks", "zero2, 3 ranks, uneven", "zero3, 4 ranks, mixed")]
+EXACT += [(engine, "nf4") for engine in ("ddp, 2 ranks", "zero3, 2 ranks", "fsdp2, 2 ranks")]
+
+
+@pytest.mark.timeout(150)
+@pytest.mark.parametrize(("engine", "precision"), [pytest.param(*cell, id=" | ".join(cell)) for cell in EXACT])
+def test_resumed_on_the_same_ranks_is_never_stopped(engine: str, precision: str, tmp_path: Path) -> None:
+    name, world_size, zero, _ = ENGINES[engine]
+    more = {"fused_rank": 6} if engine == "ddp, 2 ranks" and precision == "nf4" else {}  # compressed on the way
+    arguments = (name, precision, zero, str(tmp_path))
+    undisturbed = run_ranks(train, world_size, *arguments, (0, NUM_STEPS), False, more)
+    resumed = run_ranks(train, world_size, *arguments, (NUM_STEPS // 2, NUM_STEPS), True, more)
+    for before, after in zip(undisturbed, resumed, strict=True):
+        half = len(after["losses"])
+        assert torch.equal(torch.stack(after["losses"]), torch.stack(before["losses"][half:]))
+        assert after["parts"] == before["parts"][-len(after["parts"]) :]
+        assert len(after["parts"]) == 2
+        assert all(torch.equal(a, b) for a, b in zip(after["factors"], before["factors"], strict=True))
+        assert after["weights"] == before["weights"]
+        assert after["held"] == before["held"]
+
+
+CHAIN = [("plain", 1, {}), ("ddp", 2, {}), ("zero3", 3, PARTITIONED), ("fsdp2", 2, {}), ("plain", 1, {})]
+CHAIN_2 = [("zero2", 3, {}), ("plain", 1, {}), ("zero3", 4, MIXED), ("zero1", 2, {}), ("fsdp2", 4, {})]
+STOPS = (0, 3, 5, 8, 10, NUM_STEPS)
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("precision", ["fp32", "nf4"])
+@pytest.mark.parametrize("chain", [CHAIN, CHAIN_2], ids=["chain", "another"])
+def test_a_chain_of_engines_and_world_sizes_makes_the_same_choices(chain: list, precision: str, tmp_path: Path) -> None:
+    (undisturbed,) = run_ranks(train, 1, "plain", precision, {}, str(tmp_path / "whole"), (0, NUM_STEPS), False, {})
+    losses, parts = [], []
+    for (name, world_size, zero), steps in zip(chain, zip(STOPS, STOPS[1:], strict=False), strict=True):
+        if precision == "nf4" and name == "fsdp2" and world_size == 4:
+            name, world_size = "zero3", 2
+        ranks = run_ranks(train, world_size, name, precision, zero, str(tmp_path), steps, steps[0] > 0, {})
+        losses += ranks[0]["losses"]
+        parts += ranks[0]["parts"]
+    assert parts == undisturbed["parts"]
+    assert len(parts) == 4
+    torch.testing.assert_close(torch.stack(losses), torch.stack(undisturbed["losses"]), rtol=0, atol=1e-5)
+    assert ranks[0]["held"] == undisturbed["held"]
+    for mine, theirs in zip(ranks[0]["factors"], undisturbed["factors"], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
