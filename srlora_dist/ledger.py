@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -55,6 +55,7 @@ class SwitchReport:
         sites: Each site's part.
         relative_output_change: Of the model on the last training batch, where it was measured.
         undone: Whether that was too much, so that the switch was taken back.
+        findings: Signs of failure, see ``diagnostics.py``.
     """
 
     step: int
@@ -62,6 +63,7 @@ class SwitchReport:
     sites: list[SiteSwitch]
     relative_output_change: float | None = None
     undone: bool = False
+    findings: list = field(default_factory=list)
 
 
 class Ledger:

@@ -6,6 +6,7 @@ import json
 import math
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from srlora_dist.checkpoint import remove_checkpoints
 from srlora_dist.config import RunConfig
+from srlora_dist.diagnostics import Finding
 from srlora_dist.ledger import SwitchReport
 from srlora_dist.safefiles import write_whole
 
@@ -22,6 +24,7 @@ WRITTEN_FILES = (
     "config.yaml",
     "metrics.jsonl",
     "switches.jsonl",
+    "findings.jsonl",
     "summary.json",
     "figures/loss.png",
     "figures/active_intervals.png",
@@ -70,8 +73,10 @@ class RunLog:
         """Go on after a step: what was logged after it will be logged again."""
         (self.folder / "summary.json").unlink(missing_ok=True)
         self.config.save(self.folder / "config.yaml")
-        for name in ("metrics.jsonl", "switches.jsonl"):
+        for name in ("metrics.jsonl", "switches.jsonl", "findings.jsonl"):
             path = self.folder / name
+            if not path.exists():
+                continue
             kept = [json.dumps(line) + "\n" for line in read_lines(path) if line["step"] <= step]
             write_whole(path, lambda beside, kept=kept: beside.write_text("".join(kept)))
         self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
@@ -93,6 +98,13 @@ class RunLog:
         for site in report.sites:
             self._append("switches.jsonl", {"step": report.step, "switch": report.switch, **site.as_dict(), **measured})
         self._writer.add_scalar("train/switch", report.switch, report.step)
+
+    def finding(self, finding: Finding) -> None:
+        """Append one line to ``findings.jsonl``, and the text and the figures to TensorBoard."""
+        self._append("findings.jsonl", asdict(finding))
+        self._writer.add_text(f"findings/{finding.kind}", finding.message, finding.step)
+        for name, value in finding.figures.items():
+            self._writer.add_scalar(f"findings/{finding.kind}/{name}", value, finding.step)
 
     def summary(self, summary: dict[str, object]) -> None:
         """Write ``summary.json`` and close the TensorBoard log."""

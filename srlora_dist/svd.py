@@ -114,6 +114,11 @@ class Directions:
         triplets = zip(parts[0::3], parts[1::3], parts[2::3], shapes, strict=True)
         return [(left.view(k, m).T, values, right.view(k, n)) for left, values, right, (m, k, n) in triplets]
 
+    def singular_values(self) -> dict[str, list[float]]:
+        """Of each site, by its name, falling; for rank 0 alone."""
+        with safe_open(self.path, "pt") as file:
+            return {site.name: file.get_tensor(f"{site.name}.S").tolist() for site in self.storage.sites}
+
     def _read(self, wanted: list[tuple[int, int, int]], parts: list[Tensor]) -> bool:
         """Fill the parts from the file; False where it cannot be read, for the other ranks wait."""
         try:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from srlora_dist.checkpoint import Checkpoint, require_same_base
 from srlora_dist.config import SRLoRAConfig
+from srlora_dist.diagnostics import Finding, directions_exhausted, even_scores, no_gradient, noise_level_directions
 from srlora_dist.digest import digest_run
 from srlora_dist.errors import RunStoppedError
 from srlora_dist.exchange import Exchange
@@ -251,7 +252,13 @@ class Switcher:
     def _start(self) -> SwitchReport:
         """Switch 0."""
         self._prepare_exchange(None)
-        return self._switch([list(range(site.num_first)) for site in self.sites], scores=None)
+        # The type of an original checkpoint is not looked at: most are in bfloat16.
+        stored_as = "bfloat16" if self.config.directions_from is not None else None
+        noisy = self.storage.on_rank_0(
+            "judge the directions",
+            lambda: noise_level_directions(0, self.sites, self._directions.singular_values(), stored_as),
+        )
+        return self._switch([list(range(site.num_first)) for site in self.sites], None, noisy)
 
     def _resume(self, saved: SavedRun) -> None:
         """Make the ledger's edits of the base again, and put back what a checkpoint holds."""
@@ -295,16 +302,9 @@ class Switcher:
                 "learning rate, or clip the gradient"
             )
         slots = [choose_slots(score, self._num_to_fuse(site)) for site, score in zip(self.sites, scores, strict=True)]
-        report = self._switch(slots, scores)
-        num_exhausted = sum(site.num_taken >= site.target_rank for site in self.sites)
-        if num_exhausted:
-            logger.info(
-                "step %d: %d of %d sites have used all their directions and train on without switches",
-                *(self.num_steps, num_exhausted, len(self.sites)),
-            )
-        return report
+        return self._switch(slots, scores)
 
-    def _switch(self, slots: list[list[int]], scores: list[Tensor] | None) -> SwitchReport:
+    def _switch(self, slots: list[list[int]], scores: list[Tensor] | None, *more: Finding | None) -> SwitchReport:
         began = time.perf_counter()
         report = SwitchReport(self.num_steps, self.num_switches, [])
         before = self._check.output() if self._check is not None else None
@@ -324,5 +324,9 @@ class Switcher:
             what = f"append switch {report.switch} to the ledger"
             self.storage.on_rank_0(what, lambda: self._ledger.close_switch(report))
             self.num_switches += 1
+            found = (*more, even_scores(report), no_gradient(report), directions_exhausted(report, self.sites))
+            report.findings = [finding for finding in found if finding is not None]
+            for finding in report.findings:
+                logger.warning("step %d: %s", finding.step, finding.message)
         self.switch_seconds += time.perf_counter() - began
         return report

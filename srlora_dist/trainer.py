@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
 import sys
-import threading
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from srlora_dist.checkpoint import Checkpoint, remove_checkpoints
 from srlora_dist.config import RunConfig
+from srlora_dist.diagnostics import Finding, LossWatch, worse_than_start
 from srlora_dist.engine import build_accelerator, require_engine, together
-from srlora_dist.environment import peak_memory, versions
 from srlora_dist.errors import RunStoppedError, StoppedBySignalError
 from srlora_dist.evaluation import evaluate
 from srlora_dist.figures import draw
@@ -29,10 +27,12 @@ from srlora_dist.ledger import SwitchReport
 from srlora_dist.methods import build_method
 from srlora_dist.plan import SampleOrder, by_length, due_checkpoints, due_evaluations, warm_up_and_decay
 from srlora_dist.precision import require_precision, train_in_
+from srlora_dist.preemption import StopRequest
 from srlora_dist.random_state import random_state, restore_random_state
 from srlora_dist.resuming import checkpoints_of, choose_checkpoint
 from srlora_dist.runlog import RunLog, Window
-from srlora_dist.sites import FUSED, keep_payloads_
+from srlora_dist.sites import keep_payloads_
+from srlora_dist.summary import Progress, num_trainable, peak_memory, pretrained_bytes, versions
 from srlora_dist.tasks import Task, check_task, load_task
 
 logger = logging.getLogger(__name__)
@@ -75,31 +75,6 @@ def _begin(config: RunConfig, accelerator: Accelerator) -> RunLog | None:
     return RunLog(Path(config.output_dir), config) if accelerator.is_main_process else None
 
 
-@dataclass
-class Progress:
-    """How far a run has come; a checkpoint holds it.
-
-    Args:
-        done: Optimizer steps, those that were skipped too.
-        start: Validation figures before the first step.
-        best: Those of the lowest loss so far, with their ``step``.
-        final: The last ones.
-        train_seconds: Time of the training loop so far, over all starts.
-        method_seconds: What the method added to it before the last start.
-        num_skipped: Steps that were left out because their gradient was NaN or infinite.
-        resumed_after: The steps after which the run was resumed.
-    """
-
-    done: int = 0
-    start: dict[str, float] = field(default_factory=dict)
-    best: dict[str, float] | None = None
-    final: dict[str, float] = field(default_factory=dict)
-    train_seconds: float = 0.0
-    method_seconds: dict[str, float] = field(default_factory=dict)
-    num_skipped: int = 0
-    resumed_after: list[int] = field(default_factory=list)
-
-
 class Trainer:
     """One run: model, data, optimizer and method, prepared for the engine.
 
@@ -138,8 +113,8 @@ class Trainer:
         self._require_same_data()
         set_seed(config.seed)
         self.method = build_method(config, task.model, task.peft_type, self.num_steps, config.engine)
-        self.num_trainable = _num_trainable(self.method.model)
-        self.model_bytes = _frozen_bytes(self.method.model)
+        self.num_trainable = num_trainable(self.method.model)
+        self.model_bytes = pretrained_bytes(self.method.model)
         keep_payloads_(self.method.model)
         # DeepSpeed keeps a float32 copy of its own, and cuts parameters of one type alone.
         train_in_(self.method.model, config.model.dtype if config.engine.startswith("zero") else "float32")
@@ -151,13 +126,13 @@ class Trainer:
         report = self.method.bind(self.model, self.optimizer, checkpoint or folder)
         require_engine(config.engine, self.method.storage_name, "the model is held as")
         set_seed(config.seed + self.progress.done, device_specific=True)  # dropout must differ between ranks
-        self.window = Window()
+        self.window, self.loss_watch = Window(), LossWatch()
         if self.saved is not None:
             self._resume()
         self._record_switch(report)
         self.num_bad_in_a_row = 0
         self.num_bytes: int | None = None  # of the last checkpoint
-        self.asked_to_stop = False
+        self.stop_request = StopRequest(accelerator)
 
     def _require_same_data(self) -> None:
         if self.saved is not None and self.saved["num_samples"] != len(self.task.train):
@@ -191,6 +166,7 @@ class Trainer:
         if self.accelerator.scaler is not None and self.saved["scaler"]:
             self.accelerator.scaler.load_state_dict(self.saved["scaler"])
         self.window.load_state_dict(self.saved["window"], self.accelerator.is_main_process)
+        self.loss_watch.load_state_dict(self.saved["loss_watch"])
         self.progress.resumed_after.append(self.progress.done)
         together(lambda: self.log.resume(self.progress.done) if self.log is not None else None)
 
@@ -200,7 +176,7 @@ class Trainer:
         Collective: every rank calls it. Beside what training sends, each optimizer step sends one number, by which the
         ranks agree on whether to stop.
         """
-        self._listen_to_signals()
+        self.stop_request.listen()
         options, progress = self.config.train, self.progress
         evaluations = due_evaluations(self.num_steps, options.eval_every)
         checkpoints = due_checkpoints(self.num_steps, self.config.checkpoint.every, evaluations)
@@ -275,6 +251,8 @@ class Trainer:
         figures |= self.window.means(self.accelerator)
         bar.set_postfix(loss=f"{figures['loss']:.4f}", refresh=False)
         self._record("train", figures)
+        if self.config.method == "srlora":
+            self._warn(self.loss_watch.update(self.progress.done, figures["loss"]))
         self.window.restart()
 
     def _progress_bar(self) -> tqdm:
@@ -284,8 +262,25 @@ class Trainer:
         return tqdm(**numbers, desc=self.config.method, unit="step", disable=self.log is None, mininterval=pause)
 
     def _record_switch(self, report: SwitchReport | None) -> None:
-        if report is not None and self.log is not None:
+        if report is None:
+            return
+        if report.switch > 0 and not report.undone:
+            self.loss_watch.switched(self.progress.done + 1)
+        if self.log is not None:
             self.log.switch(report)
+        for finding in report.findings:
+            self._record_finding(finding)
+
+    def _record_finding(self, finding: Finding | None) -> None:
+        if finding is not None:
+            self.progress.findings.append(asdict(finding))
+            if self.log is not None:
+                self.log.finding(finding)
+
+    def _warn(self, finding: Finding | None) -> None:
+        if finding is not None and finding.kind not in {known["kind"] for known in self.progress.findings}:
+            logger.warning("step %d: %s", finding.step, finding.message)
+        self._record_finding(finding)
 
     def _record(self, split: str, figures: dict[str, object]) -> None:
         done = self.progress.done
@@ -301,6 +296,7 @@ class Trainer:
             progress.start = figures
             return False
         progress.final = figures
+        self._warn(worse_than_start(progress.done, progress.start, figures))
         is_best = progress.best is None or figures["loss"] < progress.best["loss"]
         if is_best:
             progress.best = {"step": progress.done, **figures}
@@ -321,6 +317,7 @@ class Trainer:
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
             "window": self.window.state_dict(self.accelerator),
+            "loss_watch": self.loss_watch.state_dict(),
             "random": gather_object([random_state()]),
         }
         options, parent, done = self.config.checkpoint, checkpoints_of(self.config), self.progress.done
@@ -353,25 +350,13 @@ class Trainer:
         if len(states) == self.accelerator.num_processes:
             restore_random_state(states[self.accelerator.process_index])
 
-    def _listen_to_signals(self) -> None:
-        def ask(*_: object) -> None:
-            self.asked_to_stop = True
-
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python refuses
-            for name in (signal.SIGTERM, signal.SIGUSR1):
-                signal.signal(name, ask)
-
     def _stop_if_asked(self) -> None:
-        """If any rank was asked to stop, write a checkpoint and raise on all of them.
-
-        Collective: one all-reduce of a number.
-        """
-        if self.asked_to_stop:
-            self.accelerator.set_trigger()
-        if self.accelerator.check_trigger() and self.progress.done < self.num_steps:
+        """If any rank was asked to stop, write a checkpoint and raise. Collective: one all-reduce of a number."""
+        progress = self.progress
+        if self.stop_request.anywhere() and progress.done < self.num_steps:
             self._save_checkpoint()
             raise StoppedBySignalError(
-                f"stopped by a signal after step {self.progress.done} of {self.num_steps}: the same command goes on"
+                f"stopped by a signal after step {progress.done} of {self.num_steps}: the same command goes on"
             )
 
     def _method_seconds(self) -> dict[str, float]:
@@ -381,7 +366,6 @@ class Trainer:
 
     def _summary(self) -> dict[str, object]:
         """The content of ``summary.json``. Collective: one gather of a number."""
-        progress, best = self.progress, dict(self.progress.best)
         return {
             "method": self.config.method,
             "task": self.config.task.name,
@@ -391,15 +375,9 @@ class Trainer:
             "world_size": self.accelerator.num_processes,
             "storage": self.method.storage_name,
             "steps": self.num_steps,
-            "skipped_steps": progress.num_skipped,
-            "resumed_after": progress.resumed_after,
-            "best_step": best.pop("step"),
-            "start": progress.start,
-            "best": best,
-            "final": progress.final,
             "main_metric": self.task.main_metric,
+            **self.progress.results(),
             "trainable_parameters": self.num_trainable,
-            "train_seconds": progress.train_seconds,
             **{f"{name}_seconds": value for name, value in self._method_seconds().items()},
             "peak_memory_bytes": peak_memory(self.accelerator),
             "extra_memory_bytes": self.method.extra_memory(),
@@ -412,17 +390,3 @@ class Trainer:
 def _number(norm: Tensor | float) -> float:
     """A gradient's norm, of which every rank holds a part under FSDP2. Collective there: one all-reduce."""
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-
-
-def _num_trainable(model: nn.Module) -> int:
-    # Under ZeRO-3 a parameter is a placeholder that knows its size.
-    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
-
-
-def _frozen_bytes(model: nn.Module) -> int:
-    """Of the pretrained model as it is stored."""
-    return sum(
-        getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
-        for name, parameter in model.named_parameters()
-        if not parameter.requires_grad and f".{FUSED}." not in name
-    )

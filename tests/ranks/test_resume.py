@@ -39,7 +39,7 @@ def train(
     assert (report is None) == resumes
     assert switcher.storage.name == engine_name
     if resumes and engine_name == "ddp":
-        warm_up(engine)
+        warm_up(engine, dtype)
     losses, parts = [], []
     for step in range(first, last):
         x, y = (t.chunk(world_size)[rank] for t in make_batch(step))
@@ -65,11 +65,11 @@ def train(
     }
 
 
-def warm_up(engine: Engine) -> None:
+def warm_up(engine: Engine, dtype: torch.dtype) -> None:
     """DDP adds gradients up in another order after its first backward pass, and a resumed run is past that."""
     x, _ = make_batch(0)
     for _ in range(2):
-        engine.backward(engine.model(x).sum())
+        engine.backward(engine.model(x.to(dtype)).sum())
         engine.model.zero_grad()
 
 

@@ -1,0 +1,37 @@
+"""Being asked to stop: a cluster sends a signal to the processes of a job some time before it ends them."""
+
+from __future__ import annotations
+
+import signal
+import threading
+
+from accelerate import Accelerator
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Whether any rank was asked to stop by one of ``SIGNALS``, known to all ranks after the same step.
+
+    Args:
+        accelerator: Of the run.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self._here = False
+
+    def listen(self) -> None:
+        """From now on note these signals instead of dying of them."""
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python refuses
+            for name in SIGNALS:
+                signal.signal(name, self._note)
+
+    def _note(self, *_: object) -> None:
+        self._here = True
+
+    def anywhere(self) -> bool:
+        """Whether any rank has got one. Collective: one all-reduce of a number."""
+        if self._here:
+            self.accelerator.set_trigger()
+        return self.accelerator.check_trigger()
