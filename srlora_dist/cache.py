@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 
@@ -26,3 +27,17 @@ def cache_dir() -> Path:
             f"the cache folder {folder} cannot be made ({error.strerror}): set SRLORA_CACHE to a writable folder"
         ) from error
     return folder
+
+
+def require_writable(folder: Path, option: str) -> None:
+    """Make a folder and try to write in it, before what belongs there has taken long to compute.
+
+    Raises:
+        ValueError: It cannot be; the message names the option that chose it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{option} {folder} cannot be written ({error.strerror}): choose another folder") from error

@@ -6,12 +6,18 @@ The dataclasses below are the YAML schema and the command line at the same time:
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import math
+import re
+import warnings
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
 import jsonargparse
 import yaml
+
+from srlora_dist.options_file import check_files
+from srlora_dist.ranges import BELOW_ONE, COUNT, COUNT_OR_NONE, MOST, POSITIVE, expand_home, require
 
 
 @dataclass
@@ -65,29 +71,13 @@ class SRLoRAConfig:
     ledger_dir: str | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.fusion_ratio <= 1:
-            raise ValueError(
-                f"srlora.fusion_ratio is {self.fusion_ratio}: choose a share of the pairs in (0, 1], such as 0.5"
-            )
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"srlora.{name} is {getattr(self, name)}: choose a decay in [0, 1), such as 0.85")
-        for name, allowed in (
-            ("score_reset", ("all", "restarted")),
-            ("optimizer_reset", ("zero", "first_moment", "keep")),
-            ("fusion", ("auto", "in_place", "adapter")),
-            ("residual_device", ("weight", "cpu")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"srlora.{name} is {getattr(self, name)!r}: choose one of {', '.join(allowed)}")
-        if self.fused_rank is not None and self.fused_rank < 1:
-            raise ValueError(f"srlora.fused_rank is {self.fused_rank}: choose at least 1, or leave it out")
-        if self.agreement_every < 0:
-            raise ValueError(f"srlora.agreement_every is {self.agreement_every}: choose a number of steps, or 0")
-        if self.switch_tolerance is not None and not self.switch_tolerance > 0:
-            raise ValueError(f"srlora.switch_tolerance is {self.switch_tolerance}: choose a positive number")
-        if self.target_rank < 1:
-            raise ValueError(f"srlora.target_rank is {self.target_rank}: choose at least the rank of the adapter")
+        share = (lambda value: 0 < value <= 1, "a share of the pairs in (0, 1], such as 0.5")
+        decay = (BELOW_ONE[0], "a decay in [0, 1), such as 0.85")
+        name = (lambda value: re.fullmatch(r"[\w-]+", value), "a name of letters, digits, _ and -")
+        rules = {"fusion_ratio": share, "beta1": decay, "beta2": decay, "fused_rank": COUNT, "adapter_name": name}
+        rules |= {"switch_tolerance": POSITIVE, "agreement_every": COUNT_OR_NONE}
+        require("srlora.", self, rules | {"target_rank": (COUNT[0], "at least the rank of the adapter")})
+        expand_home(self, "directions_from", "svd_cache", "ledger_dir")
 
 
 @dataclass
@@ -109,10 +99,7 @@ class LoRAOptions:
     use_rslora: bool = False
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"lora.rank is {self.rank}: choose at least 1")
-        if not self.alpha > 0:
-            raise ValueError(f"lora.alpha is {self.alpha}: choose a positive number")
+        require("lora.", self, {"rank": COUNT, "alpha": POSITIVE, "dropout": BELOW_ONE})
 
 
 @dataclass
@@ -140,12 +127,9 @@ class ModelOptions:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("dtype", ("float32", "bfloat16", "float16")),
-            ("quantization", ("none", "nf4", "fp4", "int8")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"model.{name} is {getattr(self, name)!r}: choose one of {', '.join(allowed)}")
+        own = (BELOW_ONE[0], f"{BELOW_ONE[1]}, or null for the model's own")
+        require("model.", self, {"dropout": own, "name_or_path": (bool, "a folder or a name on the hub, or null")})
+        expand_home(self, "name_or_path")
         if self.double_quantization and self.quantization not in ("nf4", "fp4"):
             raise ValueError(
                 f"model.double_quantization belongs to a 4-bit storage, but model.quantization is {self.quantization}: "
@@ -220,18 +204,13 @@ class TrainOptions:
     timeout: int = 1800
 
     def __post_init__(self) -> None:
-        for name in (
-            *("batch_size", "eval_batch_size", "accumulation_steps", "log_every", "max_bad_steps", "timeout"),
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.{name} is {getattr(self, name)}: choose at least 1")
-        for name in ("max_steps", "eval_every"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"train.{name} is {getattr(self, name)}: choose at least 1, or leave it out")
-        if self.max_steps is None and self.epochs <= 0:
-            raise ValueError(f"train.epochs is {self.epochs}: choose a positive number of passes")
-        if not self.learning_rate > 0:
-            raise ValueError(f"train.learning_rate is {self.learning_rate}: choose a positive rate")
+        counts = ("max_steps", "batch_size", "eval_batch_size", "accumulation_steps", "log_every", "eval_every")
+        counts += ("max_bad_steps", "timeout")
+        rules = dict.fromkeys(counts, COUNT) | dict.fromkeys(("epochs", "learning_rate"), POSITIVE)
+        rules["weight_decay"] = (lambda value: 0 <= value <= MOST, f"0 to {MOST:g}")
+        rules["max_grad_norm"] = (lambda value: 0 <= value < math.inf, "a positive finite number, or 0 for no clipping")
+        rules["warmup_ratio"] = (lambda value: 0 <= value <= 1, "a share of the steps in [0, 1], such as 0.06")
+        require("train.", self, rules)
         if self.batch_size % self.accumulation_steps:
             raise ValueError(
                 f"train.batch_size {self.batch_size} is not a multiple of train.accumulation_steps "
@@ -257,12 +236,10 @@ class CheckpointOptions:
     if_disk_full: Literal["stop", "go_on"] = "stop"
 
     def __post_init__(self) -> None:
-        if self.every is not None and self.every < 0:
-            raise ValueError(f"checkpoint.every is {self.every}: choose a number of steps, 0, or leave it out")
-        if self.keep < 1:
-            raise ValueError(f"checkpoint.keep is {self.keep}: choose at least 1")
-        if self.if_disk_full not in ("stop", "go_on"):
-            raise ValueError(f"checkpoint.if_disk_full is {self.if_disk_full!r}: choose stop or go_on")
+        require(
+            "checkpoint.", self, {"every": COUNT_OR_NONE, "keep": COUNT, "resume": (bool, "auto, never or a folder")}
+        )
+        expand_home(self, "resume")
 
 
 @dataclass
@@ -295,8 +272,25 @@ class RunConfig:
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
 
     def __post_init__(self) -> None:
+        # The generators of NumPy take 32 bits, and a rank adds its number.
+        seed = (lambda value: 0 <= value < 2**31, "0 to 2147483647")
+        require("", self, {"seed": seed, "output_dir": (bool, "a folder, or null for one named after the run")})
+        if self.method == "adalora" and self.lora.use_rslora:
+            raise ValueError("lora.use_rslora has no meaning for method adalora: leave it out")
         if self.output_dir is None:
             self.output_dir = f"runs/{self.task.name}-{self.method}"
+        expand_home(self, "output_dir")
+
+    def without_effect(self) -> list[str]:
+        """Name the options that were changed and do nothing in this run."""
+        used = {"lora": {"adapter_name"}, "adalora": {"adapter_name"}, "srlora": {f.name for f in fields(SRLoRAConfig)}}
+        of_switches = {"target_rank", "fusion_ratio", "beta1", "beta2", "score_reset", "optimizer_reset"}
+        of_switches |= {"check_switch", "switch_tolerance"}
+        used["pissa"] = used["srlora"] - of_switches
+        changed = {f.name for f in fields(SRLoRAConfig) if getattr(self.srlora, f.name) != f.default}
+        names = [f"srlora.{name}" for name in sorted(changed - used[self.method])]
+        epochs_too = self.train.max_steps is not None and self.train.epochs != TrainOptions.epochs
+        return names + ["train.epochs (train.max_steps is given)"] * epochs_too
 
     def save(self, path: str | Path) -> None:
         """Write the resolved configuration as YAML, enough to run it again with ``--config``."""
@@ -309,6 +303,7 @@ def parse(argv: list[str] | None = None) -> RunConfig:
     Raises:
         ValueError: An option is unknown, of the wrong type or out of its range; the message names it.
     """
+    check_files(argv, sections=[f.name for f in fields(RunConfig) if f.default_factory is not MISSING])
     parser = jsonargparse.ArgumentParser(prog="train.py", exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file of options.")
     parser.add_class_arguments(RunConfig)
@@ -317,4 +312,8 @@ def parse(argv: list[str] | None = None) -> RunConfig:
     except (jsonargparse.ArgumentError, TypeError) as error:
         raise ValueError(f"configuration: {error}; see --help for the options") from error
     del options.config
-    return RunConfig(**vars(options))
+    config = RunConfig(**vars(options))
+    unused = config.without_effect()
+    if unused:
+        warnings.warn(f"without effect with method {config.method}: {', '.join(unused)}", stacklevel=2)
+    return config

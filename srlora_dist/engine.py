@@ -53,7 +53,25 @@ def launched_engine() -> str:
             "accelerate launch asked for several CPU processes, but its CPU mode starts one alone: "
             "use --config_file launch/accelerate/cpu2.yaml"
         )
-    return "ddp" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else "plain"
+    return "ddp" if world_size() > 1 else "plain"
+
+
+def world_size() -> int:
+    """How many processes were launched, according to the environment.
+
+    Raises:
+        ValueError: What the launcher leaves in the environment is incomplete or contradicts itself.
+    """
+    size = _number("WORLD_SIZE", 1, least=1)
+    for variable in ("RANK", "LOCAL_RANK"):
+        _number(variable, 0, least=0, most=size - 1)
+    _number("MASTER_PORT", 0, least=0, most=65535)
+    missing = [variable for variable in ("RANK", "MASTER_ADDR", "MASTER_PORT") if variable not in os.environ]
+    if size > 1 and missing:
+        raise ValueError(
+            f"WORLD_SIZE is {size} in the environment, but {', '.join(missing)} not set: start with accelerate launch"
+        )
+    return size
 
 
 def build_accelerator(config: RunConfig) -> tuple[Accelerator, str]:
@@ -65,12 +83,19 @@ def build_accelerator(config: RunConfig) -> tuple[Accelerator, str]:
         ValueError: The launch, ``config.engine`` and what Accelerate made of it disagree, or the precision or a batch
             size cannot be honoured.
     """
+    num_processes = world_size()
     asked = launched_engine()
     require_engine(config.engine, asked, "the launch asks for")
+    if config.method == "adalora" and asked not in ("plain", "ddp"):
+        raise ValueError(f"method adalora needs whole gradients, which {asked} does not keep: use plain or ddp")
     without_gpu = _without_gpu()
     launched_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     settings = _deepspeed_file() if asked.startswith("zero") else None
     precision = mixed_precision(config.model, asked, launched_precision, settings, has_gpu=not without_gpu)
+    if settings is not None:
+        _fill(dict(settings), config, num_processes)  # before DeepSpeed is imported and the processes connect
+    else:
+        _require_accumulation(config)
     handlers = []
     if asked != "plain":
         backend = {"backend": "gloo"} if without_gpu else {}
@@ -138,7 +163,7 @@ def together(work: Callable[[], T]) -> T:
 
 def _accelerated_engine(accelerator: Accelerator) -> str:
     """What the Accelerator is, with the number of processes where that is not what was launched."""
-    launched = int(os.environ.get("WORLD_SIZE", 1))
+    launched = world_size()
     if accelerator.num_processes != launched:
         return f"{accelerator.num_processes} of {launched} processes"
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -155,6 +180,16 @@ def _flag(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() in ("true", "1", "yes")
 
 
+def _number(variable: str, default: int, least: int, most: int | None = None) -> int:
+    value = os.environ.get(variable, str(default))
+    if not value.isdecimal() or int(value) < least or (most is not None and int(value) > most):
+        span = f"at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(
+            f"{variable} is {value!r} in the environment, not a number {span}: start with accelerate launch"
+        )
+    return int(value)
+
+
 def _without_gpu() -> bool:
     return _flag("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
@@ -165,11 +200,20 @@ def _deepspeed_file() -> dict[str, object]:
     if path == "none":
         return {}
     try:
-        return json.loads(Path(path).read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(
             f"deepspeed_config_file {path} cannot be read ({error}): start from the root of the repository"
         ) from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"deepspeed_config_file {path} is not a JSON object: see ds_configs for examples")
+    for section in ("zero_optimization", "bf16", "fp16"):
+        if not isinstance(settings.get(section, {}), dict):
+            raise ValueError(
+                f"deepspeed_config_file {path} has {section} {json.dumps(settings[section])}, where DeepSpeed wants an "
+                "object: see ds_configs for examples"
+            )
+    return settings
 
 
 def _zero_stage(settings: dict[str, object]) -> int:
@@ -177,7 +221,7 @@ def _zero_stage(settings: dict[str, object]) -> int:
     stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
     if settings:
         stage = settings.get("zero_optimization", {}).get("stage", 0)
-    if int(stage) not in (1, 2, 3):
+    if str(stage) not in ("1", "2", "3"):
         raise ValueError(f"DeepSpeed ZeRO stage {stage} is not supported: choose 1, 2 or 3, or DDP without DeepSpeed")
     return int(stage)
 
@@ -211,11 +255,24 @@ def _require_divisible(config: RunConfig, num_processes: int) -> None:
             )
 
 
+def _require_accumulation(config: RunConfig) -> None:
+    """Accelerate takes the accumulation of the launch, or else ours: then it drops that of the launch in silence."""
+    theirs, ours = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "auto"), config.train.accumulation_steps
+    if theirs not in ("auto", str(ours)):
+        raise ValueError(
+            f"the launch asks for {theirs} gradient accumulation steps, but train.accumulation_steps is {ours}: "
+            "leave it out of the launch"
+        )
+
+
 def _fill_deepspeed(accelerator: Accelerator, config: RunConfig) -> None:
     """Give DeepSpeed our batch size, accumulation and clipping; Accelerate would clip at 1.0 whatever we ask for."""
-    settings = accelerator.state.deepspeed_plugin.deepspeed_config
+    _fill(accelerator.state.deepspeed_plugin.deepspeed_config, config, accelerator.num_processes)
+
+
+def _fill(settings: dict[str, object], config: RunConfig, num_processes: int) -> None:
     train = config.train
-    micro_batch_size = train.batch_size // train.accumulation_steps // accelerator.num_processes
+    micro_batch_size = train.batch_size // train.accumulation_steps // num_processes
     for key, option, value in (
         ("train_batch_size", "train.batch_size", train.batch_size),
         ("train_micro_batch_size_per_gpu", "the share of train.batch_size of a rank", micro_batch_size),

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from srlora_dist.cache import require_writable
 from srlora_dist.safefiles import write_whole
 
 FORMAT = "srlora-ledger-2"
@@ -74,7 +75,7 @@ class Ledger:
         start_from: A folder of entries to go on from, in place of those in ``folder``; they are copied.
 
     Raises:
-        ValueError: The folder already holds the ledger of a run, and there is nothing to go on from.
+        ValueError: The folder cannot be written, or holds the ledger of a run and there is nothing to go on from.
     """
 
     def __init__(self, folder: str | Path | None, start_from: Path | None = None) -> None:
@@ -82,7 +83,7 @@ class Ledger:
         self._entries: list[dict[str, Tensor]] = []
         self._pending: dict[str, Tensor] = {}
         if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            require_writable(self.folder, "srlora.ledger_dir")
             present = _paths(self.folder)
             if present and start_from is None:
                 raise ValueError(

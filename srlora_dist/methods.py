@@ -12,6 +12,7 @@ from accelerate import PartialState
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from typing_extensions import override
 
 from srlora_dist.checkpoint import Checkpoint, require_same_base
@@ -82,6 +83,7 @@ def build_method(config: RunConfig, base: PreTrainedModel, peft_type: str, num_s
     Raises:
         ValueError: No layer matches ``lora.target_modules``, or the method cannot run like this.
     """
+    _require_rank(config.lora.rank, base)
     targets = config.lora.target_modules
     options = {
         "lora_alpha": config.lora.alpha,
@@ -89,14 +91,41 @@ def build_method(config: RunConfig, base: PreTrainedModel, peft_type: str, num_s
         "target_modules": targets if targets == "all-linear" else [name.strip() for name in targets.split(",")],
         "task_type": peft_type,
     }
+    if targets != "all-linear":
+        _require_targets(options["target_modules"], base)
     if config.method == "adalora":
         return AdaLoRA(config, base, options, num_steps, engine)
-    adapter = LoraConfig(r=config.lora.rank, use_rslora=config.lora.use_rslora, **options)
-    try:
-        model = get_peft_model(base, adapter, adapter_name=config.srlora.adapter_name)
-    except ValueError as error:
-        raise ValueError(f"lora.target_modules is {targets!r}: {error}") from error
+    model = _adapt(base, LoraConfig(r=config.lora.rank, use_rslora=config.lora.use_rslora, **options), config)
     return LoRA(config, model) if config.method == "lora" else SRLoRA(config, model, num_steps)
+
+
+def _adapt(base: PreTrainedModel, adapter: LoraConfig, config: RunConfig) -> PeftModel:
+    try:
+        return get_peft_model(base, adapter, adapter_name=config.srlora.adapter_name)
+    except ValueError as error:
+        raise ValueError(f"lora.target_modules is {config.lora.target_modules!r}: {error}") from error
+
+
+def _require_rank(rank: int, base: PreTrainedModel) -> None:
+    """Stop where no matrix has that many directions: the pairs beyond would be waste, and may not fit into memory."""
+    shapes = [(layer.in_features, layer.out_features) for layer in base.modules() if isinstance(layer, nn.Linear)]
+    shapes += [(layer.nx, layer.nf) for layer in base.modules() if isinstance(layer, Conv1D)]
+    most = max(map(min, shapes), default=rank)
+    if rank > most:
+        raise ValueError(
+            f"lora.rank is {rank}, but no matrix of the model has a rank above {most}: choose a smaller one"
+        )
+
+
+def _require_targets(names: list[str], base: PreTrainedModel) -> None:
+    """Stop where PEFT would leave out in silence a name that is misspelt among others."""
+    modules = [f".{name}" for name, _ in base.named_modules() if name]
+    for name in names:
+        if not any(module.endswith(f".{name}") for module in modules):
+            raise ValueError(
+                f"lora.target_modules is {','.join(names)!r}, but the model has no module {name!r}: correct it, or "
+                "choose all-linear"
+            )
 
 
 class LoRA(Method):
@@ -190,10 +219,13 @@ class AdaLoRA(Method):
     def __init__(
         self, config: RunConfig, base: PreTrainedModel, options: dict[str, object], num_steps: int, engine: str
     ) -> None:
-        if engine not in ("plain", "ddp"):
-            raise ValueError(f"method adalora needs whole gradients, which {engine} does not keep: use plain or ddp")
-        if config.lora.use_rslora:
-            raise ValueError("lora.use_rslora has no meaning for AdaLoRA: leave it out")
+        # PEFT would fail in the middle of the run.
+        if config.lora.rank < 2:
+            raise ValueError(f"lora.rank is {config.lora.rank}, but method adalora prunes pairs: choose at least 2")
+        if num_steps < 3:
+            raise ValueError(
+                f"method adalora prunes during a run, and this one has {num_steps} steps: train at least 3"
+            )
         self.storage_name = engine
         adapter = AdaLoraConfig(
             init_r=config.lora.rank,
@@ -204,7 +236,7 @@ class AdaLoRA(Method):
             total_step=num_steps,
             **options,
         )
-        self.model = get_peft_model(base, adapter, adapter_name=config.srlora.adapter_name)
+        self.model = _adapt(base, adapter, config)
 
     @override
     def step(self, num_steps_done: int) -> None:

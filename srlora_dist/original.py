@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from srlora_dist.sites import Site
@@ -17,7 +17,7 @@ class OriginalWeights:
         folder: Of the checkpoint, as ``from_pretrained`` reads it.
 
     Raises:
-        ValueError: There are no safetensors files in it, or the same weight in several.
+        ValueError: There are no safetensors files in it, one cannot be read, or several hold the same weight.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -26,9 +26,12 @@ class OriginalWeights:
             raise ValueError(f"srlora.directions_from {folder} has no safetensors files: give the checkpoint's folder")
         self._places: dict[str, Path] = {}
         for path in self.files:
-            with safe_open(path, "pt") as file:
-                twice = self._places.keys() & set(file.keys())
-                self._places.update(dict.fromkeys(file.keys(), path))
+            try:
+                with safe_open(path, "pt") as file:
+                    twice = self._places.keys() & set(file.keys())
+                    self._places.update(dict.fromkeys(file.keys(), path))
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"srlora.directions_from has {path}, which cannot be read ({error})") from error
             if twice:
                 raise ValueError(f"srlora.directions_from {folder} has {min(twice)} in several files: give one variant")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from srlora_dist.cache import require_writable
 from srlora_dist.checkpoint import remove_checkpoints
 from srlora_dist.config import RunConfig
 from srlora_dist.diagnostics import Finding
@@ -54,14 +54,7 @@ class RunLog:
 
     def __init__(self, folder: Path, config: RunConfig) -> None:
         self.folder, self.config = folder, config
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            raise ValueError(
-                f"output_dir {folder} cannot be written ({error.strerror}): choose another with --output_dir"
-            ) from error
+        require_writable(folder, "output_dir")
 
     def start(self) -> None:
         """Put this run in the place of an earlier one; not before it is known that it can begin."""

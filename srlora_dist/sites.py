@@ -98,6 +98,8 @@ def find_sites(model: nn.Module, adapter_name: str = "default") -> list[Site]:
     peft_model = next((module for module in model.modules() if isinstance(module, PeftModel)), None)
     if peft_model is None:
         raise ValueError("the model has no LoRA layers: wrap it with peft.get_peft_model(model, LoraConfig(...)) first")
+    if adapter_name == FUSED:
+        raise ValueError(f"srlora.adapter_name is {FUSED!r}, the name of the second adapter: choose another")
     if adapter_name not in peft_model.peft_config:
         raise ValueError(
             f"srlora.adapter_name is {adapter_name!r}, but the model has {sorted(peft_model.peft_config)}: name one"

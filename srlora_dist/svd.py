@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from srlora_dist.cache import cache_dir
+from srlora_dist.cache import cache_dir, require_writable
 from srlora_dist.digest import combine, digest_run
 from srlora_dist.original import OriginalWeights
 from srlora_dist.pairs import exact_matmul
@@ -146,6 +146,7 @@ class Directions:
         folder = Path(self.cache) if self.cache is not None else cache_dir() / "svd"
         self.path = folder / f"{name}.safetensors"
         if not self.path.exists():
+            require_writable(folder, "srlora.svd_cache")
             return False
         try:
             with safe_open(self.path, "pt") as file:
@@ -178,7 +179,6 @@ class Directions:
     def _write(self, tensors: dict[str, Tensor]) -> None:
         """Write beside, then rename."""
         digest = combine(*(digest_run(tensors[name]) for name in sorted(tensors)))
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
         save_file(tensors, temporary, metadata={"method": METHOD, "digest": str(digest)})
         temporary.rename(self.path)

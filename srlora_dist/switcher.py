@@ -101,6 +101,7 @@ class Switcher:
         saved = open_run(storage, resume_from) if resume_from is not None else None
         if saved is None:
             storage.require_fresh_adapter()
+            self._open_ledger(None)  # what can fail is tried before the directions are computed
         else:
             storage.require_right_map()
         began = time.perf_counter()
@@ -244,14 +245,16 @@ class Switcher:
             site.held = [-1] * site.rank
         return sites
 
-    def _prepare_exchange(self, start_from: Path | None) -> None:
+    def _open_ledger(self, start_from: Path | None) -> None:
         ledger_dir = self.config.ledger_dir
         self._ledger = self.storage.on_rank_0("open the ledger", lambda: Ledger(ledger_dir, start_from))
+
+    def _prepare_exchange(self) -> None:
         self._exchange = Exchange(self.storage, self._directions, self._ledger, self._importance, self.config)
 
     def _start(self) -> SwitchReport:
         """Switch 0."""
-        self._prepare_exchange(None)
+        self._prepare_exchange()
         # The type of an original checkpoint is not looked at: most are in bfloat16.
         stored_as = "bfloat16" if self.config.directions_from is not None else None
         noisy = self.storage.on_rank_0(
@@ -270,7 +273,8 @@ class Switcher:
                 f"{self.num_training_steps}, which moves the switches: resume with the same length"
             )
         self.num_steps, self.num_switches = state["num_steps"], state["num_switches"]
-        self._prepare_exchange(saved.checkpoint.ledger if saved.checkpoint is not None else None)
+        self._open_ledger(saved.checkpoint.ledger if saved.checkpoint is not None else None)
+        self._prepare_exchange()
         self._exchange.repeat()
         for site, theirs in zip(self.sites, state["sites"], strict=True):
             site.num_taken, site.held = theirs["num_taken"], list(theirs["held"])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from srlora_dist.config import RunConfig
 from srlora_dist.tasks import demo, glue, lm
+from srlora_dist.tasks.files import check_model_folder
 from srlora_dist.tasks.packaged import base_model
 
 if TYPE_CHECKING:  # so that check_task can refuse a run without these seconds of imports
@@ -60,16 +61,16 @@ def check_task(config: RunConfig) -> None:
     Raises:
         ValueError: The task is unknown, one of its options is out of range, or a file that it needs is missing.
     """
-    task, dropout = config.task, config.model.dropout
+    task = config.task
     if task.name not in TASKS:
         raise ValueError(f"task.name is {task.name!r}: choose one of {', '.join(TASKS)}")
     for option in ("max_length", "max_train_samples", "max_eval_samples"):
         value = getattr(task, option)
         if value is not None and value < 1:
             raise ValueError(f"task.{option} is {value}: choose at least 1")
-    if dropout is not None and not 0 <= dropout < 1:
-        raise ValueError(f"model.dropout is {dropout}: choose a share in [0, 1), or null for the model's own")
-    base_model(config)
+    name, gguf_file = base_model(config)
+    if gguf_file is None:
+        check_model_folder(name)
     TASKS[task.name].check(config)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from srlora_dist.config import RunConfig
+from srlora_dist.tasks.files import read_lines
 
 if TYPE_CHECKING:
     from srlora_dist.tasks import Task
@@ -149,13 +150,8 @@ def read_hub(name: str) -> tuple[dict[str, list], dict[str, list]]:
 
 
 def _read_lines(path: Path) -> list[tuple[int, list[str]]]:
-    # Neither the csv module nor open() with its default newlines: quotes are text in GLUE, and only a line feed ends
-    # a row. utf-8-sig, because MRPC starts with a byte-order mark.
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 at byte {error.start}: fetch it again") from error
-    lines = enumerate(text.split("\n"), start=1)
+    # Not the csv module: quotes are text in GLUE.
+    lines = enumerate(read_lines(path), start=1)
     return [(number, line.removesuffix("\r").split("\t")) for number, line in lines if line.strip()]
 
 

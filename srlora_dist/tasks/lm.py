@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from srlora_dist.config import RunConfig
+from srlora_dist.tasks.files import read_lines
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,23 +61,20 @@ def _files(data_dir: str) -> list[Path]:
 
 
 def _read_documents(path: Path) -> list[str]:
-    try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 at byte {error.start}: convert it") from error
-    return [line.strip() for line in lines if line.strip()]
+    return [line.strip() for line in read_lines(path) if line.strip()]
 
 
 def _lm_task(config: RunConfig, train: list[str], evaluation: list[str]) -> Task:
     from transformers import AutoModelForCausalLM, DataCollatorWithPadding
 
     from srlora_dist.tasks import Task
-    from srlora_dist.tasks.models import check_length, load_model, quiet
+    from srlora_dist.tasks.models import check_length, check_tokens, load_model, quiet, require_decoder
     from srlora_dist.tasks.text import encode
 
     options, splits = config.task, []
     with quiet():
         model, tokenizer = load_model(config, AutoModelForCausalLM)
+        require_decoder(config, model)
         check_length(config, model, tokenizer, least=2)
         for name, texts, most in (
             ("train", train, options.max_train_samples),
@@ -89,6 +87,7 @@ def _lm_task(config: RunConfig, train: list[str], evaluation: list[str]) -> Task
                 raise ValueError(
                     f"task.data_dir is {options.data_dir!r}, whose {name} split has no document of two tokens or more"
                 )
+            check_tokens(config, model, tokenizer, splits[-1])
     pad = DataCollatorWithPadding(tokenizer)
 
     def collate(rows: list[dict]) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ import transformers
 from filelock import FileLock
 from torch import nn
 from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -59,27 +60,27 @@ def load_model(
         ValueError: The model or a package that it needs is not there, or a setting does not fit it.
     """
     name, gguf_file = base_model(config)
-    trust = config.model.trust_remote_code
-    try:
-        if gguf_file is not None:
-            name = unpack_gguf(name, gguf_file, config.model.dtype)
-        settings = AutoConfig.from_pretrained(name, trust_remote_code=trust, **options)
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
-        torch.manual_seed(config.seed)  # a head is drawn below and has to be the same in every process
+    trust = {"trust_remote_code": config.model.trust_remote_code}
+    if gguf_file is not None:
+        name = unpack_gguf(name, gguf_file, config.model.dtype)
+    with _reading(name, "configuration", "give a local folder with a model, or a model on a hub that can be reached"):
+        settings = AutoConfig.from_pretrained(name, **trust, **options)
+    with _reading(name, "tokenizer", "keep its files in the folder of the model"):
+        tokenizer = AutoTokenizer.from_pretrained(name, **trust)
+    _require_words(name, tokenizer)
+    quantization = _quantization(config, head_names)
+    torch.manual_seed(config.seed)  # a head is drawn below and has to be the same in every process
+    with _reading(name, "weights", "they have to fit config.json, and to be safetensors: pickles are not opened"):
         model, report = auto_class.from_pretrained(
             name,
             config=settings,
             dtype=getattr(torch, config.model.dtype),
-            quantization_config=_quantization(config, head_names),
-            trust_remote_code=trust,
+            quantization_config=quantization,
+            use_safetensors=True,  # reading a pickle can run whatever is in it
             ignore_mismatched_sizes=True,  # a head for another number of classes gives way to a new one
             output_loading_info=True,
+            **trust,
         )
-    except OSError as error:
-        raise ValueError(
-            f"model.name_or_path is {name!r}, which is neither a local folder with a model and its tokenizer nor a "
-            f"model on a hub that can be reached: {error}"
-        ) from error
     _warn_of_random_body(name, model, {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     _ensure_padding_(name, model, tokenizer)
     if config.model.dropout is not None:
@@ -101,12 +102,15 @@ def unpack_gguf(name: str, gguf_file: str, dtype: str) -> str:
         The folder, in the cache folder; it can be deleted.
 
     Raises:
-        OSError: The file cannot be found.
-        ValueError: The package gguf is not installed.
+        ValueError: The file cannot be found or read, or the package gguf is not installed.
     """
     if find_spec("gguf") is None:
         raise ValueError(f"model.gguf_file is {gguf_file!r}, which needs the package gguf: pip install gguf")
-    file = Path(cached_file(name, gguf_file)).resolve()
+    with _reading(name, f"model.gguf_file {gguf_file}", "name a file of that folder"):
+        file = Path(cached_file(name, gguf_file)).resolve()
+    with file.open("rb") as opened:
+        if opened.read(4) != b"GGUF":
+            raise ValueError(f"model.gguf_file is {gguf_file!r}, but {file} does not begin as one: fetch it again")
     state = f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}"
     digest = hashlib.sha256(state.encode()).hexdigest()[:12]
     folder = cache_dir() / "gguf" / f"{Path(gguf_file).stem}-{dtype}-{digest}"
@@ -118,7 +122,8 @@ def unpack_gguf(name: str, gguf_file: str, dtype: str) -> str:
             command = [sys.executable, "-c", UNPACK, str(file), dtype, str(part)]
             ended = subprocess.run(command, capture_output=True, text=True, check=False)
             if ended.returncode:
-                raise ValueError(f"model.gguf_file is {gguf_file!r}, which cannot be read: {ended.stderr[-1000:]}")
+                reason = (ended.stderr.strip().splitlines() or [f"exit status {ended.returncode}"])[-1]
+                raise ValueError(f"model.gguf_file is {gguf_file!r}, which cannot be read ({reason}): fetch it again")
             part.rename(folder)  # whole or not at all
     return str(folder)
 
@@ -150,6 +155,37 @@ def check_length(config: RunConfig, model: PreTrainedModel, tokenizer: PreTraine
         raise ValueError(f"task.max_length is {length}: {base_model(config)[0]} takes {least} to {most} tokens")
 
 
+def check_tokens(
+    config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: datasets.Dataset
+) -> None:
+    """Compare the tokens of the encoded rows, and the padding, with what the model has an embedding for.
+
+    Raises:
+        ValueError: One is beyond it.
+    """
+    most = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    highest = max((max(tokens, default=0) for tokens in rows["input_ids"]), default=0)
+    highest = max(highest, tokenizer.pad_token_id)
+    if most is not None and highest >= most:
+        raise ValueError(
+            f"the tokenizer of {base_model(config)[0]!r} gives token {highest}, but the model has embeddings for "
+            f"{most}: put the model's own tokenizer into its folder"
+        )
+
+
+def require_decoder(config: RunConfig, model: PreTrainedModel) -> None:
+    """Stop where Transformers would let an encoder predict the next token, which it sees.
+
+    Raises:
+        ValueError: The model is an encoder.
+    """
+    if type(model.config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(model.config, "is_decoder", True):
+        raise ValueError(
+            f"model.name_or_path is {base_model(config)[0]!r}, which is not a decoder ({model.config.model_type}): "
+            f"task {config.task.name} needs one, such as a Llama or a GPT-2"
+        )
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence what every rank would print: progress, and the list of weights that a head lacks."""
@@ -166,6 +202,29 @@ def quiet() -> Iterator[None]:
             log.enable_progress_bar()
         if not data_bars:
             datasets.enable_progress_bars()
+
+
+@contextmanager
+def _reading(name: str, part: str, remedy: str) -> Iterator[None]:
+    """Name the model and the part where a library fails on its files: each raises errors of its own kind."""
+    try:
+        yield
+    except RuntimeError:  # of memory or of the other ranks, not of a file
+        raise
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            remedy = "it comes with code of its own; read that, then set model.trust_remote_code to true"
+        raise ValueError(
+            f"model.name_or_path is {name!r}, whose {part} cannot be read ({error or type(error).__name__}): {remedy}"
+        ) from error
+
+
+def _require_words(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    # Where the files are missing, Transformers makes a tokenizer that knows its special tokens alone.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ValueError(
+            f"model.name_or_path is {name!r}, whose tokenizer has no words: keep its files in the folder of the model"
+        )
 
 
 def _quantization(config: RunConfig, head_names: list[str] | None) -> BitsAndBytesConfig | None:

@@ -11,7 +11,7 @@ from transformers.utils import ModelOutput
 from srlora_dist.config import RunConfig
 from srlora_dist.tasks import Task
 from srlora_dist.tasks.metrics import Scorer
-from srlora_dist.tasks.models import check_length, load_model, quiet
+from srlora_dist.tasks.models import check_length, check_tokens, load_model, quiet
 
 
 def text_task(
@@ -44,6 +44,8 @@ def text_task(
             encode(tokenizer, columns, config.task.max_length, most)
             for columns, most in ((train, config.task.max_train_samples), (evaluation, config.task.max_eval_samples))
         ]
+        for rows in splits:
+            check_tokens(config, model, tokenizer, rows)
     return Task(
         model,
         tokenizer,

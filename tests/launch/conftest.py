@@ -48,7 +48,7 @@ class Bench:
     folder: Path
 
     def arguments(self, name: str, **options: object) -> list[str]:
-        """The command line of a short run into ``runs/name``; ``train__epochs=3`` becomes ``--train.epochs 3``."""
+        """The command line of a short run into ``runs/name``; ``train__epochs=3`` becomes ``--train.epochs=3``."""
         chosen = {
             "output_dir": self.run_folder(name),
             "task.name": "rte",
@@ -69,7 +69,7 @@ class Bench:
             "train.eval_every": 1,
         }
         chosen |= {key.replace("__", "."): value for key, value in options.items()}
-        return [part for key, value in chosen.items() for part in (f"--{key}", str(value))]
+        return [f"--{key}={value}" for key, value in chosen.items()]  # "--key -1" would be two options
 
     def run_folder(self, name: str) -> Path:
         return self.folder / "runs" / name
@@ -95,7 +95,7 @@ class Bench:
         orders = self.folder / "cases.json"
         orders.write_text(json.dumps({name: asdict(case) for name, case in cases.items()}))
         script = str(Path(__file__).with_name("one_by_one.py"))
-        process = _run([sys.executable, script, str(orders)], self.environment(), limit=240)
+        process = _run([sys.executable, script, str(orders)], self.environment(), limit=280)
         assert process.returncode == 0, process.stderr
         return {name: Ended(**result) for name, result in json.loads(process.stdout.splitlines()[-1]).items()}
 

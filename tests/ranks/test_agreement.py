@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from srlora_dist import SRLoRAConfig, Switcher
 from srlora_dist.digest import digest_run
+from srlora_dist.exchange import Exchange
 from srlora_dist.sites import clamp_target_ranks, find_sites
 from srlora_dist.storage import find_storage
 from srlora_dist.svd import Directions
@@ -186,15 +187,16 @@ def fail_alone(rank: int, world_size: int, cache: str, damage: str) -> dict:
     cache = {"name": cache + "/x" * 3000, "unwritable": f"{cache}/file/below"}.get(damage, cache)
     switcher = Switcher(model, SRLoRAConfig(target_rank=TARGET, svd_cache=cache, ledger_dir=ledger_dir), NUM_STEPS)
     engine = prepare("zero3" if damage == "nan" else "ddp", model, 1e-2, 0)
-    if damage == "vanished" and rank == 0:
-        switcher._compare = lambda *_: shutil.rmtree(ledger_dir)
-    elif damage == "vanished":
-        switcher._compare = lambda *_: None
+    compare = Exchange._compare
+    if damage == "vanished":
+        Exchange._compare = lambda *_: shutil.rmtree(ledger_dir) if rank == 0 else None
     try:
         switcher.bind(engine.model, engine.optimizer)
         switcher.export(f"{cache}/file")
     except ValueError as error:
         return {"message": str(error)}
+    finally:
+        Exchange._compare = compare
     return {"message": ""}
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-import srlora_dist.switcher
+import srlora_dist.exchange
 from srlora_dist import SRLoRAConfig, Switcher
 from tests.ranks.dense import reference_run
 from tests.ranks.engines import BATCH, SHAPES, make_batch, make_odd_base, make_odd_net, prepare
@@ -60,7 +60,7 @@ def train(
 ) -> dict:
     """The sharded run under test; returns what this rank saw."""
     model, dtype = make_odd_net(precision), input_type(precision)
-    srlora_dist.switcher.BUCKET_BYTES = bucket
+    srlora_dist.exchange.BUCKET_BYTES = bucket
     options = {"target_rank": TARGET, "fusion_ratio": RATIO, "beta1": BETAS[0], "beta2": BETAS[1]}
     switcher = Switcher(model, SRLoRAConfig(svd_cache=cache, **options), NUM_STEPS)
     settings = {"bf16": {"enabled": True}} if precision == "bf16" else {}

@@ -10,14 +10,17 @@ PACKAGE = Path(__file__).parents[2] / "srlora_dist"
 # A room may import from its own line and from the lines below it.
 LAYERS = [
     ["trainer"],
-    ["figures", "runlog", "methods", "engine", "plan", "tasks", "precision"],
+    ["figures", "runlog", "methods", "engine", "plan", "tasks", "precision", "resuming", "preemption"]
+    + ["evaluation", "summary", "random_state"],
     ["switcher"],
-    ["memory", "diagnostics"],
-    ["export", "svd", "importance", "fused"],
-    ["ledger", "schedule", "original", "cache"],
+    ["memory", "diagnostics", "exchange", "output_check", "saving"],
+    ["export"],
+    ["svd", "importance", "fused", "training_state", "checkpoint"],
+    ["ledger", "schedule", "original"],
     ["storage"],
     ["pairs", "sites", "digest"],
     ["config"],
+    ["options_file", "ranges", "safefiles", "cache", "errors"],
 ]
 
 

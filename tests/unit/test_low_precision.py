@@ -58,7 +58,7 @@ def test_a_16_bit_weight_is_one_rounding_off_the_ledger(dtype: torch.dtype, most
     assert switcher.num_switches == 36
     assert max(changes) < 4 * most
     left, right = switcher._ledger.factors(["0"])["0"]
-    exact = start + left.double() @ right.double()
+    exact = start + switcher.sites[0].scale * left.double() @ right.double()
     high, low = weight.detach().double(), switcher.storage.residuals[0].double().view_as(weight)
     assert (high + low - exact).norm() < 1e-4 * exact.norm()  # the sum itself does not drift
     assert (high - exact).norm() < most * exact.norm()  # and what the model computes with is its rounding
@@ -115,7 +115,7 @@ def test_a_quantised_weight_is_never_written_and_nothing_is_lost(precision: str,
     assert site.num_fused == 2 * 37 - 2  # the last switch would fall on the end
     left, right = switcher._ledger.factors(["0"])["0"]
     stands_for = start + site.scale * site.fused_b.double() @ site.fused_a.double()
-    assert (start + left.double() @ right.double() - stands_for).norm() < 1e-6 * start.norm()
+    assert (start + site.scale * left.double() @ right.double() - stands_for).norm() < 1e-6 * start.norm()
 
 
 def test_fused_pairs_are_exact_copies_of_what_was_trained(tmp_path) -> None:

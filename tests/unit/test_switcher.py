@@ -126,7 +126,7 @@ def test_directions_that_run_out_end_the_switches_not_the_training(tmp_path, cap
         reports = take_steps(model, optimizer, switcher, 40)
     assert [site.num_taken for site in switcher.sites] == [12, 11]  # the ninth switch would fall on the end
     assert [part.site for part in reports[-1].sites] == ["first"]  # only the larger one had a direction to give
-    assert "1 of 2 sites have used all their directions" in caplog.text
+    assert "second took the last directions; 1 of 2 sites have none left" in caplog.text
     assert switcher.num_steps == 40
 
 
@@ -203,7 +203,7 @@ def test_w_equals_w0_plus_ledger_after_500_switches(tmp_path) -> None:
     assert len(outputs) == 500
     assert max(outputs) < 1e-5
     left, right = switcher._ledger.factors(["0"])["0"]
-    expected = start + left.double() @ right.double()
+    expected = start + switcher.sites[0].scale * left.double() @ right.double()
     weight = model.base_model.model[0].base_layer.weight
     assert float((weight - expected).norm() / expected.norm()) < 1e-6
     assert len(list((tmp_path / "l").glob("switch-*.safetensors"))) == 501
@@ -345,7 +345,7 @@ def test_a_switch_is_exact_where_training_multiplies_in_lower_precision(tmp_path
     finally:
         torch.set_float32_matmul_precision("highest")
     left, right = switcher._ledger.factors(["0"])["0"]
-    change = left.double() @ right.double()
+    change = switcher.sites[0].scale * left.double() @ right.double()
     assert (model.base_model.model[0].base_layer.weight - start - change).norm() < 1e-5 * change.norm()
 
 
