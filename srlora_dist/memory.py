@@ -59,7 +59,7 @@ def count_extra_memory(
         for site in sites:
             most = site.rank + num_switches * num_fused(site.rank, fusion_ratio)
             restarted = max(0, min(site.target_rank, most) - site.rank)
-            in_ledger += 4 * sum(site.shape) * (site.num_first + 2 * restarted)
+            in_ledger += site.lora_a.element_size() * sum(site.shape) * (site.num_first + 2 * restarted)
     with_second = [site for site in sites if site.fused_a is not None]
     return ExtraMemory(
         tracking=importance.num_bytes if importance is not None else 0,

@@ -99,11 +99,9 @@ class Switcher:
         require_resettable(storage.optimizer, self.config.optimizer_reset)
         require_intact(self.sites)
         saved = open_run(storage, resume_from) if resume_from is not None else None
+        storage.require_usable(fresh=saved is None)
         if saved is None:
-            storage.require_fresh_adapter()
             self._open_ledger(None)  # what can fail is tried before the directions are computed
-        else:
-            storage.require_right_map()
         began = time.perf_counter()
         self._directions = Directions(storage, self.config.svd_cache, self.config.directions_from)
         self._directions.prepare()

@@ -241,35 +241,23 @@ class Storage(Ranks, ABC):
                 return run
         return None
 
-    def require_right_map(self) -> None:
-        """The optimizer has to hold the factors where this storage expects them.
+    def require_usable(self, fresh: bool) -> None:
+        """The optimizer has to hold the factors where this storage expects them; a fresh adapter holds nothing yet.
 
         Collective: see :meth:`raise_together`.
 
         Raises:
-            ValueError: On any rank it does not.
+            ValueError: On any rank the map of factors is wrong; or a B is not 0, which switch 0 would overwrite.
         """
-        misplaced = self.find_misplaced()
         error = None
+        misplaced = self.find_misplaced()
+        used = [run for run in self.held if fresh and run.factor == "B" and bool(run.of(run.owner).any())]
         if misplaced is not None:
             error = ValueError(
                 f"the optimizer of {self.name} does not hold {self.sites[misplaced.site].name} where it is "
                 "expected: use the engine's default layout, or another engine"
             )
-        self.raise_together(error)
-
-    def require_fresh_adapter(self) -> None:
-        """The map of factors has to be right, and they must not hold anything yet: switch 0 overwrites them.
-
-        Collective: see :meth:`raise_together`.
-
-        Raises:
-            ValueError: On any rank the map is wrong, or a B is not 0.
-        """
-        self.require_right_map()
-        used = [run for run in self.held if run.factor == "B" and bool(run.of(run.owner).any())]
-        error = None
-        if used:
+        elif used:
             error = ValueError(
                 f"the adapter at {self.sites[used[0].site].name} is not freshly initialised (B is not 0), and switch 0 "
                 "would overwrite it: use LoraConfig(init_lora_weights=True) and a new adapter"

@@ -85,8 +85,9 @@ def test_what_is_sent(name: str, zero: dict, tmp_path) -> None:
     )
     switch += [("allreduce_", 16 * len(switched)), ("allreduce_", 8)]
     assert ours[0]["switches"] == [switch]
-    # Binding with a warm file: adapter usable, fingerprint, file looked for and found, ledger; then switch 0.
-    bind = [("allreduce_", 8), ("allreduce_", 16 * num_sites), ("allreduce_", 8), ("broadcast_", 8), ("allreduce_", 8)]
+    # Binding with a warm file: adapter usable, ledger, fingerprint, file looked for, found and judged; then switch 0.
+    bind = [("allreduce_", 8), ("allreduce_", 8), ("allreduce_", 16 * num_sites)]
+    bind += [("allreduce_", 8), ("broadcast_", 8), ("allreduce_", 8)]
     first = [("broadcast_", 4 + 4 * sum(RANKS[site] * (m + n + 1) for site, (m, n) in SHAPES.items()))]
     first += [("allreduce_", floats)] * (name in ("zero3", "fsdp2")) + [
         ("allreduce_", 16 * num_sites),
@@ -202,10 +203,10 @@ def fail_alone(rank: int, world_size: int, cache: str, damage: str) -> dict:
 
 FAILURES = {
     "nan": "cannot factor second: the weight holds NaN",
-    "ledger": "cannot open the ledger",
+    "ledger": "file cannot be written",
     "vanished": "cannot append switch 0 to the ledger",
     "name": "cannot look for a file of directions",
-    "unwritable": "cannot write the directions",
+    "unwritable": "file/below cannot be written",
     "export": "cannot write the adapter to",
 }
 
