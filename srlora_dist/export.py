@@ -17,6 +17,7 @@ from srlora_dist.checkpoint import Checkpoint
 from srlora_dist.fused import replay_pairs
 from srlora_dist.ledger import Ledger, read_entries
 from srlora_dist.pairs import truncate_pairs
+from srlora_dist.safefiles import write_whole
 from srlora_dist.sites import FUSED, Site, describe_base
 from srlora_dist.storage import Storage
 from srlora_dist.training_state import WEIGHTS
@@ -189,6 +190,8 @@ def _write(
     """
     config = copy.deepcopy(config)
     config.inference_mode = True
+    if isinstance(config.target_modules, set):
+        config.target_modules = sorted(config.target_modules)  # the same file every time
     if added:
         ranks, errors = {}, []
         for name, scale in scales.items():
@@ -210,7 +213,7 @@ def _write(
             )
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_whole(folder / "adapter_model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     config.save_pretrained(str(folder))
     (folder / "README.md").write_text(_readme(config, base))
 

@@ -91,11 +91,11 @@ class Ledger:
                 )
             for path in present:
                 path.unlink()
-        for path in _paths(start_from) if start_from is not None else []:
-            if self.folder is not None:
+        if start_from is not None and self.folder is None:
+            self._entries = list(read_entries(start_from))
+        elif start_from is not None:
+            for path in _paths(start_from):
                 shutil.copyfile(path, self.folder / path.name)
-            else:
-                self._entries.append(load_file(path))
 
     def add(self, site: str, left: Tensor, right: Tensor) -> None:
         """Note that ``s left @ right``, (m, k) times (k, n), is added to a site's W by the switch under way."""
@@ -159,6 +159,13 @@ def read_entries(folder: Path) -> Iterator[dict[str, Tensor]]:
             yield load_file(path)
         except SafetensorError as error:
             raise ValueError(f"{path} is no ledger entry ({error})") from error
+
+
+def require_entries(folder: Path, count: int) -> None:
+    """Raise unless the folder of a ledger has so many entries."""
+    found = len(_paths(folder))
+    if found != count:
+        raise ValueError(f"the ledger {folder} has {found} switches, and the run had made {count}: restore its files")
 
 
 def _name(switch: int) -> str:

@@ -7,34 +7,34 @@ import random
 
 import numpy as np
 import torch
-from torch import Tensor
 
 
 def random_state() -> dict[str, object]:
     """Of torch on the CPU and on this process's device, of NumPy and of Python."""
     kind, keys, *rest = np.random.get_state()
+    version, words, gauss = random.getstate()
     return {
-        "torch": _encode(torch.get_rng_state()),
-        "device": _encode(torch.cuda.get_rng_state()) if torch.cuda.is_available() else None,
-        "numpy": [kind, keys.tolist(), *rest],
-        "python": random.getstate(),
+        "torch": _encode(torch.get_rng_state().numpy()),
+        "device": _encode(torch.cuda.get_rng_state().numpy()) if torch.cuda.is_available() else None,
+        "numpy": [kind, _encode(keys), *rest],
+        "python": [version, _encode(np.array(words, dtype=np.uint32)), gauss],
     }
 
 
 def restore_random_state(state: dict[str, object]) -> None:
     """Put back what :func:`random_state` gave; that of a device that is not there is left out."""
-    torch.set_rng_state(_decode(state["torch"]))
+    torch.set_rng_state(torch.from_numpy(_decode(state["torch"], np.uint8)))
     if state["device"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(_decode(state["device"]))
+        torch.cuda.set_rng_state(torch.from_numpy(_decode(state["device"], np.uint8)))
     kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    np.random.set_state((kind, _decode(keys, np.uint32), *rest))
     version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
+    random.setstate((version, tuple(_decode(words, np.uint32).tolist()), gauss))
 
 
-def _encode(state: Tensor) -> str:
-    return base64.b64encode(state.cpu().numpy().tobytes()).decode()
+def _encode(numbers: np.ndarray) -> str:
+    return base64.b64encode(numbers.tobytes()).decode()
 
 
-def _decode(text: str) -> Tensor:
-    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+def _decode(text: str, kind: type) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), dtype=kind).copy()

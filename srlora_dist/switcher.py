@@ -17,7 +17,7 @@ from srlora_dist.exchange import Exchange
 from srlora_dist.export import export_adapter
 from srlora_dist.fused import add_second_adapters_, require_intact
 from srlora_dist.importance import Importance
-from srlora_dist.ledger import Ledger, SwitchReport
+from srlora_dist.ledger import Ledger, SwitchReport, require_entries
 from srlora_dist.memory import ExtraMemory, count_extra_memory
 from srlora_dist.output_check import OutputCheck
 from srlora_dist.saving import AVERAGES, SavedRun, open_run, save_run
@@ -271,7 +271,9 @@ class Switcher:
                 f"{self.num_training_steps}, which moves the switches: resume with the same length"
             )
         self.num_steps, self.num_switches = state["num_steps"], state["num_switches"]
-        self._open_ledger(saved.checkpoint.ledger if saved.checkpoint is not None else None)
+        entries = saved.checkpoint.ledger if saved.checkpoint is not None else None
+        self.storage.on_rank_0("count the ledger", lambda: require_entries(entries, self.num_switches))
+        self._open_ledger(entries)
         self._prepare_exchange()
         self._exchange.repeat()
         for site, theirs in zip(self.sites, state["sites"], strict=True):
