@@ -289,6 +289,9 @@ class RunConfig:
         used["pissa"] = used["srlora"] - of_switches
         changed = {f.name for f in fields(SRLoRAConfig) if getattr(self.srlora, f.name) != f.default}
         names = [f"srlora.{name}" for name in sorted(changed - used[self.method])]
+        if self.method == "adalora":
+            changed = (f.name for f in fields(CheckpointOptions) if getattr(self.checkpoint, f.name) != f.default)
+            names += [f"checkpoint.{name}" for name in changed]
         epochs_too = self.train.max_steps is not None and self.train.epochs != TrainOptions.epochs
         return names + ["train.epochs (train.max_steps is given)"] * epochs_too
 

@@ -25,6 +25,7 @@ from accelerate.utils import (
 
 from srlora_dist.config import RunConfig
 from srlora_dist.precision import mixed_precision
+from srlora_dist.storage import rejoin
 
 T = TypeVar("T")
 
@@ -96,12 +97,14 @@ def build_accelerator(config: RunConfig) -> tuple[Accelerator, str]:
         _fill(dict(settings), config, num_processes)  # before DeepSpeed is imported and the processes connect
     else:
         _require_accumulation(config)
-    handlers = []
+    handlers, timeout = [], timedelta(seconds=config.train.timeout)
     if asked != "plain":
         backend = {"backend": "gloo"} if without_gpu else {}
         # DeepSpeed's own limit is 10 minutes, less than rank 0 may need to factor a large weight.
-        handlers.append(InitProcessGroupKwargs(timeout=timedelta(seconds=config.train.timeout), **backend))
+        handlers.append(InitProcessGroupKwargs(timeout=timeout, **backend))
     try:
+        if asked != "plain":
+            rejoin("cpu" if without_gpu else torch.accelerator.current_accelerator().type, timeout)
         accelerator = Accelerator(
             # Under DeepSpeed cpu=True would turn DeepSpeed off.
             cpu=without_gpu and not asked.startswith("zero"),

@@ -70,6 +70,7 @@ class Switcher:
         self._importance: Importance | None = None
         self._check: OutputCheck | None = None
         self._stepped: set[int] = set()
+        self._warned_of_nothing = False
 
     def bind(
         self, model: nn.Module, optimizer: object, resume_from: str | Path | Checkpoint | None = None
@@ -168,6 +169,12 @@ class Switcher:
             for copy in self.storage.copies([parameter]):
                 digests.append(digest_run(copy))
                 names.append(name)
+        if not digests and not self._warned_of_nothing:
+            logger.warning(
+                "srlora.agreement_every %d is without effect: on %s no rank holds a copy of what another one holds",
+                *(self.config.agreement_every, self.storage.name),
+            )
+            self._warned_of_nothing = True
         number = self.storage.find_difference(digests)
         if number is not None:
             raise RunStoppedError(

@@ -10,29 +10,29 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from accelerate.utils import set_seed
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from srlora_dist.checkpoint import Checkpoint, remove_checkpoints
+from srlora_dist.checkpoint import Checkpoint
 from srlora_dist.config import RunConfig
 from srlora_dist.diagnostics import Finding, LossWatch, worse_than_start
 from srlora_dist.engine import build_accelerator, require_engine, together
 from srlora_dist.errors import RunStoppedError, StoppedBySignalError
 from srlora_dist.evaluation import evaluate
 from srlora_dist.figures import draw
+from srlora_dist.keeper import Keeper
 from srlora_dist.ledger import SwitchReport
 from srlora_dist.methods import build_method
 from srlora_dist.plan import SampleOrder, by_length, due_checkpoints, due_evaluations, warm_up_and_decay
 from srlora_dist.precision import require_precision, train_in_
 from srlora_dist.preemption import StopRequest
-from srlora_dist.random_state import random_state, restore_random_state
-from srlora_dist.resuming import checkpoints_of, choose_checkpoint
+from srlora_dist.resuming import choose_checkpoint
 from srlora_dist.runlog import RunLog, Window
 from srlora_dist.sites import keep_payloads_
-from srlora_dist.summary import Progress, num_trainable, peak_memory, pretrained_bytes, versions
+from srlora_dist.summary import num_trainable, peak_memory, pretrained_bytes, versions
 from srlora_dist.tasks import Task, check_task, load_task
 
 logger = logging.getLogger(__name__)
@@ -108,9 +108,9 @@ class Trainer:
                 "choose a smaller batch"
             )
         self.num_steps = options.max_steps or max(1, round(options.epochs * self.steps_per_epoch))
-        source = [checkpoint.state["extra"], str(checkpoint.folder)] if checkpoint is not None else [None, None]
-        self.saved, folder = broadcast_object_list(source)
-        self._require_same_data()
+        self.keeper = Keeper(config, accelerator, len(task.train), checkpoint)
+        self.progress = self.keeper.progress
+        self.resumes = self.keeper.saved is not None
         set_seed(config.seed)
         self.method = build_method(config, task.model, task.peft_type, self.num_steps, config.engine)
         self.num_trainable = num_trainable(self.method.model)
@@ -118,28 +118,20 @@ class Trainer:
         keep_payloads_(self.method.model)
         # DeepSpeed keeps a float32 copy of its own, and cuts parameters of one type alone.
         train_in_(self.method.model, config.model.dtype if config.engine.startswith("zero") else "float32")
-        self.progress = Progress(**self.saved["progress"]) if self.saved else Progress()
-        if self.saved is None:
+        if not self.resumes:
             together(lambda: log.start() if log is not None else None)
         self._prepare()
         require_precision(self.model, config.model)
-        report = self.method.bind(self.model, self.optimizer, checkpoint or folder)
+        report = self.method.bind(self.model, self.optimizer, self.keeper.source)
         require_engine(config.engine, self.method.storage_name, "the model is held as")
         set_seed(config.seed + self.progress.done, device_specific=True)  # dropout must differ between ranks
         self.window, self.loss_watch = Window(), LossWatch()
-        if self.saved is not None:
-            self._resume()
+        if self.resumes:
+            self.keeper.restore(self.scheduler, self.window, self.loss_watch)
+            together(lambda: log.resume(self.progress.done) if log is not None else None)
         self._record_switch(report)
         self.num_bad_in_a_row = 0
-        self.num_bytes: int | None = None  # of the last checkpoint
         self.stop_request = StopRequest(accelerator)
-
-    def _require_same_data(self) -> None:
-        if self.saved is not None and self.saved["num_samples"] != len(self.task.train):
-            raise ValueError(
-                f"the checkpoint is of a run on {self.saved['num_samples']} training samples, and there are "
-                f"{len(self.task.train)}: the order of the data would be another; resume with the same task.data_dir"
-            )
 
     def _prepare(self) -> None:
         options, task, accelerator = self.config.train, self.task, self.accelerator
@@ -160,16 +152,6 @@ class Trainer:
         # FSDP2 has put others in their place.
         self.trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
-    def _resume(self) -> None:
-        """Put back what the loop itself keeps; the random numbers wait for the first batch."""
-        self.scheduler.load_state_dict(self.saved["scheduler"])
-        if self.accelerator.scaler is not None and self.saved["scaler"]:
-            self.accelerator.scaler.load_state_dict(self.saved["scaler"])
-        self.window.load_state_dict(self.saved["window"], self.accelerator.is_main_process)
-        self.loss_watch.load_state_dict(self.saved["loss_watch"])
-        self.progress.resumed_after.append(self.progress.done)
-        together(lambda: self.log.resume(self.progress.done) if self.log is not None else None)
-
     def run(self) -> dict[str, object]:
         """Train to the last step; gives the summary.
 
@@ -186,7 +168,7 @@ class Trainer:
         self.window.resume()
         self.model.train()
         for number, batch in enumerate(self.train_loader if progress.done < self.num_steps else ()):
-            if number == 0 and self.saved is not None:
+            if number == 0 and self.resumes:
                 self._catch_up(batch)
             loss, figures = self._micro_step(batch)
             self.window.add(loss, batch)
@@ -306,49 +288,22 @@ class Trainer:
         return is_best
 
     def _save_checkpoint(self) -> None:
-        """Write a checkpoint and remove old ones. Collective: see ``Switcher.save_checkpoint``."""
-        if not self.method.can_save:
-            return
-        self.window.pause()
-        extra = {
-            "config": asdict(self.config),
-            "progress": asdict(replace(self.progress, method_seconds=self._method_seconds())),
-            "num_samples": len(self.task.train),
-            "scheduler": self.scheduler.state_dict(),
-            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
-            "window": self.window.state_dict(self.accelerator),
-            "loss_watch": self.loss_watch.state_dict(),
-            "random": gather_object([random_state()]),
-        }
-        options, parent, done = self.config.checkpoint, checkpoints_of(self.config), self.progress.done
-        try:
-            self.num_bytes = self.method.save_checkpoint(parent, extra, done)
-        except ValueError as error:
-            if options.if_disk_full == "stop":
-                raise
-            logger.warning("going on without a checkpoint of step %d, the ones before are still good: %s", done, error)
-        else:
-            together(lambda: self._remove_old_checkpoints(parent))
-        self.window.resume()
-
-    def _remove_old_checkpoints(self, parent: Path) -> None:
-        if self.log is not None:
-            best = {self.progress.best["step"]} if self.progress.best is not None else set()
-            remove_checkpoints(parent, keep=best, newest=self.config.checkpoint.keep)
+        """Write a checkpoint. Collective: see ``Keeper.save``."""
+        if self.method.can_save:
+            self.window.pause()
+            self.keeper.save(self.method, self.scheduler, self.window, self.loss_watch)
+            self.window.resume()
 
     def _catch_up(self, batch: dict[str, Tensor]) -> None:
         """Come into the state of a run that was never stopped.
 
-        DDP adds gradients up in another order after its first two passes, so they are made and dropped. Then this rank
-        gets its random state back; on another number of ranks each has got a new seed.
+        DDP adds gradients up in another order after its first two passes, so they are made and dropped.
         """
         if self.config.engine == "ddp":
             for _ in range(2):
                 self.accelerator.backward(self.model(**batch).loss)
                 self.optimizer.zero_grad()
-        states = self.saved["random"]
-        if len(states) == self.accelerator.num_processes:
-            restore_random_state(states[self.accelerator.process_index])
+        self.keeper.restore_random_state()
 
     def _stop_if_asked(self) -> None:
         """If any rank was asked to stop, write a checkpoint and raise. Collective: one all-reduce of a number."""
@@ -358,11 +313,6 @@ class Trainer:
             raise StoppedBySignalError(
                 f"stopped by a signal after step {progress.done} of {self.num_steps}: the same command goes on"
             )
-
-    def _method_seconds(self) -> dict[str, float]:
-        """What the method added to the training, over all starts."""
-        earlier = self.saved["progress"]["method_seconds"] if self.saved is not None else {}
-        return {name: earlier.get(name, 0.0) + value for name, value in asdict(self.method.seconds()).items()}
 
     def _summary(self) -> dict[str, object]:
         """The content of ``summary.json``. Collective: one gather of a number."""
@@ -378,10 +328,10 @@ class Trainer:
             "main_metric": self.task.main_metric,
             **self.progress.results(),
             "trainable_parameters": self.num_trainable,
-            **{f"{name}_seconds": value for name, value in self._method_seconds().items()},
+            **{f"{name}_seconds": value for name, value in self.keeper.method_seconds(self.method).items()},
             "peak_memory_bytes": peak_memory(self.accelerator),
             "extra_memory_bytes": self.method.extra_memory(),
-            "checkpoint_bytes": self.num_bytes,
+            "checkpoint_bytes": self.keeper.num_bytes,
             "model_bytes": self.model_bytes,
             "versions": versions(),
         }

@@ -12,6 +12,7 @@ from srlora_dist.storage.base import Run, Storage, deal_by_size
 from srlora_dist.storage.lost import lost_ranks
 from srlora_dist.storage.moments import require_resettable
 from srlora_dist.storage.plain import PlainStorage
+from srlora_dist.storage.rejoin import rejoin
 from srlora_dist.storage.zero3 import Zero3Storage
 from srlora_dist.storage.zero12 import Zero12Storage
 
@@ -21,6 +22,7 @@ __all__ = [
     "deal_by_size",
     "find_storage",
     "lost_ranks",
+    "rejoin",
     "release_gathered",
     "require_resettable",
 ]

@@ -38,6 +38,7 @@ class Order:
         place: or after a call of this function, ``module:name`` or ``module:Class.name``,
         call: the how manieth.
         signal: By this signal.
+        code: Python that each rank runs first.
         limit: Seconds until all ranks must have ended.
     """
 
@@ -49,6 +50,7 @@ class Order:
     place: str | None = None
     call: int = 1
     signal: int = signal.SIGKILL
+    code: str = ""
     limit: float = 60
 
 
@@ -109,6 +111,7 @@ def _fork(main: object, order: Order, rank: int, shared: dict[str, str], errors:
         main.__globals__["IS_MAIN"] = rank == 0
         if order.place is not None and rank == order.rank:
             _kill_at(order)
+        exec(order.code, {})
         sys.argv = ["launch/train.py", *order.arguments]
         main()
         status = 0

@@ -96,6 +96,45 @@ def test_resumed_on_the_same_ranks_is_never_stopped(engine: str, precision: str,
         assert after["held"] == before["held"]
 
 
+def lose_silently(rank: int, world_size: int, engine_name: str, zero: dict, folder: str) -> dict:
+    """DeepSpeed's own checkpoint without frozen parameters, as the HF Trainer writes it, alone and with ours."""
+    x, y = (t.chunk(world_size)[rank] for t in make_batch(50))
+    seen = {}
+    for run in ("before", "deepspeed alone", "with ours"):
+        model = make_odd_net()
+        switcher = Switcher(model, SRLoRAConfig(svd_cache=f"{folder}/svd", **OPTIONS), NUM_STEPS)
+        engine = prepare(engine_name, model, RATE, CLIP, **zero)
+        if run == "before":
+            switcher.bind(engine.model, engine.optimizer)
+            for step in range(5):
+                part, target = (t.chunk(world_size)[rank] for t in make_batch(step))
+                engine.backward((engine.model(part) - target).square().mean())
+                engine.step()
+                switcher.step()
+            engine.model.save_checkpoint(f"{folder}/deepspeed", exclude_frozen_parameters=True)
+            switcher.save_checkpoint(f"{folder}/checkpoints")
+        else:
+            engine.model.load_checkpoint(f"{folder}/deepspeed", load_module_strict=False)
+        if run == "with ours":
+            switcher.bind(engine.model, engine.optimizer, f"{folder}/checkpoints/step-5")
+        with torch.no_grad():
+            seen[run] = engine.model(x)
+    engine.backward((engine.model(x) - y).square().mean())  # and it trains on
+    engine.step()
+    assert switcher.step() is None
+    assert switcher.num_steps == 6
+    return seen
+
+
+@pytest.mark.timeout(150)
+@pytest.mark.parametrize(("engine", "zero"), [("zero2", {}), ("zero3", PARTITIONED), ("zero3", {})])
+def test_what_deepspeed_leaves_out_of_its_checkpoint_comes_back(engine: str, zero: dict, tmp_path: Path) -> None:
+    for seen in run_ranks(lose_silently, 2, engine, zero, str(tmp_path)):
+        assert torch.equal(seen["with ours"], seen["before"])
+        lost = (seen["deepspeed alone"] - seen["before"]).norm() / seen["before"].norm()
+        assert lost > 0.1  # without an error: the edits of the base weights are gone
+
+
 CHAIN = [("plain", 1, {}), ("ddp", 2, {}), ("zero3", 3, PARTITIONED), ("fsdp2", 2, {}), ("plain", 1, {})]
 CHAIN_2 = [("zero2", 3, {}), ("plain", 1, {}), ("zero3", 4, MIXED), ("zero1", 2, {}), ("fsdp2", 4, {})]
 STOPS = (0, 3, 5, 8, 10, NUM_STEPS)

@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parents[2] / "srlora_dist"
 # A room may import from its own line and from the lines below it.
 LAYERS = [
     ["trainer"],
+    ["keeper"],
     ["figures", "runlog", "methods", "engine", "plan", "tasks", "precision", "resuming", "preemption"]
     + ["evaluation", "summary", "random_state"],
     ["switcher"],

@@ -1,0 +1,264 @@
+"""Runs that are stopped and started again from the command line, on other engines too, or meet bad numbers."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.launch.conftest import ROOT, Bench, Case, Ended
+from tests.launch.test_crashes import OPTIONS, Forks, assert_same_results, forks, lines, undisturbed
+
+__all__ = ["forks", "undisturbed"]  # fixtures
+
+STOP = {"place": "srlora_dist.keeper:Keeper.save", "signal": signal.SIGTERM}
+
+
+def losses(folder: Path) -> torch.Tensor:
+    return torch.tensor([line["loss"] for line in lines(folder / "metrics.jsonl")])
+
+
+@pytest.mark.timeout(300)
+def test_a_run_goes_on_with_other_engines_and_ranks(bench: Bench, forks: Forks) -> None:
+    """1 -> 2 (DDP) -> 3 (ZeRO-3) -> 2 (ZeRO-2) -> 1; FSDP2 cannot be launched without a GPU, see tests/ranks."""
+    options = OPTIONS | {"model__dropout": "null", "train__batch_size": 12, "train__max_steps": 10}
+    whole = bench.arguments("undisturbed", **options)
+    assert forks.start(yaml="cpu1", world_size=1, arguments=whole)["statuses"] == {"0": 0}
+    arguments = bench.arguments("chain", **options)
+    chain = [("cpu1", 1), ("cpu2", 2), ("zero3_cpu", 3), ("zero2_cpu", 2), ("cpu1", 1)]
+    for part, (yaml, world_size) in enumerate(chain):
+        # A signal in a checkpoint is heeded at the end of that step.
+        stop = {"rank": 0, "call": 1, **STOP} if part < 4 else {}
+        ended = forks.start(yaml=yaml, world_size=world_size, arguments=arguments, **stop)
+        expected = 75 if part < 4 else 0
+        assert set(ended["statuses"].values()) == {expected}, ended["stderr"]
+    folder, expected = bench.run_folder("chain"), bench.run_folder("undisturbed")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["resumed_after"] == [2, 4, 6, 8]
+    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [
+        line["step"] for line in lines(expected / "metrics.jsonl")
+    ]
+    keys = ("step", "switch", "site", "slots", "directions", "new_directions")
+    picked, wanted = (
+        [[line[key] for key in keys] for line in lines(run / "switches.jsonl")] for run in (folder, expected)
+    )
+    assert picked == wanted
+    torch.testing.assert_close(losses(folder), losses(expected), rtol=0, atol=1e-5)
+    assert abs(summary["final"]["loss"] - json.loads((expected / "summary.json").read_text())["final"]["loss"]) < 1e-4
+
+
+POISON = """
+import os
+import accelerate
+import torch
+
+backward, count = accelerate.Accelerator.backward, iter(range(10**6))
+BAD = {bad}
+
+
+def poisoned(self, loss, **more):
+    number = next(count)
+    if number in BAD and os.environ["RANK"] == "1":
+        loss = loss * float("{value}")
+    return backward(self, loss, **more)
+
+
+accelerate.Accelerator.backward = poisoned
+"""
+
+
+@pytest.fixture(scope="module")
+def skipped(bench: Bench, forks: Forks) -> dict[str, dict]:
+    """Rank 1 has one bad micro-batch in step 3, and two in step 6, on each engine."""
+    results = {}
+    for yaml, value in (("cpu2", "nan"), ("zero2_cpu", "nan"), ("zero3_cpu", "inf")):
+        options = OPTIONS | {"model__dropout": "null", "train__accumulation_steps": 2}
+        code = POISON.format(bad={4, 10, 11}, value=value)
+        arguments = bench.arguments(f"skip {yaml}", **options)
+        results[yaml] = forks.start(yaml=yaml, arguments=arguments, code=code)
+    return results
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("yaml", ["cpu2", "zero2_cpu", "zero3_cpu"])
+def test_a_bad_gradient_on_one_rank_skips_the_step_on_all(yaml: str, bench: Bench, skipped: dict[str, dict]) -> None:
+    assert skipped[yaml]["statuses"] == {"0": 0, "1": 0}, skipped[yaml]["stderr"]
+    folder = bench.run_folder(f"skip {yaml}")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["skipped_steps"] == 2
+    text = skipped[yaml]["stderr"][0]
+    assert "step 3: the gradient is NaN or infinite" in text
+    assert "step 6: the gradient is NaN or infinite" in text
+    scores = [score for line in lines(folder / "switches.jsonl") for score in line["scores"]]
+    assert scores
+    assert torch.tensor(scores).isfinite().all()
+    adapter = load_file(folder / "adapter_last" / "adapter_model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in adapter.values())
+    evaluations = [line["loss"] for line in lines(folder / "metrics.jsonl") if line["split"] == "eval"]
+    reference = bench.run_folder("skip cpu2") / "metrics.jsonl"
+    expected = [line["loss"] for line in lines(reference) if line["split"] == "eval"]
+    torch.testing.assert_close(torch.tensor(evaluations), torch.tensor(expected), rtol=0, atol=1e-5)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("yaml", ["cpu2", "zero3_cpu"])
+def test_too_many_bad_steps_in_a_row_stop_every_rank(yaml: str, bench: Bench, forks: Forks) -> None:
+    name = f"diverged {yaml}"
+    arguments = bench.arguments(name, **OPTIONS, train__max_bad_steps=3)
+    code = POISON.format(bad=set(range(8, 99)), value="nan")  # from step 5 on
+    ended = forks.start(yaml=yaml, arguments=arguments, code=code)
+    assert ended["statuses"] == {"0": 1, "1": 1}
+    assert ended["hung"] == []
+    assert "in 3 steps in a row (train.max_bad_steps), up to step 7" in ended["stderr"][0]
+    assert "Traceback" not in "".join(ended["stderr"])
+    checkpoints = [path.name for path in (bench.run_folder(name) / "checkpoints").iterdir()]
+    assert "step-4" in checkpoints
+
+
+@pytest.fixture(scope="module")
+def resumed(bench: Bench, forks: Forks) -> dict[str, Ended]:
+    """A run that was stopped after step 4, copied, and started again with all kinds of changes."""
+    arguments = bench.arguments("stopped", **OPTIONS)
+    ended = forks.start(yaml="cpu1", world_size=1, arguments=arguments, rank=0, call=2, **STOP)
+    assert ended["statuses"] == {"0": 75}, ended["stderr"]
+    import shutil
+
+    cases = {}
+    for name, changes in RESUMES.items():
+        shutil.copytree(bench.run_folder("stopped"), bench.run_folder(f"resume {name}"))
+        folder = bench.run_folder(f"resume {name}")
+        filled = {
+            key: value.format(folder=folder) if isinstance(value, str) else value for key, value in changes.items()
+        }
+        if name == "damaged":
+            path = folder / "checkpoints" / "step-4" / "trainable.safetensors"
+            path.write_bytes(path.read_bytes()[:-8])
+        cases[name] = Case(bench.arguments(f"resume {name}", **OPTIONS | filled))
+    cases["nothing there"] = Case(bench.arguments("nothing there", **OPTIONS, checkpoint__resume="must"))
+    return bench.run_all(cases)
+
+
+RESUMES = {
+    "the same": {},
+    "damaged": {},
+    "another rate": {"train__learning_rate": 0.02},
+    "another type": {"model__dtype": "bfloat16"},
+    "in 4 bits": {"model__quantization": "nf4", "model__dtype": "float32"},
+    "another length": {"train__max_steps": 13},
+    "another method": {"method": "pissa"},
+    "fewer samples": {"task__max_train_samples": 20},
+    "never": {"checkpoint__resume": "never"},
+    "an older one": {"checkpoint__resume": "{folder}/checkpoints/step-2"},
+    "no checkpoint": {"checkpoint__resume": "{folder}/adapter"},
+    "another log": {"train__log_every": 3, "train__accumulation_steps": 1, "checkpoint__every": 3},
+}
+REFUSED = {
+    "another rate": "with train.learning_rate 0.01, and this one has 0.02",
+    "another type": "with model.dtype float32, and this one has bfloat16",
+    "in 4 bits": "with model.quantization none, and this one has nf4",
+    "another length": "with train.max_steps 12, and this one has 13",
+    "another method": "with method srlora, and this one has pissa",
+    "fewer samples": "with task.max_train_samples None, and this one has 20",
+    "no checkpoint": "adapter/manifest.json",
+    "nothing there": "checkpoint.resume is must, but there is no checkpoint in",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_checkpoint_of_another_run_is_refused(name: str, resumed: dict[str, Ended]) -> None:
+    run = resumed[name]
+    assert run.returncode != 0
+    assert run.seconds < 10
+    assert len(run.errors) == 1, run.stderr
+    assert REFUSED[name] in run.errors[0]
+    assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("name", RESUMES.keys() - REFUSED.keys())
+def test_a_stopped_run_goes_on(name: str, bench: Bench, forks: Forks, resumed: dict[str, Ended]) -> None:
+    run, folder = resumed[name], bench.run_folder(f"resume {name}")
+    assert run.returncode == 0, run.stderr
+    summary = json.loads((folder / "summary.json").read_text())
+    after = {"never": [], "an older one": [2], "damaged": [2]}.get(name, [4])
+    assert summary["resumed_after"] == after
+    if name == "damaged":
+        assert "step-4/trainable.safetensors has" in run.stderr
+    if not (bench.run_folder("one") / "summary.json").exists():
+        assert forks.start(yaml="cpu1", world_size=1, arguments=bench.arguments("one", **OPTIONS))["statuses"] == {
+            "0": 0
+        }
+    expected = load_file(bench.run_folder("one") / "adapter_last" / "adapter_model.safetensors")
+    got = load_file(folder / "adapter_last" / "adapter_model.safetensors")
+    if name != "another log":  # which has other micro-batches
+        assert all(torch.equal(got[key], expected[key]) for key in expected)
+        assert lines(folder / "switches.jsonl") == lines(bench.run_folder("one") / "switches.jsonl")
+
+
+def test_a_finished_run_is_started_anew(bench: Bench, resumed: dict[str, Ended]) -> None:
+    folder = bench.run_folder("resume the same")
+    again = bench.run_all({"again": Case(bench.arguments("resume the same", **OPTIONS))})["again"]
+    assert again.returncode == 0
+    assert json.loads((folder / "summary.json").read_text())["resumed_after"] == []
+    assert "resuming" not in again.stderr
+
+
+@pytest.mark.parametrize(("choice", "status"), [("stop", 1), ("go_on", 0)])
+def test_a_full_disk_stops_the_run_or_is_passed_over(choice: str, status: int, bench: Bench, forks: Forks) -> None:
+    """From the second checkpoint on no file of more than 1 kB can be written until the third is due."""
+    code = """
+import resource, signal
+import srlora_dist.checkpoint as module
+write, count = module.write_checkpoint, iter(range(9))
+def full(*args):
+    limit = 1000 if next(count) in (1, 2) else resource.RLIM_INFINITY
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        return write(*args)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+import srlora_dist.saving
+srlora_dist.saving.write_checkpoint = full
+"""
+    name = f"full disk {choice}"
+    arguments = bench.arguments(name, **OPTIONS, checkpoint__if_disk_full=choice)
+    ended = forks.start(yaml="cpu2", arguments=arguments, code=code)
+    assert ended["statuses"] == {"0": status, "1": status}, ended["stderr"]
+    assert "cannot write the checkpoint of step 4" in ended["stderr"][0]
+    assert "Traceback" not in "".join(ended["stderr"])
+    checkpoints = {path.name for path in (bench.run_folder(name) / "checkpoints").iterdir()}
+    if choice == "stop":
+        assert checkpoints == {"step-2"}
+        again = forks.start(yaml="cpu2", arguments=arguments)
+        assert again["statuses"] == {"0": 0, "1": 0}, again["stderr"]
+        assert "resuming after step 2" in again["stderr"][0]
+    else:
+        assert "going on without a checkpoint of step 4" in ended["stderr"][0]
+        assert {"step-10", "step-12"} <= checkpoints
+    assert_same_results(bench, name, "cpu2")
+
+
+def test_an_adapter_of_a_checkpoint_needs_no_model(bench: Bench, resumed: dict[str, Ended], tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    run = bench.run_folder("resume another log")
+    command = [sys.executable, str(ROOT / "launch" / "export.py"), str(run / "checkpoints"), str(tmp_path / "adapter")]
+    environment = bench.environment() | {"HF_HUB_OFFLINE": "1"}
+    ended = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    got, live = (load_file(f / "adapter_model.safetensors") for f in (tmp_path / "adapter", run / "adapter_last"))
+    assert got.keys() == live.keys()
+    assert all(torch.equal(got[key], live[key]) for key in live)
+    command[2] = str(tmp_path)
+    refused = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert refused.returncode == 1
+    assert "srlora_dist: error: " in refused.stderr
+    assert "Traceback" not in refused.stderr
