@@ -151,7 +151,7 @@ def remove_checkpoints(parent: Path, keep: set[int] | None = None, newest: int =
     """Remove the checkpoints of a folder but those of the given steps and so many of the newest."""
     clean_up(parent)
     folders = sorted(folders_with_manifest(parent), key=_step)
-    for folder in folders[: len(folders) - newest]:
+    for folder in folders[: max(0, len(folders) - newest)]:
         if 0 <= _step(folder) not in (keep or set()):
             remove_folder(folder)
 

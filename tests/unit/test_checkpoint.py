@@ -306,6 +306,8 @@ def test_the_newest_and_the_best_are_kept_and_foreign_folders_too(saved: Path, t
     (saved / "notes").mkdir()
     (saved / "other").mkdir()
     (saved / "other" / MANIFEST).write_text('{"format": "something", "step": 1, "files": {}}')
+    remove_checkpoints(saved, newest=9)
+    assert len([*saved.iterdir()]) == 7
     remove_checkpoints(saved, keep={3}, newest=2)
     assert sorted(path.name for path in saved.iterdir()) == ["notes", "other", "step-3", "step-8", "step-9"]
 
