@@ -16,7 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # PEFT would ask the hub about the
 logging.basicConfig(format="%(message)s")
 logging.getLogger("srlora_dist").setLevel(logging.INFO)
 
-from srlora_dist.checkpoint import Checkpoint, find_checkpoint  # noqa: E402 (after the environment is set)
+from srlora_dist.checkpoint import find_checkpoint  # noqa: E402 (after the environment is set)
 from srlora_dist.export import export_checkpoint  # noqa: E402
 
 
@@ -28,9 +28,9 @@ def main() -> None:
     parser.add_argument("--max_rank", type=int, help="truncate each site to this rank by SVD; without it, exact")
     options = parser.parse_args()
     try:
-        # A folder of checkpoints has none of its own.
-        checkpoint = None if (options.checkpoint / "manifest.json").exists() else find_checkpoint(options.checkpoint)
-        checkpoint = checkpoint or Checkpoint(options.checkpoint)
+        checkpoint = find_checkpoint(options.checkpoint)
+        if checkpoint is None:
+            raise ValueError(f"there is no checkpoint in {options.checkpoint}: give the checkpoints/ folder of a run")
         export_checkpoint(checkpoint, options.folder, options.max_rank)
     except (ValueError, OSError) as error:
         sys.exit(f"srlora_dist: error: {' '.join(str(error).split())}")

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from srlora_dist.safefiles import (
+    MANIFEST,
     clean_up,
     folders_with_manifest,
     read_manifest,
@@ -128,9 +129,17 @@ def write_checkpoint(
 def find_checkpoint(parent: Path) -> Checkpoint | None:
     """The last good checkpoint in a folder, by what the manifests say; damaged ones are passed over with a warning.
 
+    Args:
+        parent: A folder of checkpoints, or a checkpoint itself. For one process alone, which may tidy up in it.
+
+    Returns:
+        None if there is none.
+
     Raises:
         ValueError: There are checkpoints, but none of them is good.
     """
+    if (parent / MANIFEST).exists():
+        return Checkpoint(parent)
     clean_up(parent)
     problems = []
     for folder in sorted(folders_with_manifest(parent), key=_step, reverse=True):

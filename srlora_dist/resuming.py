@@ -33,18 +33,16 @@ def choose_checkpoint(config: RunConfig) -> Checkpoint | None:
     Raises:
         ValueError: There is none where one is asked for, none that is good, or one of another run.
     """
-    asked, folder = config.checkpoint.resume, checkpoints_of(config)
+    asked = config.checkpoint.resume
     if asked == "never":
         return None
-    if asked not in ("auto", "must"):
-        checkpoint = Checkpoint(asked)
-    elif asked == "auto" and (Path(config.output_dir) / "summary.json").exists():
+    if asked == "auto" and (Path(config.output_dir) / "summary.json").exists():
         return None  # the run in this folder has ended, so this is another one
-    else:
-        checkpoint = find_checkpoint(folder)
+    folder = checkpoints_of(config) if asked in ("auto", "must") else Path(asked)
+    checkpoint = find_checkpoint(folder)
+    if checkpoint is None and asked != "auto":
+        raise ValueError(f"checkpoint.resume is {asked}, but there is no checkpoint in {folder}: choose auto")
     if checkpoint is None:
-        if asked == "must":
-            raise ValueError(f"checkpoint.resume is must, but there is no checkpoint in {folder}: choose auto")
         return None
     _require_same_run(checkpoint, config)
     logger.info("resuming after step %d from %s", checkpoint.step, checkpoint.folder)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from srlora_dist.checkpoint import LEDGER, Checkpoint, describe_sites, write_checkpoint
+from srlora_dist.checkpoint import LEDGER, Checkpoint, describe_sites, find_checkpoint, write_checkpoint
 from srlora_dist.export import NOT_TRAINED, exported_parts
 from srlora_dist.ledger import Ledger
 from srlora_dist.storage import Storage
@@ -87,12 +87,16 @@ class SavedRun:
         return self.checkpoint.read(file, name)
 
 
-def open_run(storage: Storage, source: str | Path | Checkpoint) -> SavedRun:
+def open_run(storage: Storage, source: str | Path | Checkpoint) -> SavedRun | None:
     """Open a checkpoint for all ranks.
 
     Args:
         storage: How the ranks hold the model.
-        source: The checkpoint or its folder; rank 0's counts.
+        source: The checkpoint, its folder, or a folder of checkpoints, of which the last good one is taken; rank 0's
+            counts.
+
+    Returns:
+        None if there is none in the folder.
 
     Collective: two broadcasts of ``state.json``.
 
@@ -100,6 +104,8 @@ def open_run(storage: Storage, source: str | Path | Checkpoint) -> SavedRun:
         ValueError: Rank 0 cannot read it, or it is damaged; raised on every rank.
     """
     checkpoint = storage.on_rank_0(
-        f"open the checkpoint {source}", lambda: source if isinstance(source, Checkpoint) else Checkpoint(source)
+        f"open the checkpoint {source}",
+        lambda: source if isinstance(source, Checkpoint) else find_checkpoint(Path(source)),
     )
-    return SavedRun(checkpoint, storage.broadcast_object(checkpoint.state if checkpoint is not None else None))
+    state = storage.broadcast_object(checkpoint.state if checkpoint is not None else None)
+    return SavedRun(checkpoint, state) if state is not None else None

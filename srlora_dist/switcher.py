@@ -69,6 +69,7 @@ class Switcher:
         self.extra_memory: ExtraMemory | None = None
         self._importance: Importance | None = None
         self._check: OutputCheck | None = None
+        self.resumed: dict[str, object] | None = None
         self._stepped: set[int] = set()
         self._warned_of_nothing = False
 
@@ -80,11 +81,12 @@ class Switcher:
         Args:
             model: What ``accelerator.prepare`` returned.
             optimizer: Likewise.
-            resume_from: A checkpoint, or its folder (rank 0's counts), to go on from. The base has to be untouched; the
-                engine and the number of ranks may be others.
+            resume_from: A checkpoint, its folder, or a folder of checkpoints, of which the last good one is taken if
+                there is one; rank 0's counts. The base has to be untouched; the engine and the number of ranks may be
+                others.
 
         Returns:
-            The report of switch 0, or None after a resume.
+            The report of switch 0, or None after a resume; then ``resumed`` is the content of ``state.json``.
 
         Collective: the directions (see :class:`Directions`), then the phases 2 to 4 of a switch; or the content of the
             checkpoint.
@@ -100,6 +102,7 @@ class Switcher:
         require_resettable(storage.optimizer, self.config.optimizer_reset)
         require_intact(self.sites)
         saved = open_run(storage, resume_from) if resume_from is not None else None
+        self.resumed = saved.state if saved is not None else None
         storage.require_usable(fresh=saved is None)
         if saved is None:
             self._open_ledger(None)  # what can fail is tried before the directions are computed

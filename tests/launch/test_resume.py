@@ -163,7 +163,7 @@ REFUSED = {
     "another length": "with train.max_steps 12, and this one has 13",
     "another method": "with method srlora, and this one has pissa",
     "fewer samples": "with task.max_train_samples None, and this one has 20",
-    "no checkpoint": "adapter/manifest.json",
+    "no checkpoint": "adapter, but there is no checkpoint in",
     "nothing there": "checkpoint.resume is must, but there is no checkpoint in",
 }
 

@@ -312,8 +312,20 @@ def test_the_newest_and_the_best_are_kept_and_foreign_folders_too(saved: Path, t
     assert sorted(path.name for path in saved.iterdir()) == ["notes", "other", "step-3", "step-8", "step-9"]
 
 
-def test_what_belongs_to_the_loop_comes_back(saved: Path) -> None:
-    assert find_checkpoint(saved).state["extra"] == {"mine": [1, 2.5, None]}
+def test_the_last_good_one_of_a_folder_is_resumed_with_what_belongs_to_the_loop(saved: Path, tmp_path) -> None:
+    switcher = resume(tmp_path, saved)
+    assert switcher.num_steps == 6
+    assert switcher.resumed["extra"] == {"mine": [1, 2.5, None]}
+    flip(saved / "step-6")
+    assert resume(tmp_path, saved).num_steps == 3
+
+
+def test_a_folder_without_checkpoints_is_a_new_start(tmp_path) -> None:
+    model = make_net()
+    switcher = Switcher(model, SRLoRAConfig(svd_cache=str(tmp_path / "svd"), target_rank=10), 20)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    assert switcher.bind(model, optimizer, resume_from=tmp_path / "none").switch == 0
+    assert switcher.resumed is None
 
 
 @pytest.mark.parametrize("fused_rank", [None, 6])
