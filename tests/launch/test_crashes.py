@@ -27,7 +27,7 @@ from tests.launch.conftest import ROOT, Bench
 from tests.launch.test_bad_inputs import script_with
 
 logger = logging.getLogger(__name__)
-NUM_KILLS, SEED = (int(os.environ.get(f"SRLORA_TEST_{name}", value)) for name, value in (("KILLS", 3), ("SEED", 0)))
+NUM_KILLS, SEED = (int(os.environ.get(f"SRLORA_TEST_{name}", value)) for name, value in (("KILLS", 2), ("SEED", 0)))
 ENGINES = {"cpu2": "ddp", "zero2_cpu": "zero2"}
 OPTIONS = {
     "train__timeout": 25,
