@@ -92,7 +92,7 @@ def results(folder: Path) -> dict[str, object]:
         "switches": len(switches) - 1,
         "train_first": losses["train"][0],
         "train_last": losses["train"][-1],
-        "validation_first": losses["eval"][0],
+        "validation_first": losses["eval"][1],
         "validation_last": losses["eval"][-1],
         "model": Path(summary["model"]).name,
         **{key: summary[key] for key in ("method", "steps", "world_size", "trainable_parameters", "versions")},

@@ -27,6 +27,8 @@ FILES = {
     "adapter_last/adapter_model.safetensors",
     "ledger/switch-00000.safetensors",
     "ledger/switch-00001.safetensors",
+    "checkpoints/step-6/manifest.json",
+    "checkpoints/step-6/state.json",
 }
 
 
@@ -55,7 +57,7 @@ def test_trains_on_the_engine_that_was_asked_for(name: str, bench: Bench, plain:
     assert (summary["storage"], summary["world_size"]) == ENGINES[name]
     assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} >= FILES
     for split in ("train", "eval"):
-        assert len(losses(folder, split)) == summary["steps"] == 6
+        assert len(losses(folder, split)) == 6 + (split == "eval")  # and one before the first step
         torch.testing.assert_close(losses(folder, split), losses(reference, split), rtol=1e-5, atol=1e-6)
     keys = ("step", "switch", "site", "slots", "directions", "new_directions")
     picked, expected = (
@@ -87,7 +89,8 @@ def adapter_loss(bench: Bench, adapter: Path) -> float:
 
 
 def test_metrics_hold_what_the_design_names(plain: tuple[Path, Ended]) -> None:
-    train, evaluation = lines(plain[0] / "metrics.jsonl")[:2]
+    start, train, evaluation = lines(plain[0] / "metrics.jsonl")[:3]
+    assert (start["step"], start["split"]) == (0, "eval")
     assert train.keys() == {
         *("step", "epoch", "split", "loss", "learning_rate", "grad_norm", "step_time", "tokens_per_second")
     }
@@ -130,6 +133,7 @@ def test_a_run_into_the_folder_of_another_starts_fresh(bench: Bench, more: dict[
     assert (summary["method"], summary["storage"]) == (METHODS[-1], "plain")
     assert not (folder / "switches.jsonl").exists()
     assert not list((folder / "ledger").iterdir())
+    assert not list((folder / "checkpoints").iterdir())  # adalora writes none
     assert len(list((folder / "tensorboard").iterdir())) == 1
     assert (folder / "notes.txt").read_text() == (folder / "figures" / "mine.png").read_text() == "keep me"
     assert adapter_loss(bench, folder / "adapter_last") == pytest.approx(summary["final"]["loss"], rel=1e-5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from srlora_dist.figures import Interval, active_intervals
-from srlora_dist.plan import SampleOrder, due_evaluations, warm_up_and_decay
+from srlora_dist.plan import SampleOrder, due_checkpoints, due_evaluations, warm_up_and_decay
 
 
 def test_each_epoch_is_another_permutation_without_its_rest() -> None:
@@ -23,6 +23,20 @@ def test_a_longer_run_begins_with_the_same_samples() -> None:
     assert list(SampleOrder(41, 8, 20, 0))[:40] == list(SampleOrder(41, 8, 5, 0))
 
 
+@pytest.mark.parametrize("num_done", [0, 1, 4, 5, 6, 11, 12])
+def test_a_resumed_run_goes_on_with_the_next_sample(num_done: int) -> None:
+    rest = SampleOrder(41, 8, 12, 3, num_done)
+    assert list(rest) == list(SampleOrder(41, 8, 12, 3))[8 * num_done :]
+    assert len(rest) == 96 - 8 * num_done
+
+
+@pytest.mark.parametrize(
+    ("every", "due"), [(None, {10, 20, 25}), (0, set()), (8, {8, 16, 24, 25}), (25, {25}), (99, {25})]
+)
+def test_checkpoints_come_with_evaluations_or_every_so_often(every: int | None, due: set[int]) -> None:
+    assert due_checkpoints(25, every, {0, 10, 20, 25}) == due
+
+
 def test_rate_rises_to_its_peak_and_never_is_zero() -> None:
     share = warm_up_and_decay(num_steps=100, warmup_ratio=0.1)
     shares = [share(step) for step in range(100)]
@@ -34,14 +48,14 @@ def test_rate_rises_to_its_peak_and_never_is_zero() -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_steps", "every", "due"), [(5, None, {1, 2, 3, 4, 5}), (25, 10, {10, 20, 25}), (20, 10, {10, 20})]
+    ("num_steps", "every", "due"), [(5, None, {0, 1, 2, 3, 4, 5}), (25, 10, {0, 10, 20, 25}), (20, 10, {0, 10, 20})]
 )
-def test_last_step_is_always_evaluated(num_steps: int, every: int | None, due: set[int]) -> None:
+def test_the_start_and_the_last_step_are_always_evaluated(num_steps: int, every: int | None, due: set[int]) -> None:
     assert due_evaluations(num_steps, every) == due
 
 
-def test_five_evaluations_a_run() -> None:
-    assert due_evaluations(264, None) == {53, 106, 159, 212, 264}
+def test_five_evaluations_a_run_after_the_start() -> None:
+    assert due_evaluations(264, None) == {0, 53, 106, 159, 212, 264}
 
 
 def test_intervals_begin_when_a_direction_is_taken_and_end_when_it_is_fused() -> None:
