@@ -182,8 +182,7 @@ class TrainOptions:
         warmup_ratio: Share of the steps in which the rate rises linearly; then it falls linearly to 0.
         weight_decay: AdamW's, on the trainable weights. It shrinks pairs that start as a copy of part of W.
         max_grad_norm: Clip the gradient to this norm; 0 does not clip.
-        eval_every: Steps between evaluations; ``null`` evaluates five times in a run. Before the first step there is one
-            more.
+        eval_every: Steps between evaluations; ``null`` is five times a run. One more is before the first step.
         log_every: Steps between lines of ``metrics.jsonl``.
         max_bad_steps: Steps in a row whose gradient may be NaN or infinite, which are left out, before the run stops.
         timeout: Seconds that a rank waits for the others before the run stops; rank 0 factors a large weight in that

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
+import sys
 import threading
 
 from accelerate import Accelerator
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 class StopRequest:
@@ -26,6 +30,10 @@ class StopRequest:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python refuses
             for name in SIGNALS:
                 signal.signal(name, self._note)
+            # With one process accelerate launch does not pass SIGTERM on, and a launcher that is killed never does: its
+            # death counts as a SIGTERM.
+            if "ACCELERATE_MIXED_PRECISION" in os.environ and sys.platform == "linux":
+                ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
     def _note(self, *_: object) -> None:
         self._here = True

@@ -279,7 +279,8 @@ class Trainer:
             return False
         progress.final = figures
         self._warn(worse_than_start(progress.done, progress.start, figures))
-        is_best = progress.best is None or figures["loss"] < progress.best["loss"]
+        best = progress.best["loss"] if progress.best is not None else math.nan
+        is_best = math.isnan(best) or figures["loss"] < best
         if is_best:
             progress.best = {"step": progress.done, **figures}
             self.method.export(folder / "adapter")

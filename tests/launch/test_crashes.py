@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -206,3 +206,24 @@ def test_the_launcher_restarts_a_killed_run(bench: Bench, forks: Forks, undistur
     assert "resuming after step 6" in ended.stderr
     assert time.perf_counter() - began < 200
     assert_same_results(bench, "restarted", "cpu2")
+
+
+@pytest.mark.timeout(120)
+def test_the_death_of_the_launcher_is_a_request_to_stop(bench: Bench) -> None:
+    """With one process accelerate launch dies of SIGTERM and does not pass it on."""
+    folder = bench.run_folder("orphan")
+    arguments = bench.arguments("orphan", train__max_steps=5000, train__eval_every=5000, checkpoint__every=0)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/accelerate/cpu1.yaml"]
+    launcher = subprocess.Popen([*command, "launch/train.py", *arguments], cwd=ROOT, env=bench.environment())
+    wait_for(lambda: (folder / "metrics.jsonl").exists() and len(lines(folder / "metrics.jsonl")) > 3)
+    launcher.terminate()
+    assert launcher.wait(timeout=10) != 0
+    wait_for(lambda: any((folder / "checkpoints").glob("step-*")))
+    assert not (folder / "summary.json").exists()
+
+
+def wait_for(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.2)

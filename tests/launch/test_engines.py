@@ -128,7 +128,7 @@ def test_each_method_runs(method: str, more: dict[str, Ended]) -> None:
 
 def test_a_run_into_the_folder_of_another_starts_fresh(bench: Bench, more: dict[str, Ended]) -> None:
     folder = bench.run_folder("same")
-    assert len(lines(folder / "metrics.jsonl")) == 12
+    assert len(lines(folder / "metrics.jsonl")) == 13
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["method"], summary["storage"]) == (METHODS[-1], "plain")
     assert not (folder / "switches.jsonl").exists()
