@@ -17,7 +17,6 @@ from torch import Tensor
 
 from srlora_dist.safefiles import (
     MANIFEST,
-    clean_up,
     folders_with_manifest,
     read_manifest,
     remove_folder,
@@ -61,13 +60,15 @@ class Checkpoint:
         try:
             self.state = json.loads((self.folder / STATE).read_text())
             self.step = int(self.state["step"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{self.folder / STATE} is not the state of a run ({error!r})") from error
+        if manifest.get("step") != self.step:
+            raise ValueError(f"the manifest of {self.folder} is of step {manifest.get('step')}, its state {self.step}")
 
     @property
-    def ledger(self) -> Path:
-        """The folder of the ledger; it need not exist."""
-        return self.folder / LEDGER
+    def ledger(self) -> list[Path]:
+        """The entries of the ledger in order, those that the manifest lists; none for a run without switches."""
+        return [self.folder / name for name in sorted(self._listed) if name.startswith(f"{LEDGER}/")]
 
     @property
     def num_bytes(self) -> int:
@@ -130,7 +131,7 @@ def find_checkpoint(parent: Path) -> Checkpoint | None:
     """The last good checkpoint in a folder, by what the manifests say; damaged ones are passed over with a warning.
 
     Args:
-        parent: A folder of checkpoints, or a checkpoint itself. For one process alone, which may tidy up in it.
+        parent: A folder of checkpoints, or a checkpoint itself.
 
     Returns:
         None if there is none.
@@ -140,7 +141,6 @@ def find_checkpoint(parent: Path) -> Checkpoint | None:
     """
     if (parent / MANIFEST).exists():
         return Checkpoint(parent)
-    clean_up(parent)
     problems = []
     for folder in sorted(folders_with_manifest(parent), key=_step, reverse=True):
         try:
@@ -156,12 +156,23 @@ def find_checkpoint(parent: Path) -> Checkpoint | None:
     return None
 
 
-def remove_checkpoints(parent: Path, keep: set[int] | None = None, newest: int = 0) -> None:
+def checkpoint_folders(parent: Path) -> list[Path]:
+    """The checkpoints in a folder, damaged ones too, by their steps."""
+    return sorted((folder for folder in folders_with_manifest(parent) if _step(folder) >= 0), key=_step)
+
+
+def remove_checkpoints(parent: Path, keep: set[int], newest: int) -> None:
     """Remove the checkpoints of a folder but those of the given steps and so many of the newest."""
-    clean_up(parent)
-    folders = sorted(folders_with_manifest(parent), key=_step)
+    folders = checkpoint_folders(parent)
     for folder in folders[: max(0, len(folders) - newest)]:
-        if 0 <= _step(folder) not in (keep or set()):
+        if _step(folder) not in keep:
+            remove_folder(folder)
+
+
+def remove_later_checkpoints(parent: Path, step: int) -> None:
+    """Remove those of steps after this one: of a run that is taken up from here they are the future."""
+    for folder in checkpoint_folders(parent):
+        if _step(folder) > step:
             remove_folder(folder)
 
 
@@ -226,5 +237,5 @@ def _step(folder: Path) -> int:
     try:
         manifest = read_manifest(folder)
         return int(manifest["step"]) if str(manifest["format"]).startswith("srlora-checkpoint") else -1
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         return -1

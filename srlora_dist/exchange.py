@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from srlora_dist.digest import combine, digest_run
 from srlora_dist.errors import RunStoppedError
 from srlora_dist.fused import append_pairs_
 from srlora_dist.importance import Importance
-from srlora_dist.ledger import Ledger, SiteSwitch, SwitchReport
+from srlora_dist.ledger import Ledger, SiteSwitch, SwitchReport, read_entries
 from srlora_dist.sites import PAIR_DIM
 from srlora_dist.storage import Storage
 from srlora_dist.svd import Directions
@@ -127,8 +128,11 @@ class Exchange:
             self._compression.append(append_pairs_(self.storage, number, left, right))
 
     @torch.no_grad()
-    def repeat(self) -> None:
-        """Make all edits that the ledger holds, in their order, on the untouched base.
+    def repeat(self, paths: list[Path]) -> None:
+        """Make all edits of a ledger, in their order, on the untouched base.
+
+        Args:
+            paths: Its entries; rank 0's count.
 
         Collective: for each entry the shapes, and a spread of its pairs (see ``Ranks.spread``).
 
@@ -137,7 +141,7 @@ class Exchange:
         """
         storage = self.storage
         storage.settle()
-        entries = iter(self.ledger.entries()) if self.ledger is not None else iter(())
+        entries = read_entries(paths)
         while True:
             entry = storage.on_rank_0("read the ledger", lambda: next(entries, {}))
             shapes = storage.broadcast_object({name: list(tensor.shape) for name, tensor in (entry or {}).items()})

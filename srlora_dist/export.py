@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from srlora_dist.checkpoint import Checkpoint
 from srlora_dist.fused import replay_pairs
-from srlora_dist.ledger import Ledger, read_entries
+from srlora_dist.ledger import Ledger, read_entries, require_entries
 from srlora_dist.pairs import truncate_pairs
 from srlora_dist.safefiles import write_whole
 from srlora_dist.sites import FUSED, Site, describe_base
@@ -93,7 +93,8 @@ def export_checkpoint(checkpoint: Checkpoint, folder: str | Path, max_rank: int 
     state, added = checkpoint.state, {}
     tensors = {exported: checkpoint.read(WEIGHTS, name) for exported, name in state["exported_names"].items()}
     tensors |= {name: checkpoint.read(NOT_TRAINED, name) for name in state["exported_besides"]}
-    if checkpoint.ledger.exists():
+    if "num_switches" in state:
+        require_entries(checkpoint.ledger, state["num_switches"])
         entries = list(read_entries(checkpoint.ledger))
         for site in state["sites"]:
             left, right = (f"{site['name']}.{side}" for side in ("left", "right"))

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch.optim.lr_scheduler import LambdaLR
 
-from srlora_dist.checkpoint import Checkpoint, remove_checkpoints
+from srlora_dist.checkpoint import Checkpoint, remove_checkpoints, remove_later_checkpoints
 from srlora_dist.config import RunConfig
 from srlora_dist.diagnostics import LossWatch
 from srlora_dist.engine import together
@@ -66,6 +66,7 @@ class Keeper:
         window.load_state_dict(self.saved["window"], self.accelerator.is_main_process)
         loss_watch.load_state_dict(self.saved["loss_watch"])
         self.progress.resumed_after.append(self.progress.done)
+        together(self._remove_later)
 
     def restore_random_state(self) -> None:
         """That of this rank; on another number of ranks each has got a new seed."""
@@ -73,8 +74,8 @@ class Keeper:
         if len(states) == self.accelerator.num_processes:
             restore_random_state(states[self.accelerator.process_index])
 
-    def save(self, method: Method, scheduler: LambdaLR, window: Window, loss_watch: LossWatch) -> None:
-        """Write a checkpoint and remove old ones.
+    def save(self, method: Method, scheduler: LambdaLR, window: Window, loss_watch: LossWatch) -> bool:
+        """Write a checkpoint and remove old ones; tells whether it was written.
 
         Collective: see ``Switcher.save_checkpoint``; a gather of the random states, and of two numbers.
 
@@ -98,8 +99,9 @@ class Keeper:
             if options.if_disk_full == "stop":
                 raise
             logger.warning("going on without a checkpoint of step %d, those before are still good: %s", done, error)
-        else:
-            together(self._remove_old)
+            return False
+        together(self._remove_old)
+        return True
 
     def method_seconds(self, method: Method) -> dict[str, float]:
         """What the method added to the training, over all starts."""
@@ -109,4 +111,8 @@ class Keeper:
     def _remove_old(self) -> None:
         if self.accelerator.is_main_process:
             best = {self.progress.best["step"]} if self.progress.best is not None else set()
-            remove_checkpoints(checkpoints_of(self.config), keep=best, newest=self.config.checkpoint.keep)
+            remove_checkpoints(checkpoints_of(self.config), best, self.config.checkpoint.keep)
+
+    def _remove_later(self) -> None:
+        if self.accelerator.is_main_process:
+            remove_later_checkpoints(checkpoints_of(self.config), self.progress.done)

@@ -72,19 +72,22 @@ class Ledger:
 
     Args:
         folder: Where to append; None keeps the entries in memory. Only rank 0 has a ledger.
-        start_from: A folder of entries to go on from, in place of those in ``folder``; they are copied.
+        start_from: Files of entries to go on from, in place of those in ``folder``; they are copied.
 
     Raises:
-        ValueError: The folder cannot be written, or holds the ledger of a run and there is nothing to go on from.
+        ValueError: The folder cannot be written, holds the ledger of a run and there is nothing to go on from, or is
+            the one to go on from.
     """
 
-    def __init__(self, folder: str | Path | None, start_from: Path | None = None) -> None:
+    def __init__(self, folder: str | Path | None, start_from: list[Path] | None = None) -> None:
         self.folder = Path(folder) if folder is not None else None
         self._entries: list[dict[str, Tensor]] = []
         self._pending: dict[str, Tensor] = {}
         if self.folder is not None:
             require_writable(self.folder, "srlora.ledger_dir")
-            present = _paths(self.folder)
+            if any(path.parent.resolve() == self.folder.resolve() for path in start_from or []):
+                raise ValueError(f"srlora.ledger_dir {self.folder} is that of the checkpoint: choose another folder")
+            present = entry_paths(self.folder)
             if present and start_from is None:
                 raise ValueError(
                     f"srlora.ledger_dir {self.folder} holds the ledger of another run: choose a new folder"
@@ -94,7 +97,7 @@ class Ledger:
         if start_from is not None and self.folder is None:
             self._entries = list(read_entries(start_from))
         elif start_from is not None:
-            for path in _paths(start_from):
+            for path in start_from:
                 shutil.copyfile(path, self.folder / path.name)
 
     def add(self, site: str, left: Tensor, right: Tensor) -> None:
@@ -120,14 +123,14 @@ class Ledger:
         folder.mkdir()
         for number, entry in enumerate(self._entries):
             save_file(entry, folder / _name(number), metadata={"format": FORMAT})
-        for path in _paths(self.folder) if self.folder is not None else []:
+        for path in entry_paths(self.folder) if self.folder is not None else []:
             shutil.copyfile(path, folder / path.name)
 
     def entries(self) -> Iterator[dict[str, Tensor]]:
         """The switches in order, each as ``{site.left, site.right}``."""
         yield from self._entries
         if self.folder is not None:
-            yield from read_entries(self.folder)
+            yield from read_entries(entry_paths(self.folder))
 
     def factors(self, sites: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
         """For each site all that was added to W0, scale excluded: columns (m, R) and rows (R, n) in float32.
@@ -148,29 +151,30 @@ class Ledger:
         return {site: (torch.cat(lefts[site], 1), torch.cat(rights[site], 0)) for site in sites}
 
 
-def read_entries(folder: Path) -> Iterator[dict[str, Tensor]]:
-    """The entries of a ledger's folder in order, each as ``{site.left, site.right}``.
+def read_entries(paths: list[Path]) -> Iterator[dict[str, Tensor]]:
+    """The entries in the files of a ledger, each as ``{site.left, site.right}``.
 
     Raises:
         ValueError: A file is not one of a ledger.
     """
-    for path in _paths(folder):
+    for path in paths:
         try:
             yield load_file(path)
         except SafetensorError as error:
             raise ValueError(f"{path} is no ledger entry ({error})") from error
 
 
-def require_entries(folder: Path, count: int) -> None:
-    """Raise unless the folder of a ledger has so many entries."""
-    found = len(_paths(folder))
-    if found != count:
-        raise ValueError(f"the ledger {folder} has {found} switches, and the run had made {count}: restore its files")
+def require_entries(paths: list[Path], num_switches: int) -> None:
+    """Raise unless a saved ledger has one entry for each switch of its run."""
+    if [path.name for path in paths] != [_name(number) for number in range(num_switches)]:
+        names = ", ".join(path.name for path in paths) or "nothing"
+        raise ValueError(f"the ledger of the checkpoint has {names}, and the run had made {num_switches} switches")
 
 
 def _name(switch: int) -> str:
     return f"switch-{switch:05d}.safetensors"
 
 
-def _paths(folder: Path) -> list[Path]:
+def entry_paths(folder: Path) -> list[Path]:
+    """The files of a ledger's folder in order."""
     return sorted(folder.glob(_name(0).replace("00000", "*")))

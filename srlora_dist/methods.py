@@ -22,7 +22,7 @@ from srlora_dist.saving import open_run, save_run
 from srlora_dist.sites import find_sites
 from srlora_dist.storage import find_storage, release_gathered
 from srlora_dist.switcher import Switcher, SwitchReport
-from srlora_dist.training_state import restore_training_state_
+from srlora_dist.training_state import require_same_training, restore_training_state_
 
 
 @dataclass
@@ -146,6 +146,7 @@ class LoRA(Method):
         if resume_from is not None:
             saved = open_run(self.storage, resume_from)
             require_same_base(saved.state, self.sites, self.digests)
+            require_same_training(model, self.storage, saved.state)
             restore_training_state_(model, self.storage, saved.state, saved.read)
 
     @override

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import asdict
 from pathlib import Path
 
 from srlora_dist.checkpoint import Checkpoint, find_checkpoint
 from srlora_dist.config import RunConfig
+from srlora_dist.safefiles import clean_up
 
 logger = logging.getLogger(__name__)
 
 FREE = {
     *("output_dir", "engine", "checkpoint", "model.name_or_path", "model.gguf_file", "model.trust_remote_code"),
-    *("task.data_dir", "task.max_eval_samples", "srlora.directions_from", "srlora.svd_cache", "srlora.ledger_dir"),
+    *("task.data_dir", "srlora.svd_cache", "srlora.ledger_dir"),
     *("srlora.residual_device", "srlora.check_switch", "srlora.switch_tolerance", "srlora.agreement_every"),
     *("train.accumulation_steps", "train.eval_batch_size", "train.eval_every", "train.log_every", "train.timeout"),
     "train.max_bad_steps",
@@ -34,11 +36,16 @@ def choose_checkpoint(config: RunConfig) -> Checkpoint | None:
         ValueError: There is none where one is asked for, none that is good, or one of another run.
     """
     asked = config.checkpoint.resume
+    # After a restart by the launcher the run of this launch goes on, whatever was asked for when it was started.
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if restarted and asked != "must":
+        asked = "auto"
     if asked == "never":
         return None
-    if asked == "auto" and (Path(config.output_dir) / "summary.json").exists():
+    if asked == "auto" and not restarted and (Path(config.output_dir) / "summary.json").exists():
         return None  # the run in this folder has ended, so this is another one
     folder = checkpoints_of(config) if asked in ("auto", "must") else Path(asked)
+    clean_up(folder)
     checkpoint = find_checkpoint(folder)
     if checkpoint is None and asked != "auto":
         raise ValueError(f"checkpoint.resume is {asked}, but there is no checkpoint in {folder}: choose auto")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from dataclasses import asdict
@@ -14,11 +15,13 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from srlora_dist.cache import require_writable
-from srlora_dist.checkpoint import remove_checkpoints
 from srlora_dist.config import RunConfig
 from srlora_dist.diagnostics import Finding
+from srlora_dist.earlier import EarlierRun
 from srlora_dist.ledger import SwitchReport
 from srlora_dist.safefiles import write_whole
+
+logger = logging.getLogger(__name__)
 
 WRITTEN_FILES = (
     "config.yaml",
@@ -54,13 +57,23 @@ class RunLog:
 
     def __init__(self, folder: Path, config: RunConfig) -> None:
         self.folder, self.config = folder, config
+        self._earlier = EarlierRun(folder, WRITTEN_FILES, config.srlora.ledger_dir)
         require_writable(folder, "output_dir")
 
     def start(self) -> None:
-        """Put this run in the place of an earlier one; not before it is known that it can begin."""
-        _remove_earlier_run(self.folder)
+        """Set an earlier run aside, and begin in its place."""
+        self._earlier.set_aside()
         self.config.save(self.folder / "config.yaml")
         self._writer = SummaryWriter(str(self.folder / "tensorboard"))
+
+    def begun(self) -> None:
+        """The run has begun, so the earlier one is not needed any more."""
+        self._earlier.discard()
+
+    def put_back(self) -> None:
+        """The run cannot begin: bring the earlier one back."""
+        self._writer.close()
+        self._earlier.put_back()
 
     def resume(self, step: int) -> None:
         """Go on after a step: what was logged after it will be logged again."""
@@ -81,16 +94,21 @@ class RunLog:
             if name not in ("step", "split"):
                 self._writer.add_scalar(f"{record['split']}/{name}", value, record["step"])
 
-    def switch(self, report: SwitchReport) -> None:
-        """Append one line a site to ``switches.jsonl``; a switch that was undone is left out."""
+    def switch(self, step: int, report: SwitchReport) -> None:
+        """Append one line a site to ``switches.jsonl``; a switch that was undone is left out.
+
+        Args:
+            step: Of the loop, which counts the steps that were skipped too.
+            report: What the switch did.
+        """
         if report.undone:
             return
         measured = {}
         if report.relative_output_change is not None:
             measured["relative_output_change"] = report.relative_output_change
         for site in report.sites:
-            self._append("switches.jsonl", {"step": report.step, "switch": report.switch, **site.as_dict(), **measured})
-        self._writer.add_scalar("train/switch", report.switch, report.step)
+            self._append("switches.jsonl", {"step": step, "switch": report.switch, **site.as_dict(), **measured})
+        self._writer.add_scalar("train/switch", report.switch, step)
 
     def finding(self, finding: Finding) -> None:
         """Append one line to ``findings.jsonl``, and the text and the figures to TensorBoard."""
@@ -106,8 +124,13 @@ class RunLog:
         self._writer.close()
 
     def _append(self, name: str, record: dict[str, object]) -> None:
-        with (self.folder / name).open("a") as file:
-            file.write(json.dumps(_finite(record)) + "\n")
+        try:
+            with (self.folder / name).open("a") as file:
+                file.write(json.dumps(_finite(record)) + "\n")
+        except OSError as error:
+            if self.config.checkpoint.if_disk_full == "stop":
+                raise
+            logger.warning("%s lacks a line, for it cannot be written: %s", name, error)
 
 
 class Window:
@@ -180,10 +203,3 @@ def _finite(value: object) -> object:
     if isinstance(value, list):
         return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _remove_earlier_run(folder: Path) -> None:
-    for pattern in WRITTEN_FILES:
-        for path in folder.glob(pattern):
-            path.unlink()
-    remove_checkpoints(folder / "checkpoints")

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
 MANIFEST = "manifest.json"
+BESIDE, REPLACED = ".srlora_tmp", ".srlora_old"
+"""Endings of a hidden folder that is being written or removed, and of one that is being replaced."""
 KINDS = (".safetensors", ".json")
 """Endings of the files that a folder may hold: none of them can run code when it is read."""
 
@@ -48,7 +50,9 @@ def write_folder(folder: Path, fill: Callable[[Path], None], about: dict[str, ob
     Raises:
         OSError: It could not be written; what was at the place before is still there.
     """
-    temporary, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("tmp", "old"))
+    temporary, old = (folder.with_name(f".{folder.name}{ending}") for ending in (BESIDE, REPLACED))
+    if old.exists() and not folder.exists():
+        old.rename(folder)
     for stale in (temporary, old):
         shutil.rmtree(stale, ignore_errors=True)
     try:
@@ -64,6 +68,8 @@ def write_folder(folder: Path, fill: Callable[[Path], None], about: dict[str, ob
         temporary.rename(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            old.rename(folder)
         raise
     _sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
@@ -79,7 +85,7 @@ def read_manifest(folder: Path) -> dict[str, object]:
     try:
         _require_regular(folder, MANIFEST)
         manifest = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read ({error})") from error
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         raise ValueError(f"{path} is no manifest: it has no list of files")
@@ -120,20 +126,23 @@ def folders_with_manifest(parent: Path) -> Iterator[Path]:
 
 
 def clean_up(parent: Path) -> None:
-    """Remove what a killed :func:`write_folder` left in a folder, and put back what it was about to replace."""
-    for old in parent.glob(".*.old"):
-        place = parent / old.name[1:].removesuffix(".old")
+    """Remove what a killed :func:`write_folder` left in a folder, and put back what it was about to replace.
+
+    Only for the one who writes there: another one's unfinished folder would go as well.
+    """
+    for old in parent.glob(f".*{REPLACED}"):
+        place = parent / old.name[1:].removesuffix(REPLACED)
         if place.exists():
             shutil.rmtree(old)
         else:
             old.rename(place)
-    for temporary in parent.glob(".*.tmp"):
+    for temporary in parent.glob(f".*{BESIDE}"):
         shutil.rmtree(temporary)
 
 
 def remove_folder(folder: Path) -> None:
     """Remove a folder so that a crash leaves it there, or nothing that is taken for it."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
+    temporary = folder.with_name(f".{folder.name}{BESIDE}")
     folder.rename(temporary)
     shutil.rmtree(temporary)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from srlora_dist.checkpoint import LEDGER, Checkpoint, describe_sites, find_checkpoint, write_checkpoint
 from srlora_dist.export import NOT_TRAINED, exported_parts
 from srlora_dist.ledger import Ledger
+from srlora_dist.safefiles import clean_up
 from srlora_dist.storage import Storage
 from srlora_dist.training_state import gather_training_state
 
@@ -87,7 +88,7 @@ class SavedRun:
         return self.checkpoint.read(file, name)
 
 
-def open_run(storage: Storage, source: str | Path | Checkpoint) -> SavedRun | None:
+def open_run(storage: Storage, source: str | Path | Checkpoint | None) -> SavedRun | None:
     """Open a checkpoint for all ranks.
 
     Args:
@@ -103,9 +104,13 @@ def open_run(storage: Storage, source: str | Path | Checkpoint) -> SavedRun | No
     Raises:
         ValueError: Rank 0 cannot read it, or it is damaged; raised on every rank.
     """
-    checkpoint = storage.on_rank_0(
-        f"open the checkpoint {source}",
-        lambda: source if isinstance(source, Checkpoint) else find_checkpoint(Path(source)),
-    )
+
+    def find() -> Checkpoint | None:
+        if isinstance(source, Checkpoint):
+            return source
+        clean_up(Path(source))
+        return find_checkpoint(Path(source))
+
+    checkpoint = storage.on_rank_0(f"open the checkpoint {source}", find)
     state = storage.broadcast_object(checkpoint.state if checkpoint is not None else None)
     return SavedRun(checkpoint, state) if state is not None else None

@@ -26,6 +26,7 @@ class Progress:
         train_seconds: Time of the training loop so far, over all starts.
         method_seconds: What the method added to it before the last start.
         num_skipped: Steps that were left out because their gradient was NaN or infinite.
+        num_bad_in_a_row: Those up to now, without a good one after them.
         resumed_after: The steps after which the run was resumed.
         findings: What ``diagnostics.py`` noticed, each as a dictionary.
     """
@@ -37,6 +38,7 @@ class Progress:
     train_seconds: float = 0.0
     method_seconds: dict[str, float] = field(default_factory=dict)
     num_skipped: int = 0
+    num_bad_in_a_row: int = 0
     resumed_after: list[int] = field(default_factory=list)
     findings: list[dict[str, object]] = field(default_factory=list)
 

@@ -88,8 +88,7 @@ class Directions:
         """
         fingerprint = self._fingerprint()
         found = self.storage.on_rank_0("look for a file of directions", lambda: self._find(fingerprint))
-        flag = torch.tensor([int(bool(found))], device=self.storage.device)
-        if self.storage.broadcast_(flag).item():
+        if self.storage.rank_0_says(bool(found)):
             return
         tensors = self._compute()
         self.storage.on_rank_0("write the directions (srlora.svd_cache)", lambda: self._write(tensors))

@@ -25,7 +25,7 @@ from srlora_dist.schedule import choose_slots, due_steps, num_fused
 from srlora_dist.sites import Site, clamp_target_ranks, find_sites, keep_payloads_, warn_of_adapted_heads
 from srlora_dist.storage import Storage, find_storage, release_gathered, require_resettable
 from srlora_dist.svd import Directions
-from srlora_dist.training_state import restore_training_state_, trained_parameters
+from srlora_dist.training_state import require_same_training, restore_training_state_, trained_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ class Switcher:
         self._model = model
         require_resettable(storage.optimizer, self.config.optimizer_reset)
         require_intact(self.sites)
-        saved = open_run(storage, resume_from) if resume_from is not None else None
+        saved = open_run(storage, resume_from) if storage.rank_0_says(resume_from is not None) else None
         self.resumed = saved.state if saved is not None else None
         storage.require_usable(fresh=saved is None)
         if saved is None:
@@ -205,6 +205,8 @@ class Switcher:
             ValueError: Rank 0 could not write; the checkpoints that were there are still good. Raised on every rank.
         """
         self._require_bound()
+        if self._stepped:
+            raise RuntimeError("call switcher.step() before switcher.save_checkpoint(): a step was not reported yet")
         averages = self._importance.gather() if self._importance is not None and self._observes() else {}
         state = {
             "step": self.num_steps if step is None else step,
@@ -253,7 +255,7 @@ class Switcher:
             site.held = [-1] * site.rank
         return sites
 
-    def _open_ledger(self, start_from: Path | None) -> None:
+    def _open_ledger(self, start_from: list[Path] | None) -> None:
         ledger_dir = self.config.ledger_dir
         self._ledger = self.storage.on_rank_0("open the ledger", lambda: Ledger(ledger_dir, start_from))
 
@@ -281,16 +283,19 @@ class Switcher:
                 f"{self.num_training_steps}, which moves the switches: resume with the same length"
             )
         self.num_steps, self.num_switches = state["num_steps"], state["num_switches"]
-        entries = saved.checkpoint.ledger if saved.checkpoint is not None else None
+        require_same_training(self._model, self.storage, state)
+        entries = saved.checkpoint.ledger if saved.checkpoint is not None else []
         self.storage.on_rank_0("count the ledger", lambda: require_entries(entries, self.num_switches))
-        self._open_ledger(entries)
+        self._ledger = None
         self._prepare_exchange()
-        self._exchange.repeat()
+        self._exchange.repeat(entries)
         for site, theirs in zip(self.sites, state["sites"], strict=True):
             site.num_taken, site.held = theirs["num_taken"], list(theirs["held"])
         restore_training_state_(self._model, self.storage, state, saved.read)
         if self._importance is not None and self._observes():
             self._importance.restore_(lambda name: saved.read(AVERAGES, name))
+        self._open_ledger(entries)  # now that nothing can be wrong with the checkpoint any more
+        self._exchange.ledger = self._ledger
 
     def _observes(self) -> bool:
         """Whether a switch is still to come."""

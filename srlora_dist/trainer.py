@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
@@ -22,6 +22,7 @@ from srlora_dist.diagnostics import Finding, LossWatch, worse_than_start
 from srlora_dist.engine import build_accelerator, require_engine, together
 from srlora_dist.errors import RunStoppedError, StoppedBySignalError
 from srlora_dist.evaluation import evaluate
+from srlora_dist.export import export_checkpoint
 from srlora_dist.figures import draw
 from srlora_dist.keeper import Keeper
 from srlora_dist.ledger import SwitchReport
@@ -62,6 +63,7 @@ def train(config: RunConfig) -> dict[str, object]:
     task = load_task(config) if engine == "zero3" else together(lambda: load_task(config))
     trainer = Trainer(config, accelerator, task, log, checkpoint)
     summary = trainer.run()
+    accelerator.wait_for_everyone()  # if a rank is lost until here, the run has not ended
     if log is not None:
         draw(log.folder, summary)
         log.summary(summary)
@@ -118,20 +120,30 @@ class Trainer:
         keep_payloads_(self.method.model)
         # DeepSpeed keeps a float32 copy of its own, and cuts parameters of one type alone.
         train_in_(self.method.model, config.model.dtype if config.engine.startswith("zero") else "float32")
-        if not self.resumes:
-            together(lambda: log.start() if log is not None else None)
-        self._prepare()
-        require_precision(self.model, config.model)
-        report = self.method.bind(self.model, self.optimizer, self.keeper.source)
-        require_engine(config.engine, self.method.storage_name, "the model is held as")
+        report = self._begin_or_put_back()
         set_seed(config.seed + self.progress.done, device_specific=True)  # dropout must differ between ranks
         self.window, self.loss_watch = Window(), LossWatch()
         if self.resumes:
             self.keeper.restore(self.scheduler, self.window, self.loss_watch)
             together(lambda: log.resume(self.progress.done) if log is not None else None)
-        self._record_switch(report)
-        self.num_bad_in_a_row = 0
+        self._record_switch(report, self.progress.done)
         self.stop_request = StopRequest(accelerator)
+
+    def _begin_or_put_back(self) -> SwitchReport | None:
+        """Prepare for the engine, and perform switch 0 or resume; a run that was here before is lost only then."""
+        replaces = self.log is not None and not self.resumes
+        together(lambda: self.log.start() if replaces else None)
+        try:
+            self._prepare()
+            require_precision(self.model, self.config.model)
+            report = self.method.bind(self.model, self.optimizer, self.keeper.source)
+            require_engine(self.config.engine, self.method.storage_name, "the model is held as")
+        except BaseException:
+            if replaces:
+                self.log.put_back()
+            raise
+        together(lambda: self.log.begun() if replaces else None)
+        return report
 
     def _prepare(self) -> None:
         options, task, accelerator = self.config.train, self.task, self.accelerator
@@ -164,6 +176,8 @@ class Trainer:
         checkpoints = due_checkpoints(self.num_steps, self.config.checkpoint.every, evaluations)
         if progress.done == 0:
             self._evaluate_and_export()
+        elif self.resumes:
+            self._export_what_is_missing()
         bar = self._progress_bar()
         self.window.resume()
         self.model.train()
@@ -210,18 +224,19 @@ class Trainer:
                 self.scheduler.step()
             self.skipped |= accelerator.sync_gradients and accelerator.optimizer_step_was_skipped
             if accelerator.sync_gradients and not self.skipped:
-                self._record_switch(self.method.step(self.progress.done + 1))
+                step = self.progress.done + 1
+                self._record_switch(self.method.step(step), step)
             self.optimizer.zero_grad()
         return loss, figures
 
     def _require_good_steps(self) -> None:
         """Count the steps that were skipped, on every rank alike, and stop after too many in a row."""
         most, progress = self.config.train.max_bad_steps, self.progress
-        self.num_bad_in_a_row = self.num_bad_in_a_row + 1 if self.skipped else 0
+        progress.num_bad_in_a_row = progress.num_bad_in_a_row + 1 if self.skipped else 0
         if self.skipped:
             progress.num_skipped += 1
             logger.warning("step %d: the gradient is NaN or infinite, so the step was left out", progress.done)
-        if self.num_bad_in_a_row >= most:
+        if progress.num_bad_in_a_row >= most:
             raise RunStoppedError(
                 f"the gradient was NaN or infinite in {most} steps in a row (train.max_bad_steps), up to step "
                 f"{progress.done}: lower train.learning_rate, or look at the data; checkpoints from before are good"
@@ -243,15 +258,16 @@ class Trainer:
         numbers = {"total": self.num_steps, "initial": self.progress.done}
         return tqdm(**numbers, desc=self.config.method, unit="step", disable=self.log is None, mininterval=pause)
 
-    def _record_switch(self, report: SwitchReport | None) -> None:
+    def _record_switch(self, report: SwitchReport | None, step: int) -> None:
+        """Note what a switch did, by the steps of the loop, which counts the skipped ones too."""
         if report is None:
             return
         if report.switch > 0 and not report.undone:
-            self.loss_watch.switched(self.progress.done + 1)
+            self.loss_watch.switched(step)
         if self.log is not None:
-            self.log.switch(report)
+            self.log.switch(step, report)
         for finding in report.findings:
-            self._record_finding(finding)
+            self._record_finding(replace(finding, step=step))
 
     def _record_finding(self, finding: Finding | None) -> None:
         if finding is not None:
@@ -288,12 +304,33 @@ class Trainer:
             self.method.export(folder / "adapter_last")
         return is_best
 
-    def _save_checkpoint(self) -> None:
-        """Write a checkpoint. Collective: see ``Keeper.save``."""
-        if self.method.can_save:
-            self.window.pause()
-            self.keeper.save(self.method, self.scheduler, self.window, self.loss_watch)
-            self.window.resume()
+    def _export_what_is_missing(self) -> None:
+        """Into another folder than before: the adapter of the last step, and that of the best if it was kept."""
+        progress, folder = self.progress, Path(self.config.output_dir)
+        there = together(lambda: [(folder / name).exists() for name in ("adapter", "adapter_last")])
+        best_there, last_there = broadcast_object_list(there)
+        if progress.done == self.num_steps and not last_there:
+            self.method.export(folder / "adapter_last")
+        if progress.best is not None and not best_there:
+            together(self._export_best)
+
+    def _export_best(self) -> None:
+        if self.log is None:
+            return
+        best = self.keeper.source.folder.parent / f"step-{self.progress.best['step']}"
+        try:
+            export_checkpoint(Checkpoint(best), Path(self.config.output_dir) / "adapter")
+        except ValueError as error:
+            logger.warning("there is no adapter of the best step yet: %s", error)
+
+    def _save_checkpoint(self) -> bool:
+        """Write a checkpoint; tells whether it was written. Collective: see ``Keeper.save``."""
+        if not self.method.can_save:
+            return False
+        self.window.pause()
+        written = self.keeper.save(self.method, self.scheduler, self.window, self.loss_watch)
+        self.window.resume()
+        return written
 
     def _catch_up(self, batch: dict[str, Tensor]) -> None:
         """Come into the state of a run that was never stopped.
@@ -310,7 +347,8 @@ class Trainer:
         """If any rank was asked to stop, write a checkpoint and raise. Collective: one all-reduce of a number."""
         progress = self.progress
         if self.stop_request.anywhere() and progress.done < self.num_steps:
-            self._save_checkpoint()
+            if not self._save_checkpoint():
+                raise RunStoppedError(f"stopped by a signal after step {progress.done}, and no checkpoint was written")
             raise StoppedBySignalError(
                 f"stopped by a signal after step {progress.done} of {self.num_steps}: the same command goes on"
             )

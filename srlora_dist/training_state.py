@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from srlora_dist.storage import Storage
 
-WEIGHTS, MOMENTS = "trainable", "moments"
+WEIGHTS, MOMENTS, BUFFERS = "trainable", "moments", "buffers"
 """Names of the files."""
 
 SAME_STATE = {"Adam": "AdamW", "DeepSpeedCPUAdam": "AdamW", "FusedAdam": "AdamW"}
@@ -28,6 +28,12 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """All trainable parameters by their names in the PEFT model, whatever it is wrapped in."""
     peft_model = next(module for module in model.modules() if isinstance(module, PeftModel))
     return {name: parameter for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
+
+
+def _trained_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """What modules that are trained whole keep beside their parameters, such as the averages of a batch norm."""
+    peft_model = next(module for module in model.modules() if isinstance(module, PeftModel))
+    return {name: buffer for name, buffer in peft_model.named_buffers() if ".modules_to_save." in name}
 
 
 @torch.no_grad()
@@ -70,7 +76,35 @@ def gather_training_state(model: nn.Module, storage: Storage) -> tuple[dict[str,
         scaler = vars(storage.loss_scaler)
         optimizer["loss_scaler"] = {key: scaler[key] for key in SCALER_NUMBERS if key in scaler}
     state = {"trainable": dict(zip(names, map(list, shapes), strict=True)), "optimizer": optimizer}
-    return {WEIGHTS: collect(lambda owner: owner), MOMENTS: moments}, state
+    buffers = {name: buffer.detach().cpu().clone() for name, buffer in _trained_buffers(model).items()}
+    files = {WEIGHTS: collect(lambda owner: owner), MOMENTS: moments, BUFFERS: buffers}
+    return files, {**state, "buffers": sorted(buffers)}
+
+
+def require_same_training(model: nn.Module, storage: Storage, state: dict[str, object]) -> None:
+    """Refuse the training state of other parameters or another optimizer.
+
+    Raises:
+        ValueError: With the first difference and the remedy.
+    """
+    parameters = trained_parameters(model)
+    shapes = {name: list(storage.whole_shape(parameter)) for name, parameter in parameters.items()}
+    for name in [*state["trainable"], *shapes]:
+        theirs, ours = state["trainable"].get(name), shapes.get(name)
+        if theirs != ours:
+            raise ValueError(
+                f"the checkpoint has {name} as {theirs}, and the model trains it as {ours}: resume with the same model "
+                "and the same options of LoRA"
+            )
+    theirs, ours = state["optimizer"]["name"], type(storage.optimizer).__name__
+    if state["optimizer"]["moments"] and SAME_STATE.get(theirs, theirs) != SAME_STATE.get(ours, ours):
+        raise ValueError(f"the checkpoint was made with {theirs}, and the optimizer is {ours}: use {theirs}")
+    num_groups = len(state["optimizer"]["groups"]), len(storage.optimizer.param_groups)
+    if num_groups[0] != num_groups[1]:
+        raise ValueError(
+            f"the optimizer of the checkpoint had {num_groups[0]} groups of parameters, and this one has "
+            f"{num_groups[1]}: build it in the same way"
+        )
 
 
 @torch.no_grad()
@@ -88,10 +122,9 @@ def restore_training_state_(
     Collective: every rank must call it; the weights and each moment are spread, see ``Ranks.spread``.
 
     Raises:
-        ValueError: The model trains other parameters, the optimizer is of another kind, or a tensor cannot be read.
+        ValueError: A tensor cannot be read.
     """
     parameters, optimizer = trained_parameters(model), storage.optimizer
-    _require_same(storage, parameters, state)
     names = list(parameters)
     sizes = [storage.whole_shape(parameter).numel() for parameter in parameters.values()]
     pieces = {name: storage.stepped(parameter) for name, parameter in parameters.items()}
@@ -99,6 +132,10 @@ def restore_training_state_(
         parameter, piece = parameters[names[number]], pieces[names[number]]
         for run, start in [(piece.of(piece.owner), piece.start), *storage.copies_to_write(parameter)]:
             run.copy_(whole[start : start + run.numel()])
+    for name, buffer in _trained_buffers(model).items():
+        if name in state["buffers"]:
+            saved_buffer = storage.on_rank_0(f"read {name}", lambda name=name: read(BUFFERS, name))
+            buffer.copy_(storage.broadcast_object(saved_buffer))
     saved = state["optimizer"]
     stepped = [name for name in names if name in saved["scalars"]]
     sizes = [size for name, size in zip(names, sizes, strict=True) if name in saved["scalars"]]
@@ -113,9 +150,8 @@ def restore_training_state_(
     for name in stepped:
         if pieces[name].numel:
             _restore_scalars_(optimizer, pieces[name].owner, saved["scalars"][name])
-    if len(saved["groups"]) == len(optimizer.param_groups):
-        for group, numbers in zip(optimizer.param_groups, saved["groups"], strict=True):
-            group.update({key: int(value) if key == "step" else value for key, value in numbers.items()})
+    for group, numbers in zip(optimizer.param_groups, saved["groups"], strict=True):
+        group.update({key: int(value) if key == "step" else value for key, value in numbers.items()})
     if storage.loss_scaler is not None:
         vars(storage.loss_scaler).update(saved.get("loss_scaler", {}))
 
@@ -157,17 +193,3 @@ def _restore_scalars_(optimizer: torch.optim.Optimizer, owner: Tensor, numbers: 
             optimizer.state[owner][key] = torch.tensor(value, dtype=torch.float32, device=place)
         else:
             optimizer.state[owner][key] = int(value)
-
-
-def _require_same(storage: Storage, parameters: dict[str, nn.Parameter], state: dict[str, object]) -> None:
-    shapes = {name: list(storage.whole_shape(parameter)) for name, parameter in parameters.items()}
-    for name in [*state["trainable"], *shapes]:
-        theirs, ours = state["trainable"].get(name), shapes.get(name)
-        if theirs != ours:
-            raise ValueError(
-                f"the checkpoint has {name} as {theirs}, and the model trains it as {ours}: resume with the same model "
-                "and the same options of LoRA"
-            )
-    theirs, ours = state["optimizer"]["name"], type(storage.optimizer).__name__
-    if state["optimizer"]["moments"] and SAME_STATE.get(theirs, theirs) != SAME_STATE.get(ours, ours):
-        raise ValueError(f"the checkpoint was made with {theirs}, and the optimizer is {ours}: use {theirs}")

@@ -42,6 +42,10 @@ class Ranks:
             dist.broadcast(tensor, src=0)
         return tensor
 
+    def rank_0_says(self, answer: bool) -> bool:
+        """Rank 0's answer on every rank. Collective: one broadcast of 8 bytes."""
+        return bool(self.broadcast_(torch.tensor([int(answer)], dtype=torch.int64, device=self.device)).item())
+
     def broadcast_object(self, thing: T | None) -> T:
         """Rank 0's numbers and texts on every rank. Collective: two broadcasts."""
         things = [thing]

@@ -85,8 +85,9 @@ def test_what_is_sent(name: str, zero: dict, tmp_path) -> None:
     )
     switch += [("allreduce_", 16 * len(switched)), ("allreduce_", 8)]
     assert ours[0]["switches"] == [switch]
-    # Binding with a warm file: adapter usable, ledger, fingerprint, file looked for, found and judged; then switch 0.
-    bind = [("allreduce_", 8), ("allreduce_", 8), ("allreduce_", 16 * num_sites)]
+    # Binding with a warm file: nothing to resume, adapter usable, ledger, fingerprint, the file looked for, found and
+    # judged; then switch 0.
+    bind = [("broadcast_", 8), ("allreduce_", 8), ("allreduce_", 8), ("allreduce_", 16 * num_sites)]
     bind += [("allreduce_", 8), ("broadcast_", 8), ("allreduce_", 8)]
     first = [("broadcast_", 4 + 4 * sum(RANKS[site] * (m + n + 1) for site, (m, n) in SHAPES.items()))]
     first += [("allreduce_", floats)] * (name in ("zero3", "fsdp2")) + [

@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+import random
 import resource
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from srlora_dist import SRLoRAConfig, Switcher
 from srlora_dist.checkpoint import Checkpoint, find_checkpoint, remove_checkpoints
 from srlora_dist.export import export_checkpoint
-from srlora_dist.safefiles import MANIFEST, describe
+from srlora_dist.random_state import random_state, restore_random_state
+from srlora_dist.safefiles import MANIFEST, clean_up, describe
 from tests.ranks.engines import make_net
 from tests.unit.test_switcher import bound, take_steps, unfrozen
 
@@ -132,6 +136,88 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(damage: str, 
         assert message in caplog.text
 
 
+def test_the_last_one_is_found_by_its_step_not_by_its_name(saved: Path, tmp_path) -> None:
+    switcher = resume(tmp_path, saved / "step-6")
+    for step in (9, 10):
+        switcher.save_checkpoint(saved, step=step)
+    assert find_checkpoint(saved).step == 10
+    (saved / "step-10").rename(saved / "a copy")
+    assert find_checkpoint(saved).step == 10
+    remove_checkpoints(saved, set(), newest=2)
+    assert sorted(path.name for path in saved.iterdir()) == ["a copy", "step-9"]
+
+
+def test_a_file_that_the_manifest_does_not_list_is_not_read(saved: Path, tmp_path) -> None:
+    entry = saved / "step-6" / "ledger" / "switch-00001.safetensors"
+    (entry.parent / "switch-00002.safetensors").write_bytes(entry.read_bytes())
+    assert len(Checkpoint(saved / "step-6").ledger) == 2
+    assert sum(1 for _ in resume(tmp_path, saved / "step-6")._ledger.entries()) == 2
+
+
+def test_a_step_that_was_not_reported_cannot_be_saved(tmp_path) -> None:
+    model, optimizer, switcher = bound(tmp_path, target_rank=10)
+    take_steps(model, optimizer, switcher, 1)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="call switcher.step\\(\\) before"):
+        switcher.save_checkpoint(tmp_path / "checkpoints")
+
+
+def test_the_ledger_of_the_run_is_replaced_by_that_of_the_checkpoint(saved: Path, tmp_path) -> None:
+    folder = tmp_path / "ledger"
+    folder.mkdir()
+    for number in range(5):
+        (folder / f"switch-{number:05d}.safetensors").write_bytes(b"of the future")
+    switcher = resume(tmp_path, saved / "step-6", ledger_dir=str(folder))
+    assert len([*folder.iterdir()]) == 2
+    switcher.save_checkpoint(tmp_path / "again")
+    entries = [load_file(path) for path in Checkpoint(tmp_path / "again" / "step-6").ledger]
+    expected = [load_file(path) for path in Checkpoint(saved / "step-6").ledger]
+    assert all(
+        torch.equal(mine[key], theirs[key]) for mine, theirs in zip(entries, expected, strict=True) for key in mine
+    )
+    with pytest.raises(ValueError, match="is that of the checkpoint"):
+        resume(tmp_path, saved / "step-6", ledger_dir=str(saved / "step-6" / "ledger"))
+
+
+def test_what_a_trained_module_keeps_beside_its_parameters_comes_back(tmp_path) -> None:
+    def make() -> torch.nn.Module:
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(13, 17), torch.nn.BatchNorm1d(17), torch.nn.Linear(17, 3))
+        return get_peft_model(net, LoraConfig(r=4, target_modules=["0"], modules_to_save=["1"]))
+
+    model, optimizer, switcher = bound(tmp_path, make(), target_rank=10)
+    take_steps(model, optimizer, switcher, 4)
+    switcher.save_checkpoint(tmp_path / "checkpoints")
+    other = resume(tmp_path, tmp_path / "checkpoints", make())._model
+    x = torch.randn(5, 13)
+    assert torch.equal(other.eval()(x), model.eval()(x))
+
+
+def test_other_groups_of_parameters_are_refused_and_rates_come_back(saved: Path, tmp_path) -> None:
+    model = make_net()
+    switcher = Switcher(model, SRLoRAConfig(svd_cache=str(tmp_path / "svd"), target_rank=10), 20)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW([{"params": trained[:2]}, {"params": trained[2:]}], lr=1e-2)
+    with pytest.raises(ValueError, match="had 1 groups of parameters, and this one has 2"):
+        switcher.bind(model, optimizer, resume_from=saved)
+    model, optimizer, switcher = bound(tmp_path, target_rank=10)
+    take_steps(model, optimizer, switcher, 1)
+    optimizer.param_groups[0]["lr"] = 3e-3
+    switcher.save_checkpoint(tmp_path / "slower")
+    assert resume(tmp_path, tmp_path / "slower").storage.optimizer.param_groups[0]["lr"] == 3e-3
+
+
+def test_random_numbers_go_on() -> None:
+    def draw() -> tuple:
+        return torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random(), random.gauss(0, 1)
+
+    random.gauss(0, 1)
+    state = json.loads(json.dumps(random_state()))
+    expected = draw()
+    restore_random_state(state)
+    assert draw() == expected
+
+
 def test_no_good_checkpoint_is_an_error_not_a_new_start(saved: Path) -> None:
     flip(saved / "step-3")
     flip(saved / "step-6")
@@ -167,7 +253,7 @@ FORGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no averages": (lambda f: ((f / "averages.safetensors").unlink(), rewrite_manifest(f)), "has no averages"),
     "no ledger": (
         lambda f: ([path.unlink() for path in (f / "ledger").iterdir()], rewrite_manifest(f)),
-        "has 0 switches, and the run had made 2",
+        "checkpoint has nothing, and the run had made 2 switches",
     ),
 }
 
@@ -176,7 +262,7 @@ FORGED: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_what_passes_the_manifest_and_lacks_something_is_refused(what: str, saved: Path, tmp_path) -> None:
     break_, message = FORGED[what]
     break_(saved / "step-6")
-    with pytest.raises(ValueError, match="step-6") as refused:
+    with pytest.raises(ValueError, match="checkpoint|step-6") as refused:
         resume(tmp_path, saved / "step-6")
     assert message in str(refused.value)
 
@@ -205,8 +291,6 @@ OTHERS: dict[str, tuple[dict, str]] = {
 
 
 def _on(names: list[str]) -> torch.nn.Module:
-    from peft import LoraConfig, get_peft_model
-
     from tests.ranks.engines import Net
 
     torch.manual_seed(0)
@@ -293,9 +377,15 @@ def test_the_same_step_can_be_saved_again(saved: Path, tmp_path) -> None:
 
 
 def test_a_kill_between_two_renames_loses_nothing(saved: Path) -> None:
-    (saved / "step-6").rename(saved / ".step-6.old")  # as a kill in write_folder leaves it
-    (saved / "step-3").rename(saved / ".step-3.tmp")
+    (saved / "step-6").rename(saved / ".step-6.srlora_old")  # as a kill in write_folder leaves it
+    (saved / "step-3").rename(saved / ".step-3.srlora_tmp")
+    for name in (".bashrc.old", ".cache.tmp"):
+        (saved / name).mkdir()
+    assert find_checkpoint(saved) is None  # who only looks changes nothing
+    clean_up(saved)
     assert find_checkpoint(saved).step == 6
+    for name in (".bashrc.old", ".cache.tmp"):
+        (saved / name).rmdir()
     assert sorted(path.name for path in saved.iterdir()) == ["step-6"]
 
 
@@ -306,7 +396,7 @@ def test_the_newest_and_the_best_are_kept_and_foreign_folders_too(saved: Path, t
     (saved / "notes").mkdir()
     (saved / "other").mkdir()
     (saved / "other" / MANIFEST).write_text('{"format": "something", "step": 1, "files": {}}')
-    remove_checkpoints(saved, newest=9)
+    remove_checkpoints(saved, set(), newest=9)
     assert len([*saved.iterdir()]) == 7
     remove_checkpoints(saved, keep={3}, newest=2)
     assert sorted(path.name for path in saved.iterdir()) == ["notes", "other", "step-3", "step-8", "step-9"]

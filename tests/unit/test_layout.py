@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[2] / "srlora_dist"
 LAYERS = [
     ["trainer"],
     ["keeper"],
-    ["figures", "runlog", "methods", "engine", "plan", "tasks", "precision", "resuming", "preemption"]
+    ["figures", "runlog", "methods", "engine", "plan", "tasks", "precision", "resuming", "preemption", "earlier"]
     + ["evaluation", "summary", "random_state"],
     ["switcher"],
     ["memory", "diagnostics", "exchange", "output_check", "saving"],
