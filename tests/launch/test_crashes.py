@@ -137,6 +137,19 @@ def test_killed_at_random_moments(yaml: str, bench: Bench, forks: Forks, undistu
     logger.info("%s: %d kills (seed %d) in %d runs, each with the undisturbed results", yaml, num_kills, SEED, num_runs)
 
 
+def test_a_rank_that_dies_at_the_very_end_costs_no_training(bench: Bench, forks: Forks, undisturbed: dict) -> None:
+    assert undisturbed
+    arguments = bench.arguments("at the end", **OPTIONS)
+    order = {"rank": 1, "place": "srlora_dist.trainer:Trainer.run"}
+    ended = forks.start(yaml="cpu2", arguments=arguments, **order)
+    assert_ended(ended, 1, bench.run_folder("at the end"))
+    assert not (bench.run_folder("at the end") / "summary.json").exists()
+    again = forks.start(yaml="cpu2", arguments=arguments)
+    assert again["statuses"] == {"0": 0, "1": 0}, again["stderr"]
+    assert "resuming after step 12" in again["stderr"][0]
+    assert_same_results(bench, "at the end", "cpu2")
+
+
 PLACES = {  # where, after which call, in which rank
     "in a switch, between fusing and re-initialising": ("srlora_dist.exchange:Exchange._add_to_weight_", 18, 1),
     "in a switch, before the ledger is written": ("srlora_dist.exchange:Exchange._compare", 2, 0),
@@ -148,6 +161,7 @@ PLACES = {  # where, after which call, in which rank
     "in the backward pass": ("accelerate:Accelerator.backward", 9, 1),
     "while an adapter is exported": ("srlora_dist.export:_write", 2, 0),
     "while the summary is written": ("srlora_dist.trainer:draw", 1, 0),
+    "before the first checkpoint, with the run before it set aside": ("srlora_dist.earlier:EarlierRun.set_aside", 1, 0),
 }
 
 

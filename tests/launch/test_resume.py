@@ -265,3 +265,71 @@ def test_an_adapter_of_a_checkpoint_needs_no_model(bench: Bench, resumed: dict[s
     assert refused.returncode == 1
     assert "srlora_dist: error: " in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+def test_a_start_that_fails_leaves_the_run_that_was_there(
+    bench: Bench, resumed: dict[str, Ended], tmp_path: Path
+) -> None:
+    """Also one with a ledger of its own."""
+    arguments = bench.arguments("replaced", **OPTIONS, srlora__ledger_dir=tmp_path / "ledger")
+    bad = [*arguments, "--srlora.directions_from", str(tmp_path / "nowhere")]
+    first = bench.run_all({"first": Case(arguments)})["first"]
+    assert first.returncode == 0, first.stderr
+    folders = [bench.run_folder("replaced"), tmp_path / "ledger"]
+
+    def content() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for folder in folders for path in folder.rglob("*") if path.is_file()}
+
+    before = content()
+    assert len([path for path in before if path.name == "summary.json"]) == 1
+    failed = bench.run_all({"bad": Case(bad)})["bad"]
+    assert "srlora.directions_from" in failed.errors[0]
+    assert content() == before
+    again = bench.run_all({"again": Case(arguments)})["again"]
+    assert again.returncode == 0, again.stderr
+    assert content().keys() - before.keys() <= {path for path in content() if "tfevents" in path.name}
+    assert not (folders[0] / ".earlier").exists()
+
+
+@pytest.mark.timeout(200)
+def test_bad_steps_are_counted_over_restarts_and_switches_keep_their_steps(bench: Bench, forks: Forks) -> None:
+    """Steps 3 and 5 are skipped; rank 1 dies in step 9, after the switch that follows the sixth good step."""
+    options = OPTIONS | {"train__accumulation_steps": 1, "model__dropout": "null"}
+    code = POISON.format(bad={2, 4}, value="nan")
+    whole, killed = (bench.arguments(name, **options) for name in ("skips", "skips and dies"))
+    assert set(forks.start(yaml="cpu2", arguments=whole, code=code)["statuses"].values()) == {0}
+    die = {"rank": 1, "place": "accelerate:Accelerator.backward", "call": 9}
+    forks.start(yaml="cpu2", arguments=killed, code=code, **die)
+    again = forks.start(yaml="cpu2", arguments=killed)
+    assert set(again["statuses"].values()) == {0}, again["stderr"]
+    expected, got = bench.run_folder("skips"), bench.run_folder("skips and dies")
+    assert lines(got / "switches.jsonl") == lines(expected / "switches.jsonl")
+    assert {line["step"] for line in lines(got / "switches.jsonl")} == {0, 8}
+    arguments = bench.arguments("worse and worse", **options | {"checkpoint__every": 1}, train__max_bad_steps=3)
+    all_bad = POISON.format(bad=range(99), value="nan")
+    for _ in range(2):
+        ended = forks.start(yaml="cpu2", arguments=arguments, code=all_bad)
+        assert ended["statuses"] == {"0": 1, "1": 1}
+        assert "in a row (train.max_bad_steps)" in ended["stderr"][0]
+
+
+@pytest.mark.timeout(120)
+def test_adalora_says_that_it_wrote_no_checkpoint(bench: Bench, forks: Forks) -> None:
+    arguments = bench.arguments("adalora", **OPTIONS, method="adalora")
+    stop = {"rank": 0, "place": "accelerate:Accelerator.backward", "call": 3, "signal": signal.SIGTERM}
+    ended = forks.start(yaml="cpu1", world_size=1, arguments=arguments, **stop)
+    assert ended["statuses"] == {"0": 1}
+    assert "stopped by a signal after step 2, and no checkpoint was written" in ended["stderr"][0]
+
+
+def test_resuming_into_another_folder_brings_the_adapters(bench: Bench, resumed: dict[str, Ended]) -> None:
+    checkpoint = bench.run_folder("resume the same") / "checkpoints" / "step-12"
+    other = bench.arguments("elsewhere", **OPTIONS, checkpoint__resume=checkpoint)
+    ended = bench.run_all({"other": Case(other)})["other"]
+    assert ended.returncode == 0, ended.stderr
+    for name in ("adapter", "adapter_last"):
+        got, expected = (
+            load_file(bench.run_folder(run) / name / "adapter_model.safetensors")
+            for run in ("elsewhere", "resume the same")
+        )
+        assert all(torch.equal(got[key], expected[key]) for key in expected)
