@@ -8,10 +8,13 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import pytest
+
+from tests.launch.forks import ENGINES, OPTIONS, Forks
 
 ROOT = Path(__file__).parents[2]
 WORDS = ["the", "cat", "dog", "sat", "ran", "on", "a", "mat", "it", "was", "good", "bad", "not", "very", "we", "saw"]
@@ -116,6 +119,24 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     write_rte(folder / "glue")
     write_text(folder / "text")
     return Bench(folder)
+
+
+@pytest.fixture(scope="session")
+def forks(bench: Bench) -> Iterator[Forks]:
+    forks = Forks(bench.environment())
+    yield forks
+    forks.process.kill()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(bench: Bench, forks: Forks) -> dict[str, float]:
+    """Seconds that a run takes on each engine."""
+    seconds = {}
+    for yaml in ENGINES:
+        ended = forks.start(yaml=yaml, arguments=bench.arguments(f"whole {yaml}", **OPTIONS))
+        assert ended["statuses"] == {"0": 0, "1": 0}, ended["stderr"]
+        seconds[yaml] = ended["seconds"]
+    return seconds
 
 
 def write_model(folder: Path) -> None:

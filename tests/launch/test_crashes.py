@@ -6,102 +6,25 @@ moments is ``SRLORA_TEST_SEED``.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import random
-import select
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from srlora_dist.errors import STOPPED_BY_SIGNAL
 from tests.launch.conftest import ROOT, Bench
+from tests.launch.forks import ENGINES, OPTIONS, Forks, assert_same_results, lines
 from tests.launch.test_bad_inputs import script_with
 
 logger = logging.getLogger(__name__)
-NUM_KILLS, SEED = (int(os.environ.get(f"SRLORA_TEST_{name}", value)) for name, value in (("KILLS", 2), ("SEED", 0)))
-ENGINES = {"cpu2": "ddp", "zero2_cpu": "zero2"}
-OPTIONS = {
-    "train__timeout": 25,
-    "train__max_steps": 12,
-    "train__eval_every": 4,
-    "checkpoint__every": 2,
-    "model__dropout": 0.1,
-}
-
-
-class Forks:
-    """The process of forked.py."""
-
-    def __init__(self, environment: dict[str, str]) -> None:
-        command = [sys.executable, str(Path(__file__).with_name("forked.py"))]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)
-
-    def start(self, limit: float = 100, **order: object) -> dict:
-        self.process.stdin.write(json.dumps({"world_size": 2, "limit": limit, **order}) + "\n")
-        self.process.stdin.flush()
-        ready, _, _ = select.select([self.process.stdout], [], [], limit + 60)  # the first one waits for the imports
-        assert ready, "forked.py does not answer"
-        return json.loads(self.process.stdout.readline())
-
-
-@pytest.fixture(scope="module")
-def forks(bench: Bench) -> Iterator[Forks]:
-    forks = Forks(bench.environment())
-    yield forks
-    forks.process.kill()
-
-
-@pytest.fixture(scope="module")
-def undisturbed(bench: Bench, forks: Forks) -> dict[str, float]:
-    """Seconds that a run takes on each engine."""
-    seconds = {}
-    for yaml in ENGINES:
-        ended = forks.start(yaml=yaml, arguments=bench.arguments(f"whole {yaml}", **OPTIONS))
-        assert ended["statuses"] == {"0": 0, "1": 0}, ended["stderr"]
-        seconds[yaml] = ended["seconds"]
-    return seconds
-
-
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def untimed(folder: Path) -> list[dict]:
-    timed = ("step_time", "tokens_per_second")
-    return [{k: v for k, v in line.items() if k not in timed} for line in lines(folder / "metrics.jsonl")]
-
-
-def assert_same_results(bench: Bench, name: str, yaml: str) -> None:
-    mine, whole = bench.run_folder(name), bench.run_folder(f"whole {yaml}")
-    for adapter in ("adapter", "adapter_last"):
-        expected = load_file(whole / adapter / "adapter_model.safetensors")
-        got = load_file(mine / adapter / "adapter_model.safetensors")
-        assert got.keys() == expected.keys()
-        assert all(torch.equal(got[key], expected[key]) for key in expected)
-    assert lines(mine / "switches.jsonl") == lines(whole / "switches.jsonl")
-    timed = ("step_time", "tokens_per_second")
-    assert [
-        {key: value for key, value in line.items() if key not in timed} for line in lines(mine / "metrics.jsonl")
-    ] == [{key: value for key, value in line.items() if key not in timed} for line in lines(whole / "metrics.jsonl")]
-    ledgers = [sorted((folder / "ledger").iterdir()) for folder in (mine, whole)]
-    for path, other in zip(*ledgers, strict=True):
-        entry, expected = load_file(path), load_file(other)
-        assert path.name == other.name
-        assert entry.keys() == expected.keys()
-        assert all(torch.equal(entry[key], expected[key]) for key in expected)
-    summary = json.loads((mine / "summary.json").read_text())
-    assert summary["storage"] == ENGINES[yaml]  # the engine asked for is the one that ran
-    assert not list(mine.rglob(".*"))  # nothing half written stays behind
+NUM_KILLS, SEED = (int(os.environ.get(f"SRLORA_TEST_{name}", value)) for name, value in (("KILLS", 1), ("SEED", 0)))
 
 
 def assert_ended(ended: dict, killed: int, folder: Path) -> None:
@@ -132,7 +55,7 @@ def test_killed_at_random_moments(yaml: str, bench: Bench, forks: Forks, undistu
                 num_kills += ended["statuses"][str(rank)] != 0
             else:
                 assert ended["statuses"] == {"0": 0, "1": 0}, ended["stderr"]
-        assert_same_results(bench, name, yaml)
+        assert_same_results(bench.folder / "runs", name, yaml)
         num_runs += 1
     logger.info("%s: %d kills (seed %d) in %d runs, each with the undisturbed results", yaml, num_kills, SEED, num_runs)
 
@@ -147,7 +70,7 @@ def test_a_rank_that_dies_at_the_very_end_costs_no_training(bench: Bench, forks:
     again = forks.start(yaml="cpu2", arguments=arguments)
     assert again["statuses"] == {"0": 0, "1": 0}, again["stderr"]
     assert "resuming after step 12" in again["stderr"][0]
-    assert_same_results(bench, "at the end", "cpu2")
+    assert_same_results(bench.folder / "runs", "at the end", "cpu2")
 
 
 PLACES = {  # where, after which call, in which rank
@@ -178,7 +101,7 @@ def test_killed_at_places(bench: Bench, forks: Forks, undisturbed: dict[str, flo
         assert_ended(ended, rank, bench.run_folder(name))
         again = forks.start(yaml=yaml, arguments=arguments)
         assert again["statuses"] == {"0": 0, "1": 0}, f"{what}: {again['stderr']}"
-        assert_same_results(bench, name, yaml)
+        assert_same_results(bench.folder / "runs", name, yaml)
 
 
 @pytest.mark.timeout(300)
@@ -197,7 +120,7 @@ def test_a_signal_ends_the_run_after_a_checkpoint(name: str, bench: Bench, forks
     again = forks.start(yaml=yaml, arguments=arguments)
     assert again["statuses"] == {"0": 0, "1": 0}, again["stderr"]
     assert "resuming after step 5" in again["stderr"][0]
-    assert_same_results(bench, name, yaml)
+    assert_same_results(bench.folder / "runs", name, yaml)
 
 
 @pytest.mark.timeout(240)
@@ -219,7 +142,7 @@ def test_the_launcher_restarts_a_killed_run(bench: Bench, forks: Forks, undistur
     assert once.exists()
     assert "resuming after step 6" in ended.stderr
     assert time.perf_counter() - began < 200
-    assert_same_results(bench, "restarted", "cpu2")
+    assert_same_results(bench.folder / "runs", "restarted", "cpu2")
 
 
 @pytest.mark.timeout(120)

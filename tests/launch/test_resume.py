@@ -11,9 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.launch.conftest import ROOT, Bench, Case, Ended
-from tests.launch.test_crashes import OPTIONS, Forks, assert_same_results, forks, lines, undisturbed
-
-__all__ = ["forks", "undisturbed"]  # fixtures
+from tests.launch.forks import OPTIONS, Forks, assert_same_results, lines
 
 STOP = {"place": "srlora_dist.keeper:Keeper.save", "signal": signal.SIGTERM}
 
@@ -198,12 +196,18 @@ def test_a_stopped_run_goes_on(name: str, bench: Bench, forks: Forks, resumed: d
         assert lines(folder / "switches.jsonl") == lines(bench.run_folder("one") / "switches.jsonl")
 
 
-def test_a_finished_run_is_started_anew(bench: Bench, resumed: dict[str, Ended]) -> None:
+def alone(forks: Forks, arguments: list[str]) -> tuple[int, str]:
+    """Status and stderr of a run of one process."""
+    ended = forks.start(yaml="cpu1", world_size=1, arguments=[str(part) for part in arguments])
+    return ended["statuses"]["0"], ended["stderr"][0]
+
+
+def test_a_finished_run_is_started_anew(bench: Bench, forks: Forks, resumed: dict[str, Ended]) -> None:
     folder = bench.run_folder("resume the same")
-    again = bench.run_all({"again": Case(bench.arguments("resume the same", **OPTIONS))})["again"]
-    assert again.returncode == 0
+    status, text = alone(forks, bench.arguments("resume the same", **OPTIONS))
+    assert status == 0, text
     assert json.loads((folder / "summary.json").read_text())["resumed_after"] == []
-    assert "resuming" not in again.stderr
+    assert "resuming" not in text
 
 
 @pytest.mark.parametrize(("choice", "status"), [("stop", 1), ("go_on", 0)])
@@ -241,7 +245,7 @@ srlora_dist.saving.write_checkpoint = full
     else:
         assert "going on without a checkpoint of step 4" in ended["stderr"][0]
         assert {"step-10", "step-12"} <= checkpoints
-    assert_same_results(bench, name, "cpu2")
+    assert_same_results(bench.folder / "runs", name, "cpu2")
 
 
 def test_an_adapter_of_a_checkpoint_needs_no_model(bench: Bench, resumed: dict[str, Ended], tmp_path: Path) -> None:
@@ -258,23 +262,14 @@ def test_an_adapter_of_a_checkpoint_needs_no_model(bench: Bench, resumed: dict[s
     got, live = (load_file(f / "adapter_model.safetensors") for f in (tmp_path / "adapter", run / "adapter_last"))
     assert got.keys() == live.keys()
     assert all(torch.equal(got[key], live[key]) for key in live)
-    command[2] = str(tmp_path)
-    refused = subprocess.run(
-        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
-    )
-    assert refused.returncode == 1
-    assert "srlora_dist: error: " in refused.stderr
-    assert "Traceback" not in refused.stderr
 
 
-def test_a_start_that_fails_leaves_the_run_that_was_there(
-    bench: Bench, resumed: dict[str, Ended], tmp_path: Path
-) -> None:
+def test_a_start_that_fails_leaves_the_run_that_was_there(bench: Bench, forks: Forks, tmp_path: Path) -> None:
     """Also one with a ledger of its own."""
     arguments = bench.arguments("replaced", **OPTIONS, srlora__ledger_dir=tmp_path / "ledger")
     bad = [*arguments, "--srlora.directions_from", str(tmp_path / "nowhere")]
-    first = bench.run_all({"first": Case(arguments)})["first"]
-    assert first.returncode == 0, first.stderr
+    status, text = alone(forks, arguments)
+    assert status == 0, text
     folders = [bench.run_folder("replaced"), tmp_path / "ledger"]
 
     def content() -> dict[Path, bytes]:
@@ -282,11 +277,12 @@ def test_a_start_that_fails_leaves_the_run_that_was_there(
 
     before = content()
     assert len([path for path in before if path.name == "summary.json"]) == 1
-    failed = bench.run_all({"bad": Case(bad)})["bad"]
-    assert "srlora.directions_from" in failed.errors[0]
+    status, text = alone(forks, bad)
+    assert status == 1
+    assert "error: srlora.directions_from" in text
     assert content() == before
-    again = bench.run_all({"again": Case(arguments)})["again"]
-    assert again.returncode == 0, again.stderr
+    status, text = alone(forks, arguments)
+    assert status == 0, text
     assert content().keys() - before.keys() <= {path for path in content() if "tfevents" in path.name}
     assert not (folders[0] / ".earlier").exists()
 
@@ -322,11 +318,13 @@ def test_adalora_says_that_it_wrote_no_checkpoint(bench: Bench, forks: Forks) ->
     assert "stopped by a signal after step 2, and no checkpoint was written" in ended["stderr"][0]
 
 
-def test_resuming_into_another_folder_brings_the_adapters(bench: Bench, resumed: dict[str, Ended]) -> None:
+def test_resuming_into_another_folder_brings_the_adapters(
+    bench: Bench, forks: Forks, resumed: dict[str, Ended]
+) -> None:
     checkpoint = bench.run_folder("resume the same") / "checkpoints" / "step-12"
     other = bench.arguments("elsewhere", **OPTIONS, checkpoint__resume=checkpoint)
-    ended = bench.run_all({"other": Case(other)})["other"]
-    assert ended.returncode == 0, ended.stderr
+    status, text = alone(forks, other)
+    assert status == 0, text
     for name in ("adapter", "adapter_last"):
         got, expected = (
             load_file(bench.run_folder(run) / name / "adapter_model.safetensors")
