@@ -1,6 +1,6 @@
 # make demo: train SRLoRA on two CPU processes on real sentences for a few minutes, from nothing but Python, pip, make
 # and a compiler.
-# make test: lint and every test that needs no GPU.
+# make test: lint and every test that needs no GPU, two files at a time.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -28,7 +28,7 @@ lint: install
 	$(BIN)/ruff format --check .
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -35,20 +35,19 @@ def choose_checkpoint(config: RunConfig) -> Checkpoint | None:
     Raises:
         ValueError: There is none where one is asked for, none that is good, or one of another run.
     """
-    asked = config.checkpoint.resume
-    # After a restart by the launcher the run of this launch goes on, whatever was asked for when it was started.
+    asked, own = config.checkpoint.resume, checkpoints_of(config)
+    clean_up(own)
+    # After a restart by the launcher the run of this launch goes on, whatever it was started from.
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    if restarted and asked != "must":
-        asked = "auto"
-    if asked == "never":
-        return None
-    if asked == "auto" and not restarted and (Path(config.output_dir) / "summary.json").exists():
-        return None  # the run in this folder has ended, so this is another one
-    folder = checkpoints_of(config) if asked in ("auto", "must") else Path(asked)
-    clean_up(folder)
-    checkpoint = find_checkpoint(folder)
-    if checkpoint is None and asked != "auto":
-        raise ValueError(f"checkpoint.resume is {asked}, but there is no checkpoint in {folder}: choose auto")
+    checkpoint = find_checkpoint(own) if restarted else None
+    if checkpoint is None:
+        has_ended = (Path(config.output_dir) / "summary.json").exists()
+        if asked == "never" or (asked == "auto" and has_ended):
+            return None
+        folder = own if asked in ("auto", "must") else Path(asked)
+        checkpoint = find_checkpoint(folder)
+        if checkpoint is None and asked != "auto":
+            raise ValueError(f"checkpoint.resume is {asked}, but there is no checkpoint in {folder}: choose auto")
     if checkpoint is None:
         return None
     _require_same_run(checkpoint, config)
