@@ -23,6 +23,7 @@ from accelerate.utils import (
     gather_object,
 )
 
+from srlora_dist.compiling import wait_for_locks
 from srlora_dist.config import RunConfig
 from srlora_dist.precision import mixed_precision
 from srlora_dist.storage import rejoin
@@ -102,6 +103,8 @@ def build_accelerator(config: RunConfig) -> tuple[Accelerator, str]:
         backend = {"backend": "gloo"} if without_gpu else {}
         # DeepSpeed's own limit is 10 minutes, less than rank 0 may need to factor a large weight.
         handlers.append(InitProcessGroupKwargs(timeout=timeout, **backend))
+    if asked.startswith("zero"):
+        wait_for_locks()
     try:
         if asked != "plain":
             rejoin("cpu" if without_gpu else torch.accelerator.current_accelerator().type, timeout)

@@ -21,7 +21,7 @@ LAYERS = [
     ["storage"],
     ["pairs", "sites", "digest"],
     ["config"],
-    ["options_file", "ranges", "safefiles", "cache", "errors"],
+    ["options_file", "ranges", "safefiles", "cache", "errors", "compiling"],
 ]
 
 

@@ -1,0 +1,56 @@
+"""The lock of a compiler that was killed does not stop later runs; that of one at work is waited for."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from torch.utils.file_baton import FileBaton
+
+from srlora_dist.compiling import wait_for_locks
+
+
+@pytest.fixture
+def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    (tmp_path / "cpu_adam").mkdir()
+    return tmp_path / "cpu_adam" / "lock"
+
+
+def make_old(lock: Path) -> None:
+    os.utime(lock, (time.time() - 1000,) * 2)
+
+
+def test_a_lock_that_nobody_holds_is_removed(lock: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lock.touch()
+    make_old(lock)
+    wait_for_locks()
+    assert not lock.exists()
+    assert "the process that was compiling there is gone" in caplog.text
+
+
+def test_a_lock_that_is_held_is_waited_for_however_old(lock: Path, caplog: pytest.LogCaptureFixture) -> None:
+    baton = FileBaton(str(lock))
+    assert baton.try_acquire()
+    make_old(lock)
+    threading.Timer(1.0, baton.release).start()
+    began = time.perf_counter()
+    wait_for_locks()
+    assert time.perf_counter() - began > 0.8
+    assert "gone" not in caplog.text
+
+
+def test_a_young_lock_is_given_time(lock: Path) -> None:
+    lock.touch()
+    began = time.perf_counter()
+    wait_for_locks(patience=0.5)
+    assert 0.4 < time.perf_counter() - began < 5
+    assert not lock.exists()
+
+
+def test_without_a_lock_nothing_is_said(lock: Path, caplog: pytest.LogCaptureFixture) -> None:
+    wait_for_locks()
+    assert caplog.text == ""
