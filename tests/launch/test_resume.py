@@ -176,7 +176,7 @@ def test_a_checkpoint_of_another_run_is_refused(name: str, resumed: dict[str, En
     assert "Traceback" not in run.stderr
 
 
-@pytest.mark.parametrize("name", RESUMES.keys() - REFUSED.keys())
+@pytest.mark.parametrize("name", sorted(RESUMES.keys() - REFUSED.keys()))
 def test_a_stopped_run_goes_on(name: str, bench: Bench, forks: Forks, resumed: dict[str, Ended]) -> None:
     run, folder = resumed[name], bench.run_folder(f"resume {name}")
     assert run.returncode == 0, run.stderr
