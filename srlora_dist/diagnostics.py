@@ -13,7 +13,7 @@ from statistics import median, median_high, median_low
 import torch
 
 from srlora_dist.ledger import SiteSwitch, SwitchReport
-from srlora_dist.sites import Site
+from srlora_dist.sites import Site, some
 
 EVEN = 0.7
 """Scores whose ratio is above this are taken for equal.
@@ -116,7 +116,7 @@ def no_gradient(report: SwitchReport) -> Finding | None:
     if not dead:
         return None
     message = (
-        f"switch {report.switch}: all scores are zero at {len(dead)} of {len(chosen)} sites ({_some(dead)}): no "
+        f"switch {report.switch}: all scores are zero at {len(dead)} of {len(chosen)} sites ({some(dead)}): no "
         "gradient reaches them; leave them out of lora.target_modules"
     )
     return Finding("no_gradient", report.step, message, {"num_dead": len(dead), "num_sites": len(chosen)})
@@ -134,7 +134,7 @@ def directions_exhausted(report: SwitchReport, sites: list[Site]) -> Finding | N
         return None
     num_exhausted = sum(site.num_taken >= site.target_rank for site in sites)
     message = (
-        f"switch {report.switch}: {_some(last)} took the last directions; {num_exhausted} of {len(sites)} sites have "
+        f"switch {report.switch}: {some(last)} took the last directions; {num_exhausted} of {len(sites)} sites have "
         "none left and train on without switches. Where the matrices hold more, raise srlora.target_rank"
     )
     return Finding(
@@ -289,7 +289,3 @@ def worse_than_start(step: int, start: dict[str, float], now: dict[str, float]) 
     )
     figures = {"start": start["loss"], "now": now["loss"]}
     return Finding("worse_than_start", step, message, figures)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

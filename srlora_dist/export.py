@@ -18,7 +18,7 @@ from srlora_dist.fused import replay_pairs
 from srlora_dist.ledger import Ledger, read_entries, require_entries
 from srlora_dist.pairs import truncate_pairs
 from srlora_dist.safefiles import write_whole
-from srlora_dist.sites import FUSED, Site, describe_base
+from srlora_dist.sites import FUSED, Site, describe_base, find_peft_model
 from srlora_dist.storage import Storage
 from srlora_dist.training_state import WEIGHTS
 
@@ -59,7 +59,7 @@ def export_adapter(
     Raises:
         ValueError: ``max_rank`` is below 1, or rank 0 could not write; raised on every rank.
     """
-    peft_model = _peft_model(model)
+    peft_model = find_peft_model(model)
     _require_rank(max_rank)
     storage.settle()
     saved = _exported_parameters(peft_model, adapter_name)
@@ -118,7 +118,7 @@ def exported_parts(
 
     Collective: every rank must call it; under ZeRO-3 and FSDP2 an all-reduce of what is saved and not trained.
     """
-    peft_model = _peft_model(model)
+    peft_model = find_peft_model(model)
     parameters = _exported_parameters(peft_model, adapter_name)
     frozen = {name: parameter for name, parameter in parameters.items() if not parameter.requires_grad}
     state = dict(peft_model.named_buffers())
@@ -131,10 +131,6 @@ def exported_parts(
     rest = {name: tensor.detach().cpu().clone() for name, tensor in placed.items() if name not in trained}
     about = {"exported_names": trained, "exported_besides": sorted(rest)}
     return about, rest if storage.rank == 0 else {}, peft_model.peft_config[adapter_name]
-
-
-def _peft_model(model: nn.Module) -> PeftModel:
-    return next(module for module in model.modules() if isinstance(module, PeftModel))
 
 
 def _exported_parameters(peft_model: PeftModel, adapter_name: str) -> dict[str, nn.Parameter]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
+from srlora_dist.sites import find_peft_model
 from srlora_dist.storage import Storage
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -26,7 +26,7 @@ class OutputCheck:
         self.tolerance = TOLERANCES[_computes_in(storage)] if tolerance is None else tolerance
         self._model = model
         self._inputs: tuple[tuple, dict] | None = None
-        peft_model = next(module for module in model.modules() if isinstance(module, PeftModel))
+        peft_model = find_peft_model(model)
         peft_model.register_forward_pre_hook(self._keep, with_kwargs=True)
 
     def _keep(self, module: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -88,6 +88,18 @@ PAIR_DIM = {"A": 0, "B": 1}
 """Which dimension of a factor counts pairs."""
 
 
+def find_peft_model(model: nn.Module) -> PeftModel:
+    """The PEFT model in whatever it is wrapped in.
+
+    Raises:
+        ValueError: There is none.
+    """
+    peft_model = next((module for module in model.modules() if isinstance(module, PeftModel)), None)
+    if peft_model is None:
+        raise ValueError("the model has no LoRA layers: wrap it with peft.get_peft_model(model, LoraConfig(...)) first")
+    return peft_model
+
+
 def find_sites(model: nn.Module, adapter_name: str = "default") -> list[Site]:
     """The sites of one adapter, in the order of the model's modules.
 
@@ -95,9 +107,7 @@ def find_sites(model: nn.Module, adapter_name: str = "default") -> list[Site]:
         ValueError: There is no such adapter or no adapted layer, or a layer is not a linear LoRA layer of
             a supported type.
     """
-    peft_model = next((module for module in model.modules() if isinstance(module, PeftModel)), None)
-    if peft_model is None:
-        raise ValueError("the model has no LoRA layers: wrap it with peft.get_peft_model(model, LoraConfig(...)) first")
+    peft_model = find_peft_model(model)
     if adapter_name == FUSED:
         raise ValueError(f"srlora.adapter_name is {FUSED!r}, the name of the second adapter: choose another")
     if adapter_name not in peft_model.peft_config:
@@ -129,7 +139,7 @@ def clamp_target_ranks(sites: list[Site], target_rank: int) -> None:
     low = [f"{site.name} (r={site.rank})" for site in sites if target_rank < site.rank]
     if low:
         raise ValueError(
-            f"srlora.target_rank {target_rank} is below the LoRA rank of {_some(low)}: raise it, or lower r (lora.rank)"
+            f"srlora.target_rank {target_rank} is below the LoRA rank of {some(low)}: raise it, or lower r (lora.rank)"
         )
     clamped = []
     for site in sites:
@@ -157,11 +167,11 @@ def _stored_as(site: Site) -> str:
 
 def warn_of_adapted_heads(model: nn.Module, sites: list[Site], adapter_name: str) -> None:
     """Warn where a new head is a site: its random start is not exported, so another load of the base has another."""
-    config = next(module for module in model.modules() if isinstance(module, PeftModel)).peft_config[adapter_name]
+    config = find_peft_model(model).peft_config[adapter_name]
     heads = [site.name for site in sites if site.name.split(".")[-1] in SEQ_CLS_HEAD_NAMES]
     if heads and config.task_type is None:
         warnings.warn(
-            f"{_some(heads)} looks like a new head, but is adapted and not saved: set task_type='SEQ_CLS' in the "
+            f"{some(heads)} looks like a new head, but is adapted and not saved: set task_type='SEQ_CLS' in the "
             f"LoraConfig, or modules_to_save={heads}, or the export will lack it",
             stacklevel=3,
         )
@@ -190,7 +200,7 @@ def _refuse(layers: dict[str, LoraLayer], adapter_name: str) -> None:
     for what, remedy, holds in checks:
         names = [name for name, layer in layers.items() if holds(layer)]
         if names:
-            raise ValueError(f"SRLoRA cannot work on a layer that {what}: {_some(names)}; {remedy}")
+            raise ValueError(f"SRLoRA cannot work on a layer that {what}: {some(names)}; {remedy}")
 
 
 def _refuse_quantised_heads(base: nn.Module, adapter_name: str) -> None:
@@ -202,7 +212,7 @@ def _refuse_quantised_heads(base: nn.Module, adapter_name: str) -> None:
     ]
     if names:
         raise ValueError(
-            f"SRLoRA cannot train a quantised layer: {_some(names)}; load the model with "
+            f"SRLoRA cannot train a quantised layer: {some(names)}; load the model with "
             f"BitsAndBytesConfig(llm_int8_skip_modules={names})"
         )
 
@@ -213,7 +223,7 @@ def _refuse_shared_weights(model: nn.Module, layers: dict[str, LoraLayer]) -> No
     shared = [name for name, layer in layers.items() if uses[id(layer.get_base_layer().weight)] > 1]
     if shared:
         raise ValueError(
-            f"SRLoRA cannot edit a weight that several layers share: {_some(shared)}; leave it out of target_modules"
+            f"SRLoRA cannot edit a weight that several layers share: {some(shared)}; leave it out of target_modules"
         )
 
 
@@ -260,7 +270,8 @@ def _quantisation(layer: nn.Module) -> str:
     return "int8" if "Linear8bitLt" in kinds else ""
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The first four, and how many more there are."""
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 

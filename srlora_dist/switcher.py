@@ -119,12 +119,7 @@ class Switcher:
         storage.on_optimizer_step(self._before_optimizer_step)
         if self.config.check_switch:
             self._check = OutputCheck(model, storage, self.config.switch_tolerance)
-        self.extra_memory = count_extra_memory(
-            *(storage, self._importance, self._ledger, len(self.due_steps), self.config.fusion_ratio),
-            list(self._exchange.buckets()),
-        )
-        logger.info("SRLoRA on %s: %d sites, switches after steps %s", storage.name, len(self.sites), self.due_steps)
-        logger.info("beside what LoRA needs this rank holds %s", self.extra_memory)
+        self._announce()
         return report
 
     def step(self) -> SwitchReport | None:
@@ -296,6 +291,16 @@ class Switcher:
             self._importance.restore_(lambda name: saved.read(AVERAGES, name))
         self._open_ledger(entries)  # now that nothing can be wrong with the checkpoint any more
         self._exchange.ledger = self._ledger
+
+    def _announce(self) -> None:
+        """Count what is held beside LoRA, and tell the user."""
+        self.extra_memory = count_extra_memory(
+            *(self.storage, self._importance, self._ledger, len(self.due_steps), self.config.fusion_ratio),
+            list(self._exchange.buckets()),
+        )
+        num_sites, name = len(self.sites), self.storage.name
+        logger.info("SRLoRA on %s: %d sites, switches after steps %s", name, num_sites, self.due_steps)
+        logger.info("beside what LoRA needs this rank holds %s", self.extra_memory)
 
     def _observes(self) -> bool:
         """Whether a switch is still to come."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
+from srlora_dist.sites import find_peft_model
 from srlora_dist.storage import Storage
 
 WEIGHTS, MOMENTS, BUFFERS = "trainable", "moments", "buffers"
@@ -26,13 +26,13 @@ SCALER_NUMBERS = ("cur_scale", "cur_iter", "cur_hysteresis", "last_overflow_iter
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """All trainable parameters by their names in the PEFT model, whatever it is wrapped in."""
-    peft_model = next(module for module in model.modules() if isinstance(module, PeftModel))
+    peft_model = find_peft_model(model)
     return {name: parameter for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
 
 
 def _trained_buffers(model: nn.Module) -> dict[str, Tensor]:
     """What modules that are trained whole keep beside their parameters, such as the averages of a batch norm."""
-    peft_model = next(module for module in model.modules() if isinstance(module, PeftModel))
+    peft_model = find_peft_model(model)
     return {name: buffer for name, buffer in peft_model.named_buffers() if ".modules_to_save." in name}
 
 
