@@ -30,6 +30,8 @@ class SRLoRAConfig:
         fusion_ratio: Share of a site's pairs that one switch fuses, in (0, 1]; the paper's gamma (Eq. 13).
         beta1: Decay of the moving average of the sensitivity (Eq. 4).
         beta2: Decay of the moving average of its deviation (Eq. 5).
+        importance_window: Steps before a switch whose gradients count for its choice: ``all`` since the last switch,
+            their number, or ``auto``, which leaves out those that weigh less than a millionth.
         score_reset: What a switch clears: the statistics of ``all`` pairs (the paper's section 3.1) or only those of
             the ``restarted`` ones (its Algorithm 1).
         optimizer_reset: What a restarted pair keeps of the optimizer's state: ``zero`` clears it, ``first_moment``
@@ -57,6 +59,7 @@ class SRLoRAConfig:
     fusion_ratio: float = 0.5
     beta1: float = 0.85
     beta2: float = 0.85
+    importance_window: int | Literal["auto", "all"] = "auto"
     score_reset: Literal["all", "restarted"] = "all"
     optimizer_reset: Literal["zero", "first_moment", "keep"] = "zero"
     fusion: Literal["auto", "in_place", "adapter"] = "auto"
@@ -75,7 +78,11 @@ class SRLoRAConfig:
         decay = (BELOW_ONE[0], "a decay in [0, 1), such as 0.85")
         name = (lambda value: re.fullmatch(r"[\w-]+", value), "a name of letters, digits, _ and -")
         rules = {"fusion_ratio": share, "beta1": decay, "beta2": decay, "fused_rank": COUNT, "adapter_name": name}
-        rules |= {"switch_tolerance": POSITIVE, "agreement_every": COUNT_OR_NONE}
+        steps = (
+            lambda x: x in ("auto", "all") or (isinstance(x, int) and COUNT[0](x)),
+            f"auto, all or {COUNT[1]} steps",
+        )
+        rules |= {"importance_window": steps, "switch_tolerance": POSITIVE, "agreement_every": COUNT_OR_NONE}
         require("srlora.", self, rules | {"target_rank": (COUNT[0], "at least the rank of the adapter")})
         expand_home(self, "directions_from", "svd_cache", "ledger_dir")
 
@@ -284,8 +291,8 @@ class RunConfig:
     def without_effect(self) -> list[str]:
         """Name the options that were changed and do nothing in this run."""
         used = {"lora": {"adapter_name"}, "adalora": {"adapter_name"}, "srlora": {f.name for f in fields(SRLoRAConfig)}}
-        of_switches = {"target_rank", "fusion_ratio", "beta1", "beta2", "score_reset", "optimizer_reset"}
-        of_switches |= {"check_switch", "switch_tolerance"}
+        of_switches = {"target_rank", "fusion_ratio", "beta1", "beta2", "importance_window", "score_reset"}
+        of_switches |= {"optimizer_reset", "check_switch", "switch_tolerance"}
         used["pissa"] = used["srlora"] - of_switches
         changed = {f.name for f in fields(SRLoRAConfig) if getattr(self.srlora, f.name) != f.default}
         names = [f"srlora.{name}" for name in sorted(changed - used[self.method])]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 
 from torch import Tensor
+
+NEGLIGIBLE = 1e-6
+"""Share of a moving average that cannot move a score by more than a few roundings of float32."""
 
 
 def num_fused(rank: int, fusion_ratio: float) -> int:
@@ -38,6 +42,24 @@ def due_steps(num_training_steps: int, ranks: Iterable[tuple[int, int]], fusion_
         )
     steps = [(k + 1) * num_training_steps // num_switches for k in range(num_switches)]
     return [step for step in steps if step < num_training_steps]
+
+
+def window_length(setting: int | str, *decays: float) -> int | None:
+    """Steps before a switch whose gradients are observed; None for all since the last one.
+
+    With ``auto`` the steps before these weigh less than ``NEGLIGIBLE`` in either moving average: after N steps what was
+    before weighs b^N in the mean, and in the deviation, which follows the mean, at most (1 + (1 - b) N) b^N.
+
+    Args:
+        setting: ``srlora.importance_window``.
+        decays: Of the moving averages, b1 and b2.
+    """
+    if setting == "all":
+        return None
+    if setting != "auto":
+        return int(setting)
+    b = max(decays)
+    return next(n for n in itertools.count(1) if (1 + (1 - b) * n) * b**n <= NEGLIGIBLE)
 
 
 def choose_slots(scores: Tensor, count: int) -> list[int]:

@@ -21,7 +21,7 @@ from srlora_dist.ledger import Ledger, SwitchReport, require_entries
 from srlora_dist.memory import ExtraMemory, count_extra_memory
 from srlora_dist.output_check import OutputCheck
 from srlora_dist.saving import AVERAGES, SavedRun, open_run, save_run
-from srlora_dist.schedule import choose_slots, due_steps, num_fused
+from srlora_dist.schedule import choose_slots, due_steps, num_fused, window_length
 from srlora_dist.sites import Site, clamp_target_ranks, find_sites, keep_payloads_, warn_of_adapted_heads
 from srlora_dist.storage import Storage, find_storage, release_gathered, require_resettable
 from srlora_dist.svd import Directions
@@ -62,6 +62,7 @@ class Switcher:
         self.due_steps = due_steps(num_training_steps, ranks, config.fusion_ratio)
         add_second_adapters_(self.sites, config.fusion, config.fused_rank)
         self.num_training_steps = num_training_steps
+        self.window = window_length(config.importance_window, config.beta1, config.beta2)
         self.num_steps = 0
         self.num_switches = 0
         self.svd_seconds = self.switch_seconds = 0.0
@@ -303,16 +304,22 @@ class Switcher:
         logger.info("beside what LoRA needs this rank holds %s", self.extra_memory)
 
     def _observes(self) -> bool:
-        """Whether a switch is still to come."""
-        return bool(self.due_steps) and self.num_steps < self.due_steps[-1]
+        """Whether the next step counts for the choice of a switch that is still to come."""
+        return self._steps_to_switch is not None and (self.window is None or self._steps_to_switch <= self.window)
+
+    @property
+    def _steps_to_switch(self) -> int | None:
+        return next((due - self.num_steps for due in self.due_steps if due > self.num_steps), None)
 
     def _before_optimizer_step(self, owners: list[Tensor]) -> None:
         owned = {id(owner) for owner in owners}
         if self._stepped & owned:
             raise RuntimeError("call switcher.step() after every optimizer.step(): the one before was not reported")
-        self._stepped |= owned  # ZeRO steps one group after the other
         if self._importance is not None and self._observes():
+            if not self._stepped and self._steps_to_switch == self.window:
+                self._importance.clear_()
             self._importance.observe_(owners)
+        self._stepped |= owned  # ZeRO steps one group after the other
 
     def _num_to_fuse(self, site: Site) -> int:
         return min(num_fused(site.rank, self.config.fusion_ratio), site.target_rank - site.num_taken)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from srlora_dist.sites import Site
-from srlora_dist.storage.base import Run, Storage, deal_by_size
+from srlora_dist.storage.base import Piece, Run, Storage, deal_by_size, local_part
 from srlora_dist.storage.lost import lost_ranks
 from srlora_dist.storage.moments import require_resettable
 from srlora_dist.storage.plain import PlainStorage
@@ -17,10 +17,12 @@ from srlora_dist.storage.zero3 import Zero3Storage
 from srlora_dist.storage.zero12 import Zero12Storage
 
 __all__ = [
+    "Piece",
     "Run",
     "Storage",
     "deal_by_size",
     "find_storage",
+    "local_part",
     "lost_ranks",
     "rejoin",
     "release_gathered",

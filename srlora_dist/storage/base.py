@@ -55,8 +55,9 @@ class Run(Piece):
 
 def local_part(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor: all of it, or its shard if it is a DTensor."""
-    tensor = tensor.detach()
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    # Without autograd to_local() makes no view, while to detach a DTensor takes long.
+    tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return tensor.detach() if torch.is_grad_enabled() else tensor
 
 
 class Storage(Ranks, ABC):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from srlora_dist.schedule import choose_slots, due_steps, num_fused
+from srlora_dist.schedule import choose_slots, due_steps, num_fused, window_length
 from srlora_dist.storage import deal_by_size
 from tests import reference
 
@@ -36,6 +36,23 @@ def test_the_site_with_the_most_switches_sets_the_pace() -> None:
 def test_more_switches_than_steps_is_refused() -> None:
     with pytest.raises(ValueError, match="6 switches in 5 steps.*lower target_rank"):
         due_steps(5, [(8, 32)], 0.5)
+
+
+def test_the_window_is_as_long_as_a_gradient_weighs() -> None:
+    """By the exact weights of one gradient in both averages, from the recursion itself."""
+    assert window_length("all", 0.85, 0.85) is None
+    assert window_length(7, 0.85, 0.85) == 7
+    assert window_length("auto", 0, 0) == 1
+    for b1, b2 in ((0.85, 0.85), (0.9, 0.5), (0.5, 0.9)):
+        length = window_length("auto", b1, b2)
+        mean, deviation, weights = 1.0, 1.0, []  # what all the past weighs, at most, after each further step
+        for _ in range(length):
+            mean = b1 * mean
+            deviation = b2 * deviation + (1 - b2) * mean
+            weights.append(max(mean, deviation))
+        assert weights[-1] <= 1e-6
+    assert weights[-1] > 1e-9  # and not much longer than it has to be
+    assert 86 <= window_length("auto", 0.85, 0.85) <= 110
 
 
 def test_ties_go_to_the_lower_slot() -> None:

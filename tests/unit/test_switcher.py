@@ -13,6 +13,7 @@ from torch import nn
 import srlora_dist.ledger
 from srlora_dist import SRLoRAConfig, Switcher
 from srlora_dist.ledger import Ledger
+from srlora_dist.schedule import window_length
 from tests.ranks.engines import Net, make_batch, make_net
 
 
@@ -101,6 +102,8 @@ def test_another_adapter_name_is_refused() -> None:
         {"beta2": -0.1},
         {"target_rank": 0},
         {"score_reset": "none"},
+        {"importance_window": 0},
+        {"importance_window": "some"},
         {"optimizer_reset": "zeros"},
         {"fusion": "merge"},
         {"fused_rank": 0},
@@ -356,3 +359,44 @@ def test_a_step_that_does_not_happen_counts_for_nothing(tmp_path) -> None:
     assert switcher.num_steps == 0
     take_steps(model, optimizer, switcher, 3)
     assert switcher.num_steps == 3
+
+
+@pytest.mark.parametrize("reset", ["all", "restarted"])
+def test_a_window_makes_the_choices_of_all_steps(tmp_path, reset: str) -> None:
+    """Over a long run, in which about half of the steps are not observed."""
+    length, options = window_length("auto", 0.7, 0.7), {"beta1": 0.7, "beta2": 0.7, "score_reset": reset}
+    seen = {}
+    for window in ("all", "auto", 10):
+        options |= {"target_rank": 11, "fusion_ratio": 0.25, "importance_window": window}
+        model, optimizer, switcher = bound(tmp_path, steps=630, **options)
+        observed, observe = [], switcher._importance.observe_
+
+        def note(owners: list, observed=observed, switcher=switcher, observe=observe) -> None:
+            observed.append(switcher.num_steps)
+            observe(owners)
+
+        switcher._importance.observe_ = note
+        reports = take_steps(model, optimizer, switcher, 630)
+        choices = [(part.site, part.slots) for report in reports for part in report.sites]
+        seen[window] = choices, observed, [s for report in reports for part in report.sites for s in part.scores]
+    due = switcher.due_steps
+    assert len(due) >= 5
+    assert seen["all"][1] == list(range(due[-1]))
+    assert due[0] > 1.5 * length
+    for window, most in (("auto", length), (10, 10)):
+        assert seen[window][1] == [step for step in range(due[-1]) if min(d for d in due if d > step) - step <= most]
+    assert seen["auto"][0] == seen["all"][0]
+    torch.testing.assert_close(torch.tensor(seen["auto"][2]), torch.tensor(seen["all"][2]), rtol=1e-5, atol=0)
+    assert seen[10][2] != seen["all"][2]
+
+
+def test_a_window_as_long_as_the_interval_forgets_nothing(tmp_path) -> None:
+    scores = {}
+    for window in ("all", 4, 9):  # switches after steps 6 and 13
+        model, optimizer, switcher = bound(
+            tmp_path, target_rank=10, steps=20, importance_window=window, score_reset="restarted"
+        )
+        reports = take_steps(model, optimizer, switcher, 20)
+        scores[window] = [score for report in reports for part in report.sites for score in part.scores]
+    assert scores[9] == scores["all"]
+    assert scores[4] != scores["all"]
