@@ -1,0 +1,159 @@
+"""What the benchmarks share: ours and a peer timed in turn in one process, the ratios, and where they are written.
+
+A benchmark answers one question. It runs ours and the peer on the same work in alternation, so that what disturbs the
+machine disturbs both, and reports the ratio of each round: its median and quartiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+@dataclass
+class Row:
+    """The answer to one question on one case.
+
+    Args:
+        question: What is compared.
+        ours: What stands for this project.
+        peer: What it is compared with.
+        case: Sizes, ranks and all else that the figures depend on.
+        ratios: One a round.
+        bound: ``at most``, ``at least`` or ``exactly``.
+        target: What the ratio should be, or None where none was set.
+        seconds: Median time of each contender, where time was measured.
+        more: Other figures by their names.
+        reason: Why the target is missed; told where it is.
+    """
+
+    question: str
+    ours: str
+    peer: str
+    case: str
+    ratios: list[float]
+    bound: str = "at most"
+    target: float | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    more: dict[str, float] = field(default_factory=dict)
+    reason: str = ""
+
+    @property
+    def median(self) -> float:
+        """Of the ratios."""
+        return statistics.median(self.ratios)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """First and third of the ratios."""
+        if len(self.ratios) < 2:
+            return self.median, self.median
+        first, _, third = statistics.quantiles(self.ratios, n=4, method="inclusive")
+        return first, third
+
+    @property
+    def is_met(self) -> bool | None:
+        """Whether the median reaches the target; None where there is none."""
+        if self.target is None:
+            return None
+        reached = {"at most": self.median <= self.target, "at least": self.median >= self.target}
+        return reached.get(self.bound, self.median == self.target)
+
+
+def alternate(contenders: dict[str, Callable[[], object]], rounds: int, warm_up: int = 3) -> dict[str, list[float]]:
+    """Seconds of each contender in each round; they take turns, and who begins changes from round to round."""
+    names = list(contenders)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(-warm_up, rounds):
+        turn = names[number % len(names) :] + names[: number % len(names)]
+        for name in turn:
+            synchronize()
+            began = time.perf_counter()
+            contenders[name]()
+            synchronize()
+            if number >= 0:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def synchronize() -> None:
+    """Wait for the accelerator, if there is one."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+def ratios(above: list[float], below: list[float]) -> list[float]:
+    """Of each round."""
+    return [a / b for a, b in zip(above, below, strict=True)]
+
+
+def medians(seconds: dict[str, list[float]]) -> dict[str, float]:
+    """Of each contender."""
+    return {name: statistics.median(each) for name, each in seconds.items()}
+
+
+def device() -> torch.device:
+    """The accelerator if there is one, else the CPU."""
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+def hardware() -> str:
+    """In words."""
+    if torch.accelerator.is_available():
+        return torch.cuda.get_device_name()
+    model = next((line for line in _cpu_lines() if line.startswith("model name")), platform.processor())
+    return f"{os.cpu_count()} CPU cores ({model.split(':')[-1].strip()})"
+
+
+def _cpu_lines() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def report(name: str, rows: list[Row], quick: bool) -> None:
+    """Print the rows and append them to ``results/<name>.jsonl``."""
+    about = {"date": date.today().isoformat(), "hardware": hardware(), "quick": quick}
+    about |= {"threads": torch.get_num_threads()}
+    about |= {package: version(package) for package in ("torch", "peft", "deepspeed", "transformers")}
+    RESULTS.mkdir(exist_ok=True)
+    with (RESULTS / f"{name}.jsonl").open("a") as file:
+        for row in rows:
+            print(describe(row), flush=True)
+            file.write(json.dumps(asdict(row) | about) + "\n")
+
+
+def describe(row: Row) -> str:
+    """One line for the terminal."""
+    low, high = row.quartiles
+    verdict = {True: "met", False: f"MISSED: {row.reason}", None: ""}[row.is_met]
+    wanted = f", target {row.bound} {row.target:g}" if row.target is not None else ""
+    more = "".join(f", {name} {value:.3g}" for name, value in row.more.items())
+    return f"{row.question} [{row.case}]: {row.median:.3g} x ({low:.3g} to {high:.3g}{wanted}) {verdict}{more}"
+
+
+def arguments(doc: str, **options: dict) -> argparse.Namespace:
+    """The command line of a benchmark: ``--quick`` and what it adds."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="small sizes and few rounds: about a minute on 2 cores")
+    for name, settings in options.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", **settings)
+    return parser.parse_args()
+
+
+if str(ROOT) not in sys.path:  # the package may not be installed, and ranks are started as the tests start them
+    sys.path.insert(0, str(ROOT))
