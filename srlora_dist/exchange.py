@@ -115,8 +115,8 @@ class Exchange:
         for slot, direction in zip(slots, taken, strict=True):
             site.held[slot] = direction
         site.num_taken += len(slots)
-        tensors = (chosen, lefts, rights, whole_a, whole_b)
-        return part, combine(*slots, *taken, *(digest_run(tensor) for tensor in tensors))
+        written = torch.cat([tensor.flatten().float() for tensor in (lefts, rights, whole_a, whole_b)])
+        return part, combine(*slots, *taken, digest_run(written))
 
     def _add_to_weight_(self, number: int, left: Tensor, right: Tensor) -> None:
         """Add ``scale * left @ right`` to a site's W, or to what stands for it. Collective: see ``append_pairs_``."""

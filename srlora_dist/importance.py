@@ -187,7 +187,7 @@ class Importance:
                 if slots is None:
                     statistic.zero_()
                 else:
-                    whole = torch.zeros(self.storage.sites[number].factor_shape(run.factor))
+                    whole = torch.zeros(()).expand(self.storage.sites[number].factor_shape(run.factor))
                     fill_pairs_(statistic, run.start, PAIR_DIM[run.factor], slots, whole)
 
 

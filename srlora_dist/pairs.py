@@ -110,11 +110,31 @@ def fill_pairs_(run: Tensor, start: int, pair_dim: int, slots: Tensor, whole: Te
         slots: (k,) int64, the pairs to fill.
         whole: The factor to copy from, (r, n) for A, (m, r) for B; any device.
     """
-    chosen = torch.zeros(whole.shape[pair_dim], dtype=torch.bool)
-    chosen[slots] = True
-    mask = chosen.unsqueeze(1 - pair_dim).expand(whole.shape).flatten()[start : start + run.numel()].to(run.device)
-    source = whole.flatten()[start : start + run.numel()]
-    run[mask] = source.to(run.device, run.dtype)[mask]
+    for row, column, block in _blocks(run, start, whole.shape[1]):
+        first = (row, column)[pair_dim]
+        inside = slots[(slots >= first) & (slots < first + block.shape[pair_dim])] - first
+        source = whole[row : row + block.shape[0], column : column + block.shape[1]]
+        source = source.index_select(pair_dim, inside.to(source.device))
+        block.index_copy_(pair_dim, inside.to(run.device), source.to(run.device, run.dtype))
+
+
+def _blocks(run: Tensor, start: int, num_columns: int) -> Iterator[tuple[int, int, Tensor]]:
+    """The rectangles that a run of a matrix consists of, as (first row, first column, 2-D view).
+
+    Its whole rows, and the part of a row at either end.
+    """
+    stop = start + run.numel()
+    first_whole, last_whole = -(-start // num_columns), stop // num_columns
+    if first_whole > last_whole:  # the run lies inside one row
+        yield first_whole - 1, start - (first_whole - 1) * num_columns, run.view(1, -1)
+        return
+    num_head, num_whole = first_whole * num_columns - start, (last_whole - first_whole) * num_columns
+    if num_head:
+        yield first_whole - 1, num_columns - num_head, run[:num_head].view(1, -1)
+    if num_whole:
+        yield first_whole, 0, run[num_head : num_head + num_whole].view(-1, num_columns)
+    if num_head + num_whole < run.numel():
+        yield last_whole, 0, run[num_head + num_whole :].view(1, -1)
 
 
 def truncate_pairs(

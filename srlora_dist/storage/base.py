@@ -274,7 +274,7 @@ class Storage(Ranks, ABC):
             fill_pairs_(run.of(run.owner), run.start, pair_dim, slots, whole)
             state = self.optimizer.state.get(run.owner, {})
             for moment, zero in resettable_moments(state, run.owner, optimizer_reset):
-                fill_pairs_(run.of(moment), run.start, pair_dim, slots, torch.full_like(whole, zero))
+                fill_pairs_(run.of(moment), run.start, pair_dim, slots, torch.tensor(zero).expand(whole.shape))
         self.write_parameter_(self.sites[number].factor(factor), pair_dim, slots, whole)
 
     @contextmanager

@@ -1,0 +1,86 @@
+"""What does SRLoRA cost a whole fine-tune, and how large are its checkpoints? Beside PiSSA in the same trainer.
+
+    python benchmarks/fine_tune.py [--quick] [--rounds 5] [-- any option of launch/train.py]
+
+PiSSA is SRLoRA without switches: the same directions, data, steps and seed. What is compared is initialisation
+(singular value decompositions with an empty cache) and training with what SRLoRA adds: moving averages and switches.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from side_by_side import Row, arguments, hardware, medians, ratios, report
+
+from srlora_dist.config import RunConfig, parse
+from srlora_dist.trainer import train
+
+QUICK = [
+    "--train.max_steps",
+    "24",
+    "--train.batch_size",
+    "8",
+    "--task.max_length",
+    "48",
+    "--task.max_eval_samples",
+    "32",
+]
+
+
+def run(method: str, folder: Path, options: list[str]) -> dict[str, object]:
+    """Train from nothing, with a cache that is empty, and give the summary."""
+    shutil.rmtree(folder, ignore_errors=True)
+    places = ["--output_dir", str(folder), "--srlora.svd_cache", str(folder / "svd")]
+    config: RunConfig = parse(["--method", method, "--checkpoint.resume", "never", *places, *options])
+    return train(config)
+
+
+def main() -> None:
+    """Train with both methods in turn, and report."""
+    extra = sys.argv[sys.argv.index("--") + 1 :] if "--" in sys.argv else []
+    del sys.argv[len(sys.argv) - len(extra) - bool(extra) :]
+    options = arguments(__doc__, rounds={"type": int, "default": 5})
+    rounds = 3 if options.quick else options.rounds
+    torch.set_num_threads(1)
+    extra = (QUICK if options.quick else []) + extra
+    seconds: dict[str, list[float]] = {"srlora": [], "pissa": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(-1, rounds):
+            for method in ("srlora", "pissa") if number % 2 else ("pissa", "srlora"):
+                summary = run(method, Path(folder) / method, extra)
+                if number >= 0:
+                    seconds[method].append(summary["train_seconds"] + summary["svd_seconds"])
+                if method == "srlora":
+                    ours = summary
+    case = f"{hardware()}, one thread, task {ours['task']}, {ours['steps']} steps"
+    parts = {f"{name} seconds": ours[f"{name}_seconds"] for name in ("svd", "switch", "tracking")}
+    rows = [
+        Row(
+            question="whole fine-tune",
+            ours="SRLoRA: directions, moving averages, switches",
+            peer="PiSSA in the same trainer",
+            case=case,
+            ratios=ratios(seconds["srlora"], seconds["pissa"]),
+            target=1.03,
+            seconds=medians(seconds),
+            more=parts,
+        ),
+        Row(
+            question="bytes of a checkpoint",
+            ours="adapter, moments, averages and ledger",
+            peer="the pretrained model",
+            case=f"{case}, rank 8, 28 directions taken",
+            ratios=[ours["checkpoint_bytes"] / ours["model_bytes"]],
+            target=0.03,
+            reason="the share falls with the width of the model, and this one is 384 wide (see srlora plan)",
+        ),
+    ]
+    report("fine_tune", rows, options.quick)
+
+
+if __name__ == "__main__":
+    main()

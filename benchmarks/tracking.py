@@ -1,0 +1,97 @@
+"""How long does it take to follow the importance of every pair? Ours beside PEFT's AdaLoRA on the same layers.
+
+    python benchmarks/tracking.py [--quick] [--hidden 768] [--layers 12] [--rank 8]
+
+Both keep two moving averages an element of A and B. PEFT's ``RankAllocator.update_ipt`` does all of it on every rank;
+here a rank follows the sites that were dealt to it. Under DDP, on 1 and 2 processes of one thread each, with the window
+wide open: between windows ours does nothing at all. On a GPU it runs in one process.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from functools import partial
+
+import torch
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from side_by_side import Row, alternate, arguments, device, hardware, medians, ratios, report
+from torch import nn
+from transformers import BertConfig, BertModel
+
+from srlora_dist import SRLoRAConfig, Switcher
+from tests.ranks.world import run_ranks
+
+TARGETS = {1: 3.0, 2: 5.0}
+
+
+def adapted(config: LoraConfig, hidden: int, layers: int) -> nn.Module:
+    """An encoder with random weights under an adapter, its trained parameters with random gradients."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": 12}
+    model = get_peft_model(BertModel(BertConfig(**shape, intermediate_size=4 * hidden)), config).to(device())
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.randn_like(parameter)
+    return model
+
+
+def measure(rank: int, world_size: int, rounds: int, hidden: int, layers: int, pairs: int, cache: str) -> dict:  # noqa: ARG001
+    """Seconds of each contender on this rank, and the bytes of its moving averages."""
+    common = {"lora_alpha": pairs, "target_modules": "all-linear"}
+    peer = adapted(AdaLoraConfig(init_r=pairs, target_r=pairs // 2, total_step=1000, **common), hidden, layers)
+    allocator = peer.base_model.rankallocator
+    model = adapted(LoraConfig(r=pairs, **common), hidden, layers)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    options = SRLoRAConfig(target_rank=2 * pairs, importance_window="all", svd_cache=cache)
+    switcher = Switcher(model, options, num_training_steps=100)
+    switcher.bind(model, torch.optim.AdamW(trained))
+    contenders = {
+        "ours": partial(switcher._importance.observe_, trained),
+        "AdaLoRA": partial(allocator.update_ipt, peer),
+    }
+    theirs = sum(p.nbytes for name, p in peer.named_parameters() if "lora_" in name)
+    bytes_held = {"ours_bytes": switcher._importance.num_bytes, "peer_bytes": 3 * theirs}
+    return alternate(contenders, rounds) | bytes_held
+
+
+def main() -> None:
+    """Run on one and two ranks, and report."""
+    options = arguments(
+        *(__doc__,),
+        hidden={"type": int, "default": 768},
+        layers={"type": int, "default": 12},
+        rank={"type": int, "default": 8},
+    )
+    hidden, layers = (384, 6) if options.quick else (options.hidden, options.layers)
+    rounds = 50 if options.quick else 200
+    rows = []
+    with tempfile.TemporaryDirectory() as cache:
+        work = (rounds, hidden, layers, options.rank, cache)
+        for num_ranks in (1, 2) if device().type == "cpu" else (1,):
+            torch.set_num_threads(1)
+            if num_ranks == 1:
+                seen = [measure(0, 1, *work)]
+            else:
+                seen = run_ranks(measure, num_ranks, *work, timeout=600, last=True)
+            names = ("ours", "AdaLoRA")
+            slowest = {name: [max(times) for times in zip(*(s[name] for s in seen), strict=True)] for name in names}
+            case = f"{num_ranks} rank(s) of {hardware()}, one thread, {layers} layers of {hidden}, rank {options.rank}"
+            held = max(each["ours_bytes"] for each in seen) / 2**20, seen[0]["peer_bytes"] / 2**20
+            rows.append(
+                Row(
+                    question="tracking alone",
+                    ours="moving averages of a rank's own runs",
+                    peer="PEFT AdaLoRA's update_ipt",
+                    case=case,
+                    ratios=ratios(slowest["AdaLoRA"], slowest["ours"]),
+                    bound="at least",
+                    target=TARGETS[num_ranks],
+                    seconds=medians(slowest),
+                    more=dict(zip(("MiB a rank", "MiB a rank of AdaLoRA"), held, strict=True)),
+                )
+            )
+    report("tracking", rows, options.quick)
+
+
+if __name__ == "__main__":
+    main()
