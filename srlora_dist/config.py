@@ -52,6 +52,7 @@ class SRLoRAConfig:
         agreement_every: Steps between comparisons of all that ranks hold copies of; 0 compares at switches alone.
         adapter_name: The PEFT adapter to work on.
         svd_cache: Folder of the computed directions; ``null`` is ``srlora_dist/svd`` in the user's cache folder.
+        svd_distribute: Share the decompositions out over the ranks instead of leaving all of them to rank 0.
         ledger_dir: Folder to which each switch is appended; ``null`` keeps the ledger in memory alone.
     """
 
@@ -71,6 +72,7 @@ class SRLoRAConfig:
     agreement_every: int = 0
     adapter_name: str = "default"
     svd_cache: str | None = None
+    svd_distribute: bool = False
     ledger_dir: str | None = None
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 FREE = {
     *("output_dir", "engine", "checkpoint", "model.name_or_path", "model.gguf_file", "model.trust_remote_code"),
-    *("task.data_dir", "srlora.svd_cache", "srlora.ledger_dir"),
+    *("task.data_dir", "srlora.svd_cache", "srlora.svd_distribute", "srlora.ledger_dir"),
     *("srlora.residual_device", "srlora.check_switch", "srlora.switch_tolerance", "srlora.agreement_every"),
     *("train.accumulation_steps", "train.eval_batch_size", "train.eval_every", "train.log_every", "train.timeout"),
     "train.max_bad_steps",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import math
 import os
 import warnings
-from functools import partial
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import scipy.linalg
@@ -17,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from srlora_dist.cache import cache_dir, require_writable
+from srlora_dist.config import SRLoRAConfig
 from srlora_dist.digest import combine, digest_run
 from srlora_dist.original import OriginalWeights
 from srlora_dist.pairs import exact_matmul
@@ -24,6 +27,8 @@ from srlora_dist.sites import Site
 from srlora_dist.storage import Storage
 
 METHOD = "full-1"
+
+logger = logging.getLogger(__name__)
 
 
 @exact_matmul()
@@ -60,19 +65,22 @@ class Directions:
 
     1. All ranks digest the weights they hold; one all-reduce gives the fingerprint, which names the file.
     2. Rank 0 looks for a whole file of that fingerprint; one small broadcast tells the others.
-    3. If there is none, for each site: W is gathered on rank 0 alone, factored, and a few bytes tell the others that it
-       worked, so that no rank waits longer than one site takes.
+    3. If there is none, for each site: W is gathered on rank 0 alone while it factors the one before, and a few bytes
+       tell the others that it worked, so that no rank waits longer than one site takes. With ``svd_distribute`` as
+       many sites at a time as there are ranks, each on a rank of its own; at the end rank 0 collects the triplets.
 
     Args:
         storage: How the ranks hold the weights.
-        cache: ``srlora.svd_cache``.
-        checkpoint: ``srlora.directions_from``; then W is read from there instead of gathered.
+        config: ``svd_cache``, ``svd_distribute`` and ``directions_from``; with that W is read instead of gathered.
     """
 
-    def __init__(self, storage: Storage, cache: str | None, checkpoint: str | None = None) -> None:
+    def __init__(self, storage: Storage, config: SRLoRAConfig) -> None:
         self.storage = storage
-        self.cache = cache
-        self.checkpoint = checkpoint
+        self.cache, self.checkpoint = config.svd_cache, config.directions_from
+        self.shares = config.svd_distribute and storage.world_size > 1
+        if self.shares and self.checkpoint is not None:
+            logger.warning("srlora.svd_distribute is without effect with directions_from, which rank 0 reads")
+            self.shares = False
         self.digests: list[int] = []  # of each site's W
         self.path: Path | None = None  # on rank 0
         self._original: OriginalWeights | None = None  # likewise
@@ -160,20 +168,62 @@ class Directions:
 
     def _compute(self) -> dict[str, Tensor]:
         """The triplets of all sites, on rank 0 and on the CPU; an empty dict elsewhere. Collective: see the class."""
-        storage, tensors = self.storage, {}
-        bar = tqdm(storage.sites, desc="directions (SVD)", unit="matrix", disable=storage.rank != 0, leave=False)
-        for number, site in enumerate(bar):
-            weight = storage.gather_weight(number) if self.checkpoint is None else None
-            made = storage.on_rank_0(f"factor {site.name}", partial(self._factor, site, weight))
-            tensors.update(made or {})
-        return tensors
+        storage, sites = self.storage, self.storage.sites
+        made: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        running: Future | None = None
+        mine: int | None = None
+        bar = tqdm(total=len(sites), desc="directions (SVD)", unit="matrix", disable=storage.rank != 0, leave=False)
+        with bar, ThreadPoolExecutor(1) as pool:
+            before: list[int] = []
+            for numbers in [*self._rounds(), []]:
+                weight = self._gather(numbers)
+                what = f"factor {sites[mine].name}" if mine is not None else ""
+                triplet = storage.attempt(what, running.result if running is not None else None)
+                if triplet is not None:
+                    made[mine] = triplet
+                bar.update(len(before))
+                before, running, mine = numbers, None, None
+                if storage.rank < len(numbers):
+                    mine = numbers[storage.rank]
+                    running = pool.submit(self._factor, sites[mine], weight)
+        return self._collect(made)
 
-    def _factor(self, site: Site, weight: Tensor | None) -> dict[str, Tensor]:
+    def _rounds(self) -> list[list[int]]:
+        """Numbers of the sites that are factored at the same time, the first on rank 0 and so on."""
+        sites = self.storage.sites
+        if not self.shares:
+            return [[number] for number in range(len(sites))]
+        # Of like size at a time, so that no rank waits for long.
+        order = sorted(range(len(sites)), key=lambda number: math.prod(sites[number].shape), reverse=True)
+        width = self.storage.world_size
+        return [order[k : k + width] for k in range(0, len(sites), width)]
+
+    def _gather(self, numbers: list[int]) -> Tensor | None:
+        """W of the one that this rank factors. Collective: each W goes to the rank that factors it."""
+        if self.checkpoint is not None:
+            return None
+        weights = [self.storage.gather_weight(number, to_rank) for to_rank, number in enumerate(numbers)]
+        return next((weight for weight in weights if weight is not None), None)
+
+    @torch.no_grad()  # of the thread
+    def _factor(self, site: Site, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """A site's directions as they are kept in the file: on the CPU, U transposed so that a direction is a row."""
         weight = self._original.read(site).to(self.storage.device) if weight is None else weight
         left, values, right = compute_directions(weight, site.target_rank)
-        names = (f"{site.name}.{part}" for part in ("Ut", "S", "Vt"))
-        return dict(zip(names, (left.T.contiguous().cpu(), values.cpu(), right.cpu()), strict=True))
+        return left.T.contiguous().cpu(), values.cpu(), right.cpu()
+
+    def _collect(self, made: dict[int, tuple[Tensor, Tensor, Tensor]]) -> dict[str, Tensor]:
+        """All of them by their names in the file, on rank 0. Collective: they are collected if they were shared out."""
+        sites = self.storage.sites
+        names = [f"{site.name}.{part}" for site in sites for part in ("Ut", "S", "Vt")]
+        if not self.shares:
+            return dict(zip(names, (part for number in sorted(made) for part in made[number]), strict=bool(made)))
+        ranks = [(site.target_rank, *site.shape) for site in sites]
+        shapes = [shape for k, m, n in ranks for shape in ((k, m), (k,), (k, n))]
+        mine = ((3 * number + j, part) for number, triplet in made.items() for j, part in enumerate(triplet))
+        parts = [(number, 0, part.flatten()) for number, part in mine]
+        wholes = self.storage.collect([math.prod(shape) for shape in shapes], parts)
+        return {name: whole.view(shape) for name, whole, shape in zip(names, wholes, shapes, strict=False)}
 
     def _write(self, tensors: dict[str, Tensor]) -> None:
         """Write beside, then rename."""

@@ -108,7 +108,7 @@ class Switcher:
         if saved is None:
             self._open_ledger(None)  # what can fail is tried before the directions are computed
         began = time.perf_counter()
-        self._directions = Directions(storage, self.config.svd_cache, self.config.directions_from)
+        self._directions = Directions(storage, self.config)
         self._directions.prepare()
         self.svd_seconds = time.perf_counter() - began
         storage.allocate_residuals(self.config.residual_device)

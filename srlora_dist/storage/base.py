@@ -115,8 +115,8 @@ class Storage(Ranks, ABC):
         """The run of W of a site that this rank answers for, and its offset: over all ranks each element once."""
 
     @abstractmethod
-    def gather_stored(self, number: int) -> Tensor | None:
-        """W of a site on rank 0 just as it is stored (transposed, 16-bit, packed), and None elsewhere.
+    def gather_stored(self, number: int, to_rank: int) -> Tensor | None:
+        """W of a site on one rank just as it is stored (transposed, 16-bit, packed), and None elsewhere.
 
         Collective: every rank must call it; what is sent depends on the storage.
         """
@@ -161,8 +161,8 @@ class Storage(Ranks, ABC):
 
     # The same for every kind, in terms of these.
 
-    def gather_weight(self, number: int) -> Tensor | None:
-        """W of a site, (m, n) in float32, on rank 0 and None elsewhere.
+    def gather_weight(self, number: int, to_rank: int = 0) -> Tensor | None:
+        """W of a site, (m, n) in float32, on one rank and None elsewhere.
 
         Collective: see :meth:`gather_stored`.
 
@@ -171,7 +171,7 @@ class Storage(Ranks, ABC):
         """
         site = self.sites[number]
         with self.in_memory(number):
-            stored = self.gather_stored(number)
+            stored = self.gather_stored(number, to_rank)
         if stored is None:
             return None
         whole = dequantise(site, stored) if site.quantised else stored.float()

@@ -23,14 +23,14 @@ class CutWeights(Storage):
     def weight_run(self, number: int) -> tuple[Tensor, int]:
         return self.parameter_run(self.sites[number].weight)
 
-    def gather_stored(self, number: int) -> Tensor | None:
+    def gather_stored(self, number: int, to_rank: int) -> Tensor | None:
         weight = self.sites[number].weight
         run, _ = self.parameter_run(weight)
         padded = torch.zeros(self.largest_run(weight), dtype=run.dtype, device=self.device)
         padded[: run.numel()] = run
-        runs = [torch.empty_like(padded) for _ in range(self.world_size)] if self.rank == 0 else None
-        dist.gather(padded.view(torch.uint8), runs and [part.view(torch.uint8) for part in runs], dst=0)
-        if self.rank != 0:
+        runs = [torch.empty_like(padded) for _ in range(self.world_size)] if self.rank == to_rank else None
+        dist.gather(padded.view(torch.uint8), runs and [part.view(torch.uint8) for part in runs], dst=to_rank)
+        if self.rank != to_rank:
             return None
         shape = self.whole_shape(weight)
         return torch.cat(runs)[: shape.numel()].view(shape)

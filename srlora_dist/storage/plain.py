@@ -32,8 +32,8 @@ class WholeWeights(Storage):
         flat = self.sites[number].weight.detach().view(-1)
         return (flat if self.dealt_to[number] == self.rank else flat[:0]), 0
 
-    def gather_stored(self, number: int) -> Tensor | None:
-        return self.sites[number].weight.detach() if self.rank == 0 else None
+    def gather_stored(self, number: int, to_rank: int) -> Tensor | None:
+        return self.sites[number].weight.detach() if self.rank == to_rank else None
 
     def gather_parameters(self, parameters: list[nn.Parameter]) -> list[Tensor]:
         return [parameter.detach() for parameter in parameters]

@@ -127,8 +127,18 @@ class Ranks:
         Raises:
             ValueError: Rank 0 could not do the task.
         """
+        return self.attempt(task, work if self.rank == 0 else None)
+
+    def attempt(self, task: str, work: Callable[[], T] | None) -> T | None:
+        """Do what only some ranks do; None on the others. If it fails on one, every rank raises.
+
+        Collective: see :meth:`raise_together`.
+
+        Raises:
+            ValueError: A rank could not do the task.
+        """
         result, error = None, None
-        if self.rank == 0:
+        if work is not None:
             try:
                 result = work()
             except Exception as failure:  # whatever it is, the other ranks wait

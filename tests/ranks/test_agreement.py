@@ -7,11 +7,13 @@ from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import srlora_dist.svd
 from srlora_dist import SRLoRAConfig, Switcher
 from srlora_dist.digest import digest_run
 from srlora_dist.exchange import Exchange
@@ -224,7 +226,8 @@ def fingerprint(rank: int, world_size: int, engine_name: str, cache: str) -> dic
     engine = prepare(engine_name, model, 1e-2, 0, **(PARTITIONED if engine_name == "zero3" else {}))
     sites = find_sites(model)
     clamp_target_ranks(sites, TARGET)
-    return {"key": Directions(find_storage(engine.model, engine.optimizer, sites), cache)._fingerprint()}
+    storage = find_storage(engine.model, engine.optimizer, sites)
+    return {"key": Directions(storage, SRLoRAConfig(svd_cache=cache))._fingerprint()}
 
 
 def test_the_fingerprint_is_that_of_the_weights_however_they_are_held(tmp_path) -> None:
@@ -236,6 +239,40 @@ def test_the_fingerprint_is_that_of_the_weights_however_they_are_held(tmp_path) 
     for world_size, engine in ((1, "plain"), (2, "ddp"), (2, "zero2"), (3, "zero3"), (4, "fsdp2")):
         for seen in run_ranks(fingerprint, world_size, engine, str(tmp_path)):
             assert seen["key"][1:] == wanted
+
+
+def make_directions(rank: int, world_size: int, engine_name: str, cache: str, shared: bool) -> dict:
+    """Compute the directions, and tell how many matrices this rank factored, and what ended up in the file."""
+    factored, compute = [], srlora_dist.svd.compute_directions
+
+    def note(weight: torch.Tensor, count: int) -> tuple:
+        factored.append(list(weight.shape))
+        return compute(weight, count)
+
+    model = make_odd_net()
+    engine = prepare(engine_name, model, 1e-2, 0, **(PARTITIONED if engine_name == "zero3" else {}))
+    sites = find_sites(model)
+    clamp_target_ranks(sites, TARGET)
+    storage = find_storage(engine.model, engine.optimizer, sites)
+    directions = Directions(storage, SRLoRAConfig(svd_cache=cache, svd_distribute=shared))
+    srlora_dist.svd.compute_directions = note
+    try:
+        directions.prepare()
+    finally:
+        srlora_dist.svd.compute_directions = compute
+    return {"factored": factored, "file": load_file(directions.path) if rank == 0 else {}}
+
+
+@pytest.mark.parametrize(("engine", "world_size"), [("ddp", 2), ("zero3", 2), ("fsdp2", 4)])
+def test_ranks_share_the_decompositions_and_make_the_same_file(tmp_path, engine: str, world_size: int) -> None:
+    alone, shared = (
+        run_ranks(make_directions, world_size, engine, str(tmp_path / str(shared)), shared) for shared in (False, True)
+    )
+    assert [len(seen["factored"]) for seen in alone] == [3, *[0] * (world_size - 1)]
+    assert sorted(shape for seen in shared for shape in seen["factored"]) == sorted(map(list, SHAPES.values()))
+    assert [len(seen["factored"]) for seen in shared] == ([2, 1] if world_size == 2 else [1, 1, 1, 0])
+    assert alone[0]["file"].keys() == shared[0]["file"].keys()
+    assert all(torch.equal(shared[0]["file"][name], tensor) for name, tensor in alone[0]["file"].items())
 
 
 def bind_elsewhere(rank: int, world_size: int, kind: str, cache: str) -> dict:

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import srlora_dist.svd
+from srlora_dist import SRLoRAConfig
 from srlora_dist.digest import digest_run
 from srlora_dist.sites import clamp_target_ranks, find_sites
 from srlora_dist.storage import find_storage
@@ -22,7 +23,7 @@ def directions_of(folder, scale: float = 1.0, target: int = 6) -> Directions:
     sites = find_sites(model)
     clamp_target_ranks(sites, target)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    return Directions(find_storage(model, optimizer, sites), str(folder))
+    return Directions(find_storage(model, optimizer, sites), SRLoRAConfig(svd_cache=str(folder)))
 
 
 @pytest.mark.parametrize("shape", [(9, 5), (5, 9), (6, 6)])
