@@ -21,12 +21,13 @@ from tqdm import tqdm
 from srlora_dist.cache import cache_dir, require_writable
 from srlora_dist.config import SRLoRAConfig
 from srlora_dist.digest import combine, digest_run
+from srlora_dist.krylov import find_triplets, is_worth_it
 from srlora_dist.original import OriginalWeights
 from srlora_dist.pairs import exact_matmul
 from srlora_dist.sites import Site
 from srlora_dist.storage import Storage
 
-METHOD = "full-1"
+METHOD = "krylov-1"
 
 logger = logging.getLogger(__name__)
 
@@ -35,18 +36,24 @@ logger = logging.getLogger(__name__)
 def compute_directions(weight: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """The first ``count`` singular triplets: U (m, count), S (count,) falling, Vt (count, n), of the weight's dtype.
 
-    The largest entry of each column of U is positive, so that the signs do not depend on the driver. Where the driver
-    fails to converge, LAPACK's slower ``gesvd`` is tried in float64.
+    The largest entry of each column of U is positive, so that the signs do not depend on the driver. Where the
+    iteration of krylov.py does not pay or gives up, the full decomposition is taken; where its driver fails to
+    converge, LAPACK's slower ``gesvd`` in float64.
 
     Raises:
         ArithmeticError: The weight holds NaN or inf, or both drivers failed.
     """
     if not bool(torch.isfinite(weight).all()):
         raise ArithmeticError("the weight holds NaN or inf, check the model's files")
+    triplets = None
     try:
-        left, values, right = torch.linalg.svd(weight, full_matrices=False)
+        if weight.dtype == torch.float32 and is_worth_it(weight.shape, count):
+            triplets = find_triplets(weight, count)
+        if triplets is None:
+            triplets = torch.linalg.svd(weight, full_matrices=False)
     except torch.linalg.LinAlgError:
-        left, values, right = _svd_in_float64(weight)
+        triplets = _svd_in_float64(weight)
+    left, values, right = triplets
     left, values, right = left[:, :count], values[:count], right[:count]
     sign = left.gather(0, left.abs().argmax(0, keepdim=True)).sign()
     return (left * sign).contiguous(), values.contiguous(), (right * sign.T).contiguous()

@@ -17,7 +17,7 @@ LAYERS = [
     ["memory", "diagnostics", "exchange", "output_check", "saving"],
     ["export"],
     ["svd", "importance", "fused", "training_state", "checkpoint"],
-    ["ledger", "schedule", "original"],
+    ["ledger", "schedule", "original", "krylov"],
     ["storage"],
     ["pairs", "sites", "digest"],
     ["config"],
