@@ -16,7 +16,7 @@ from functools import partial
 
 import torch
 from peft import LoraConfig
-from side_by_side import Row, alternate, arguments, device, hardware, medians, ratios, report
+from side_by_side import Row, alternate, arguments, device, medians, ratios, report
 from torch import Tensor
 from tracking import adapted
 
@@ -27,11 +27,12 @@ from srlora_dist.storage import find_storage
 from srlora_dist.svd import Directions, compute_directions
 
 SMALL = ((384, 384, 32), (1536, 384, 32), (768, 768, 32), (1024, 1024, 32), (1024, 1024, 128))
+QUESTIONS = ("directions: error of the values", "directions: sine of the angle")
 FLAT = "a Gaussian matrix has the flattest spectrum there is among weights; trained ones fall faster"
 
 
 def make_weight(kind: str, side: int) -> Tensor:
-    """(side, side) with values that fall slowly, or Gaussian; or Gaussian with a falling part on top, as weights have."""
+    """(side, side): values that fall slowly; Gaussian; or that with a falling part on top, as weights have it."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(side, side, generator=generator)
     if kind == "Gaussian":
@@ -41,7 +42,7 @@ def make_weight(kind: str, side: int) -> Tensor:
     return falling if kind == "values i^-0.3" else falling + 0.2 * noise.to(device()) / side**0.5
 
 
-def errors(weight: Tensor, found: tuple[Tensor, Tensor, Tensor], exact: tuple[Tensor, Tensor, Tensor]) -> list[float]:
+def errors(found: tuple[Tensor, Tensor, Tensor], exact: tuple[Tensor, Tensor, Tensor]) -> list[float]:
     """Largest relative error of a value, and sine of the largest angle to the true subspaces."""
     count = found[1].numel()
     value = float(((found[1].double() - exact[1][:count]) / exact[1][:count]).abs().max())
@@ -60,11 +61,10 @@ def large(kind: str, side: int, count: int, rounds: int) -> list[Row]:
     }
     seconds = alternate(contenders, rounds, warm_up=1)
     u, s, v = contenders["pissa_niter_16"]()
-    mine, theirs = errors(weight, contenders["ours"](), exact), errors(weight, (u, s, v.T), exact)
-    case = f"{hardware()}, {torch.get_num_threads()} threads, {side} x {side}, {kind}, k = {count}"
+    mine, theirs = errors(contenders["ours"](), exact), errors((u, s, v.T), exact)
+    case = f"{torch.get_num_threads()} threads, {side} x {side}, {kind}, k = {count}"
     common = {"ours": "block Krylov iteration", "case": case}
     speed = {"full / pissa_niter_16": statistics.median(ratios(seconds["full"], seconds["pissa_niter_16"]))}
-    name = "of pissa_niter_16"
     return [
         Row(
             *("directions: time of the full SVD over ours",),
@@ -77,21 +77,9 @@ def large(kind: str, side: int, count: int, rounds: int) -> list[Row]:
             more=speed,
             reason=FLAT if kind == "Gaussian" else "",
         ),
-        Row(
-            "directions: error of the values",
-            **common,
-            peer="float64",
-            ratios=mine[:1],
-            target=1e-5,
-            more={name: theirs[0]},
-        ),
-        Row(
-            "directions: sine of the angle",
-            **common,
-            peer="float64",
-            ratios=mine[1:],
-            target=1e-2,
-            more={name: theirs[1]},
+        *(
+            Row(question, **common, peer="float64", ratios=[ours], target=target, more={"of pissa_niter_16": peers})
+            for question, ours, peers, target in zip(QUESTIONS, mine, theirs, (1e-5, 1e-2), strict=True)
         ),
     ]
 
@@ -105,7 +93,7 @@ def small(shape: tuple[int, int, int], rounds: int) -> Row:
     way = "block Krylov iteration" if is_worth_it(tuple(sides), count) else "the full one"
     return Row(
         *("directions: no shape takes longer", way, "torch.linalg.svd"),
-        case=f"{hardware()}, {torch.get_num_threads()} threads, {sides[0]} x {sides[1]}, Gaussian, k = {count}",
+        case=f"{torch.get_num_threads()} threads, {sides[0]} x {sides[1]}, Gaussian, k = {count}",
         ratios=ratios(seconds["ours"], seconds["full"]),
         target=1.05,  # the same routine twice differs by about this much
         seconds=medians(seconds),
@@ -127,7 +115,7 @@ def start_up(hidden: int, layers: int, rounds: int) -> Row:
                 seconds[name].append(time.perf_counter() - began)
     return Row(
         *("directions: a cold start over a warm one", "file of directions", "none"),
-        case=f"{hardware()}, {torch.get_num_threads()} threads, {layers} layers of {hidden}, target rank 32",
+        case=f"{torch.get_num_threads()} threads, {layers} layers of {hidden}, target rank 32",
         ratios=ratios(seconds["cold"], seconds["warm"]),
         bound="at least",
         target=20.0,

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from side_by_side import Row, arguments, hardware, medians, ratios, report
+from side_by_side import Row, arguments, medians, ratios, report
 
 from srlora_dist.config import RunConfig, parse
 from srlora_dist.trainer import train
@@ -56,7 +56,7 @@ def main() -> None:
                     seconds[method].append(summary["train_seconds"] + summary["svd_seconds"])
                 if method == "srlora":
                     ours = summary
-    case = f"{hardware()}, one thread, task {ours['task']}, {ours['steps']} steps"
+    case = f"task {ours['task']}, {ours['steps']} steps"
     parts = {f"{name} seconds": ours[f"{name}_seconds"] for name in ("svd", "switch", "tracking")}
     rows = [
         Row(

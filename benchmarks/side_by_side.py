@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from datetime import date
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,6 +23,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+START = datetime.now()
+PACKAGES = ("torch", "peft", "deepspeed", "transformers")
 
 
 @dataclass
@@ -127,9 +129,9 @@ def _cpu_lines() -> list[str]:
 
 def report(name: str, rows: list[Row], quick: bool) -> None:
     """Print the rows and append them to ``results/<name>.jsonl``."""
-    about = {"date": date.today().isoformat(), "hardware": hardware(), "quick": quick}
-    about |= {"threads": torch.get_num_threads()}
-    about |= {package: version(package) for package in ("torch", "peft", "deepspeed", "transformers")}
+    about = {"run": os.environ.get("SRLORA_BENCHMARK_RUN", f"{START:%Y-%m-%dT%H:%M:%S}"), "date": f"{START:%Y-%m-%d}"}
+    about |= {"hardware": hardware(), "device": device().type, "quick": quick}
+    about |= {package: version(package) for package in PACKAGES}
     RESULTS.mkdir(exist_ok=True)
     with (RESULTS / f"{name}.jsonl").open("a") as file:
         for row in rows:

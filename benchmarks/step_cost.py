@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 from peft import LoraConfig, get_peft_model
-from side_by_side import Row, alternate, arguments, device, hardware, medians, ratios, report
+from side_by_side import Row, alternate, arguments, device, medians, ratios, report
 from torch import Tensor
 
 from srlora_dist import SRLoRAConfig, Switcher
@@ -77,7 +77,7 @@ def main() -> None:
     length = window_length("auto", 0.85, 0.85)
     observed, outside = (ratios(seconds[name], seconds["LoRA"]) for name in ("observed", "not observed"))
     share = length / INTERVAL
-    case = f"{hardware()}, demo encoder, batch {options.batch_size} x {batch['input_ids'].shape[1]} tokens, rank 8"
+    case = f"demo encoder, batch {options.batch_size} x {batch['input_ids'].shape[1]} tokens, rank 8"
     common = {"peer": "plain PEFT LoRA", "seconds": medians(seconds)}
     rows = [
         Row("a step that is observed", "SRLoRA, window all", case=case, ratios=observed, target=1.02, **common),

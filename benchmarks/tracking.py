@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
-from side_by_side import Row, alternate, arguments, device, hardware, medians, ratios, report
+from side_by_side import Row, alternate, arguments, device, medians, ratios, report
 from torch import nn
 from transformers import BertConfig, BertModel
 
@@ -75,7 +75,7 @@ def main() -> None:
                 seen = run_ranks(measure, num_ranks, *work, timeout=600, last=True)
             names = ("ours", "AdaLoRA")
             slowest = {name: [max(times) for times in zip(*(s[name] for s in seen), strict=True)] for name in names}
-            case = f"{num_ranks} rank(s) of {hardware()}, one thread, {layers} layers of {hidden}, rank {options.rank}"
+            case = f"{num_ranks} rank(s), one thread, {layers} layers of {hidden}, rank {options.rank}"
             held = max(each["ours_bytes"] for each in seen) / 2**20, seen[0]["peer_bytes"] / 2**20
             rows.append(
                 Row(
