@@ -15,7 +15,7 @@ from srlora_dist.errors import RunStoppedError
 from srlora_dist.fused import append_pairs_
 from srlora_dist.importance import Importance
 from srlora_dist.ledger import Ledger, SiteSwitch, SwitchReport, read_entries
-from srlora_dist.sites import PAIR_DIM
+from srlora_dist.sites import PAIR_DIM, Site
 from srlora_dist.storage import Storage
 from srlora_dist.svd import Directions
 
@@ -23,6 +23,19 @@ logger = logging.getLogger(__name__)
 
 BUCKET_BYTES = 64 << 20
 """Sites are switched in groups of about this much of factors, so that few large messages are sent."""
+
+
+def cut_into_buckets(sites: list[Site]) -> Iterator[list[int]]:
+    """Site numbers in order, cut where a bucket's factors reach ``BUCKET_BYTES``."""
+    bucket, size = [], 0
+    for number, site in enumerate(sites):
+        bucket.append(number)
+        size += 4 * site.rank * sum(site.shape)
+        if size >= BUCKET_BYTES:
+            yield bucket
+            bucket, size = [], 0
+    if bucket:
+        yield bucket
 
 
 class Exchange:
@@ -199,16 +212,8 @@ class Exchange:
             yield from self.importance.of_site(number) if self.importance is not None else ()
 
     def buckets(self) -> Iterator[list[int]]:
-        """Site numbers in order, cut where a bucket's factors reach ``BUCKET_BYTES``."""
-        bucket, size = [], 0
-        for number, site in enumerate(self.sites):
-            bucket.append(number)
-            size += 4 * site.rank * sum(site.shape)
-            if size >= BUCKET_BYTES:
-                yield bucket
-                bucket, size = [], 0
-        if bucket:
-            yield bucket
+        """Numbers of the sites that are switched together."""
+        return cut_into_buckets(self.sites)
 
     def _compare(self, report: SwitchReport, digests: list[int]) -> None:
         """Raise on every rank if any rank fused, took or wrote something else. Collective: one all-reduce."""

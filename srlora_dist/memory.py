@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from srlora_dist.importance import Importance
 from srlora_dist.ledger import Ledger
 from srlora_dist.schedule import num_fused
+from srlora_dist.sites import Site
 from srlora_dist.storage import Storage
 
 
@@ -54,24 +55,25 @@ def count_extra_memory(
         fusion_ratio: The paper's gamma.
         buckets: Numbers of the sites that are switched together.
     """
-    sites, in_ledger = storage.sites, 0
-    if ledger is not None and ledger.folder is None:
-        for site in sites:
-            most = site.rank + num_switches * num_fused(site.rank, fusion_ratio)
-            restarted = max(0, min(site.target_rank, most) - site.rank)
-            in_ledger += site.lora_a.element_size() * sum(site.shape) * (site.num_first + 2 * restarted)
+    sites, in_memory = storage.sites, ledger is not None and ledger.folder is None
     with_second = [site for site in sites if site.fused_a is not None]
     return ExtraMemory(
         tracking=importance.num_bytes if importance is not None else 0,
         residual=sum(residual.nbytes for residual in storage.residuals.values()),
         second_adapter=sum(storage.held_bytes(f) for site in with_second for f in (site.fused_a, site.fused_b)),
-        ledger=in_ledger,
-        directions=max(sum(_switch_bytes(storage, number) for number in bucket) for bucket in buckets),
+        ledger=sum(ledger_bytes(site, num_switches, fusion_ratio) for site in sites) if in_memory else 0,
+        directions=max(sum(switch_bytes(sites[number], storage.gathers) for number in bucket) for bucket in buckets),
     )
 
 
-def _switch_bytes(storage: Storage, number: int) -> int:
+def ledger_bytes(site: Site, num_switches: int, fusion_ratio: float) -> int:
+    """Of a site's columns and rows in the ledger after switch 0 and so many others."""
+    most = site.rank + num_switches * num_fused(site.rank, fusion_ratio)
+    restarted = max(0, min(site.target_rank, most) - site.rank)
+    return site.lora_a.element_size() * sum(site.shape) * (site.num_first + 2 * restarted)
+
+
+def switch_bytes(site: Site, gathers: bool) -> int:
     """Of a site in switch 0, the largest: its directions, and its factors where they are gathered."""
-    site = storage.sites[number]
     directions = 4 * site.num_first * (sum(site.shape) + 1)
-    return directions + (4 * site.rank * sum(site.shape) if storage.gathers else 0)
+    return directions + (4 * site.rank * sum(site.shape) if gathers else 0)

@@ -17,6 +17,11 @@ def num_fused(rank: int, fusion_ratio: float) -> int:
     return max(1, round(fusion_ratio * rank))
 
 
+def num_to_fuse(rank: int, target_rank: int, num_taken: int, fusion_ratio: float) -> int:
+    """Pairs that the next switch fuses at a site: r', or what is left of its directions."""
+    return min(num_fused(rank, fusion_ratio), target_rank - num_taken)
+
+
 def due_steps(num_training_steps: int, ranks: Iterable[tuple[int, int]], fusion_ratio: float) -> list[int]:
     """Eq. 14: the optimizer steps after which a switch is due, t_interval = N_all / N_switch apart.
 

@@ -21,7 +21,7 @@ from srlora_dist.ledger import Ledger, SwitchReport, require_entries
 from srlora_dist.memory import ExtraMemory, count_extra_memory
 from srlora_dist.output_check import OutputCheck
 from srlora_dist.saving import AVERAGES, SavedRun, open_run, save_run
-from srlora_dist.schedule import choose_slots, due_steps, num_fused, window_length
+from srlora_dist.schedule import choose_slots, due_steps, num_to_fuse, window_length
 from srlora_dist.sites import Site, clamp_target_ranks, find_sites, keep_payloads_, warn_of_adapted_heads
 from srlora_dist.storage import Storage, find_storage, release_gathered, require_resettable
 from srlora_dist.svd import Directions
@@ -322,7 +322,7 @@ class Switcher:
         self._stepped |= owned  # ZeRO steps one group after the other
 
     def _num_to_fuse(self, site: Site) -> int:
-        return min(num_fused(site.rank, self.config.fusion_ratio), site.target_rank - site.num_taken)
+        return num_to_fuse(site.rank, site.target_rank, site.num_taken, self.config.fusion_ratio)
 
     def _switch_now(self) -> SwitchReport:
         """Choose by the scores, and switch; undo it if it changed the output."""

@@ -309,14 +309,3 @@ def not_stepped(sites: list[Site], parameter: nn.Parameter) -> ValueError:
     names = [f"the LoRA parameters of {s.name}" for s in sites if parameter is s.lora_a or parameter is s.lora_b]
     what = names[0] if names else f"a trainable parameter of shape {tuple(parameter.shape)}"
     return ValueError(f"the optimizer does not hold {what}: build it from all trainable ones")
-
-
-def deal_by_size(sizes: list[int], num_ranks: int) -> list[int]:
-    """The rank that each item goes to: largest first, each to the rank with the least so far."""
-    loads = [0] * num_ranks
-    ranks = [0] * len(sizes)
-    for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        rank = min(range(num_ranks), key=lambda r: (loads[r], r))
-        ranks[item] = rank
-        loads[rank] += sizes[item]
-    return ranks

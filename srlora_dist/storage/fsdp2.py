@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
 from srlora_dist.sites import Site
+from srlora_dist.spans import longest_rows, rows
 from srlora_dist.storage.base import Piece, local_part, not_stepped
 from srlora_dist.storage.cut import CutWeights
 
@@ -35,13 +36,10 @@ class Fsdp2Storage(CutWeights):
         return Piece(parameter, 0, start, run.numel())
 
     def largest_run(self, parameter: nn.Parameter) -> int:
-        # Not parameter[:1]: to slice a DTensor is to gather it.
-        return -(-parameter.shape[0] // self.world_size) * (parameter.numel() // parameter.shape[0])
+        return longest_rows(parameter.shape, self.world_size)
 
     def parameter_run(self, parameter: nn.Parameter) -> tuple[Tensor, int]:
-        # The rows are dealt out like torch.chunk's: as many to each of the first ranks as it takes to need no more.
-        start = min(self.largest_run(parameter) * self.rank, parameter.numel())
-        return local_part(parameter).view(-1), start
+        return local_part(parameter).view(-1), rows(parameter.shape, self.world_size, self.rank).start
 
     def settle(self) -> None:
         """Drop gathered weights that FSDP keeps after a forward pass: it would compute on with them after an edit."""

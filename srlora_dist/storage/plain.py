@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from srlora_dist.sites import Site
-from srlora_dist.storage.base import Piece, Storage, deal_by_size, not_stepped
+from srlora_dist.spans import deal_by_size, whole
+from srlora_dist.storage.base import Piece, Storage, not_stepped
 
 
 class WholeWeights(Storage):
@@ -54,7 +55,7 @@ class PlainStorage(WholeWeights):
     def stepped(self, parameter: nn.Parameter) -> Piece:
         if id(parameter) not in self._stepped:
             raise not_stepped(self.sites, parameter)
-        return Piece(parameter, 0, 0, parameter.numel())
+        return Piece(parameter, 0, *whole(parameter.numel()))
 
     def copies(self, parameters: Iterable[nn.Parameter]) -> Iterator[Tensor]:
         for parameter in parameters:

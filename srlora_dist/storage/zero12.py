@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from srlora_dist.sites import Site
+from srlora_dist.spans import fragment
 from srlora_dist.storage.base import Piece, not_stepped
 from srlora_dist.storage.plain import WholeWeights
 
@@ -37,8 +38,6 @@ class Zero12Storage(WholeWeights):
             raise not_stepped(self.sites, parameter)
         group, offset = self._places[id(parameter)]
         owner = self._fragments[group]
-        begin = self.rank * owner.numel()  # of this rank's fragment in the buffer
-        start = min(max(0, begin - offset), parameter.numel())
-        stop = max(start, min(parameter.numel(), begin + owner.numel() - offset))
+        start, numel = fragment(offset, parameter.numel(), owner.numel(), self.rank)
         # Of a parameter that lies outside the fragment the piece is empty, wherever it would begin.
-        return Piece(owner, offset + start - begin if start < stop else 0, start, stop - start)
+        return Piece(owner, offset + start - self.rank * owner.numel() if numel else 0, start, numel)

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from srlora_dist.sites import Site
+from srlora_dist.spans import longest_padded, padded
 from srlora_dist.storage.base import Piece, not_stepped
 from srlora_dist.storage.cut import CutWeights
 
@@ -51,11 +51,10 @@ class Zero3Storage(CutWeights):
         yield from (parameter.detach() for parameter in parameters if _is_whole(parameter))
 
     def largest_run(self, parameter: nn.Parameter) -> int:
-        return parameter.partition_numel()
+        return longest_padded(parameter.ds_numel, self.world_size)
 
     def parameter_run(self, parameter: nn.Parameter) -> tuple[Tensor, int]:
-        start = min(parameter.partition_numel() * dist.get_rank(), parameter.ds_numel)
-        numel = min(parameter.partition_numel(), parameter.ds_numel - start)  # without the padding; may be 0
+        start, numel = padded(parameter.ds_numel, self.world_size, self.rank)
         return parameter.ds_tensor.detach().view(-1)[:numel], start
 
     @contextmanager

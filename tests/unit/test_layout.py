@@ -11,6 +11,11 @@ PACKAGE = Path(__file__).parents[2] / "srlora_dist"
 LAYERS = [
     ["trainer"],
     ["keeper"],
+    ["cli"],
+    ["plan_report"],
+    ["roofline"],
+    ["forecast", "wire"],
+    ["blueprint"],
     ["figures", "runlog", "methods", "engine", "plan", "tasks", "precision", "resuming", "preemption", "earlier"]
     + ["evaluation", "summary", "random_state"],
     ["switcher"],
@@ -19,7 +24,7 @@ LAYERS = [
     ["svd", "importance", "fused", "training_state", "checkpoint"],
     ["ledger", "schedule", "original", "krylov"],
     ["storage"],
-    ["pairs", "sites", "digest"],
+    ["pairs", "sites", "digest", "spans"],
     ["config"],
     ["options_file", "ranges", "safefiles", "cache", "errors", "compiling"],
 ]

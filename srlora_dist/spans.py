@@ -1,0 +1,83 @@
+"""Which run of a flattened tensor a rank holds on each engine: the arithmetic alone, for storages and for plans."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import NamedTuple
+
+
+class Span(NamedTuple):
+    """A run of a row-major flattened tensor, in elements.
+
+    Args:
+        start: Offset of its first element.
+        numel: Length, perhaps 0.
+    """
+
+    start: int
+    numel: int
+
+
+def whole(numel: int) -> Span:
+    """All of it, on every rank: one process, DDP, and the model's parameters under ZeRO-1 and ZeRO-2."""
+    return Span(0, numel)
+
+
+def longest_padded(numel: int, world_size: int) -> int:
+    """ZeRO-3: elements that every rank allocates for its run of a parameter, the padding of the last ones included."""
+    return -(-numel // world_size)
+
+
+def padded(numel: int, world_size: int, rank: int) -> Span:
+    """ZeRO-3: equal runs of the flattened parameter, the last ones cut short by its end; the padding is left out."""
+    return _cut(numel, longest_padded(numel, world_size), rank)
+
+
+def longest_rows(shape: Sequence[int], world_size: int) -> int:
+    """FSDP2: elements of the most rows that a rank holds of a parameter."""
+    return -(-shape[0] // world_size) * prod(shape[1:])
+
+
+def rows(shape: Sequence[int], world_size: int, rank: int) -> Span:
+    """FSDP2: whole rows, dealt out like torch.chunk's: as many to each of the first ranks, so that fewest get some."""
+    return _cut(prod(shape), longest_rows(shape, world_size), rank)
+
+
+def fragment(offset: int, numel: int, fragment_numel: int, rank: int) -> Span:
+    """ZeRO-1 and ZeRO-2: the part of a parameter that falls into a rank's fragment of the flat buffer of a group.
+
+    Args:
+        offset: Of the parameter in the buffer.
+        numel: Of the parameter.
+        fragment_numel: Length of each rank's fragment, padding included.
+        rank: Whose.
+    """
+    begin = rank * fragment_numel
+    start = min(max(0, begin - offset), numel)
+    stop = max(start, min(numel, begin + fragment_numel - offset))
+    return Span(start, stop - start)
+
+
+def fragment_numel(sizes: Sequence[int], world_size: int) -> int:
+    """ZeRO-1 and ZeRO-2: the length of a fragment of the buffer in which DeepSpeed lays parameters end to end.
+
+    It pads the buffer to a multiple of two elements a rank (``nccl_start_alignment_factor`` in its stage_1_and_2.py).
+    """
+    return 2 * -(-sum(sizes) // (2 * world_size))
+
+
+def deal_by_size(sizes: Sequence[int], num_ranks: int) -> list[int]:
+    """DDP: the rank that each item goes to, largest first, each to the rank with the least so far."""
+    loads = [0] * num_ranks
+    ranks = [0] * len(sizes)
+    for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        rank = min(range(num_ranks), key=lambda r: (loads[r], r))
+        ranks[item] = rank
+        loads[rank] += sizes[item]
+    return ranks
+
+
+def _cut(numel: int, longest: int, rank: int) -> Span:
+    start = min(longest * rank, numel)
+    return Span(start, min(longest, numel - start))
