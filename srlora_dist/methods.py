@@ -83,20 +83,35 @@ def build_method(config: RunConfig, base: PreTrainedModel, peft_type: str, num_s
     Raises:
         ValueError: No layer matches ``lora.target_modules``, or the method cannot run like this.
     """
+    if config.method == "adalora":
+        return AdaLoRA(config, base, _adapter_options(config, base, peft_type), num_steps, engine)
+    model = adapt(config, base, peft_type)
+    return LoRA(config, model) if config.method == "lora" else SRLoRA(config, model, num_steps)
+
+
+def adapt(config: RunConfig, base: PreTrainedModel, peft_type: str) -> PeftModel:
+    """Put a LoRA adapter on a model, which may be without weights, on the meta device.
+
+    Raises:
+        ValueError: No layer matches ``lora.target_modules``, or the rank is above that of every matrix.
+    """
+    options = _adapter_options(config, base, peft_type)
+    return _adapt(base, LoraConfig(r=config.lora.rank, use_rslora=config.lora.use_rslora, **options), config)
+
+
+def _adapter_options(config: RunConfig, base: PreTrainedModel, peft_type: str) -> dict[str, object]:
+    """What LoRA and AdaLoRA have in common in PEFT's words."""
     _require_rank(config.lora.rank, base)
     targets = config.lora.target_modules
-    options = {
+    names = targets if targets == "all-linear" else [name.strip() for name in targets.split(",")]
+    if targets != "all-linear":
+        _require_targets(names, base)
+    return {
         "lora_alpha": config.lora.alpha,
         "lora_dropout": config.lora.dropout,
-        "target_modules": targets if targets == "all-linear" else [name.strip() for name in targets.split(",")],
+        "target_modules": names,
         "task_type": peft_type,
     }
-    if targets != "all-linear":
-        _require_targets(options["target_modules"], base)
-    if config.method == "adalora":
-        return AdaLoRA(config, base, options, num_steps, engine)
-    model = _adapt(base, LoraConfig(r=config.lora.rank, use_rslora=config.lora.use_rslora, **options), config)
-    return LoRA(config, model) if config.method == "lora" else SRLoRA(config, model, num_steps)
 
 
 def _adapt(base: PreTrainedModel, adapter: LoraConfig, config: RunConfig) -> PeftModel:
