@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from srlora_dist.forecast import FLOAT32, Forecast
+from srlora_dist.krylov import is_worth_it
 from srlora_dist.wire import Message, restarted_pairs, start_up, switches
 
 
@@ -51,31 +52,24 @@ EFFICIENCY = 0.7
 """Share of what a data sheet promises that long kernels and messages are taken to reach."""
 FULL_SVD_EFFICIENCY = 0.02
 """Likewise of a full decomposition, whose reduction to a bidiagonal works on vectors. A guess between solvers."""
-DIGEST_BYTES = 160
-"""Memory traffic of the digest of an element; it took 20 ns on the CPU above."""
+DIGEST_BYTES = 24
+"""Memory traffic of the digest of an element: it is read, and widened to 8 bytes for a product."""
 EDIT_BYTES = {4: 8, 2: 40}
 """Memory traffic of the edit of an element of 4 bytes, read and written, and of 2, widened with its second term."""
 
-# A block Krylov iteration for k directions works with blocks of k + OVERSAMPLING vectors, this many times.
-OVERSAMPLING, KRYLOV_STEPS = 16, 12
-LARGEST_SHARE = 32
-"""For more than the smaller side over this many directions all singular vectors are computed."""
+BASIS = 1.8
+"""Columns of the Krylov basis over sqrt(k n), as for k = 64 of a Gaussian 2048 x 2048 matrix: a flat spectrum."""
 
 
 def svd_seconds(shape: tuple[int, int], num_directions: int, device: Device) -> float:
     """Of one (m, n) matrix: a block Krylov iteration, or the whole decomposition where that is no more work."""
     (m, n), smaller = shape, min(shape)
-    full = 20 * m * n * smaller / (device.flops * FULL_SVD_EFFICIENCY)
-    if num_directions > smaller / LARGEST_SHARE:
-        return full
-    block = num_directions + OVERSAMPLING
-    basis = block * KRYLOV_STEPS
-    # Products with W and its transpose; the basis made orthogonal twice; the small matrix of it decomposed.
-    products = 4 * m * n * basis
-    orthogonal = 4 * max(shape) * basis**2
-    small = 20 * max(shape) * basis**2
-    krylov = (products + orthogonal) / (device.flops * EFFICIENCY) + small / (device.flops * FULL_SVD_EFFICIENCY)
-    return min(full, krylov)
+    if not is_worth_it(shape, num_directions):
+        return 20 * m * n * smaller / (device.flops * FULL_SVD_EFFICIENCY)
+    basis = BASIS * math.sqrt(num_directions * smaller)
+    # Products with W and its transpose; each block made orthogonal to those before it.
+    work = 4 * m * n * basis + 4 * smaller * basis**2
+    return work / (device.flops * EFFICIENCY)
 
 
 def wire_seconds(messages: Iterable[Message], world_size: int, device: Device) -> float:

@@ -24,7 +24,6 @@ from srlora_dist.digest import combine, digest_run
 from srlora_dist.krylov import find_triplets, is_worth_it
 from srlora_dist.original import OriginalWeights
 from srlora_dist.pairs import exact_matmul
-from srlora_dist.sites import Site
 from srlora_dist.storage import Storage
 
 METHOD = "krylov-1"
@@ -177,22 +176,17 @@ class Directions:
         """The triplets of all sites, on rank 0 and on the CPU; an empty dict elsewhere. Collective: see the class."""
         storage, sites = self.storage, self.storage.sites
         made: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-        running: Future | None = None
-        mine: int | None = None
         bar = tqdm(total=len(sites), desc="directions (SVD)", unit="matrix", disable=storage.rank != 0, leave=False)
         with bar, ThreadPoolExecutor(1) as pool:
             before: list[int] = []
+            running: Future | None = None
             for numbers in [*self._rounds(), []]:
                 weight = self._gather(numbers)
-                what = f"factor {sites[mine].name}" if mine is not None else ""
-                triplet = storage.attempt(what, running.result if running is not None else None)
-                if triplet is not None:
-                    made[mine] = triplet
-                bar.update(len(before))
-                before, running, mine = numbers, None, None
-                if storage.rank < len(numbers):
-                    mine = numbers[storage.rank]
-                    running = pool.submit(self._factor, sites[mine], weight)
+                if before:
+                    made |= storage.attempt("factor a site", running and running.result) or {}
+                    bar.update(len(before))
+                mine = numbers[storage.rank : storage.rank + 1]
+                before, running = numbers, pool.submit(self._factor, mine[0], weight) if mine else None
         return self._collect(made)
 
     def _rounds(self) -> list[list[int]]:
@@ -213,11 +207,15 @@ class Directions:
         return next((weight for weight in weights if weight is not None), None)
 
     @torch.no_grad()  # of the thread
-    def _factor(self, site: Site, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _factor(self, number: int, weight: Tensor | None) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
         """A site's directions as they are kept in the file: on the CPU, U transposed so that a direction is a row."""
-        weight = self._original.read(site).to(self.storage.device) if weight is None else weight
-        left, values, right = compute_directions(weight, site.target_rank)
-        return left.T.contiguous().cpu(), values.cpu(), right.cpu()
+        site = self.storage.sites[number]
+        try:
+            weight = self._original.read(site).to(self.storage.device) if weight is None else weight
+            left, values, right = compute_directions(weight, site.target_rank)
+        except (ArithmeticError, RuntimeError) as error:
+            raise ValueError(f"cannot factor {site.name}: {error}") from error
+        return {number: (left.T.contiguous().cpu(), values.cpu(), right.cpu())}
 
     def _collect(self, made: dict[int, tuple[Tensor, Tensor, Tensor]]) -> dict[str, Tensor]:
         """All of them by their names in the file, on rank 0. Collective: they are collected if they were shared out."""

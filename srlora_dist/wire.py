@@ -44,12 +44,13 @@ def start_up(blueprint: Blueprint, cold: bool) -> list[Message]:
         Message("broadcast", WORD, "found or not"),
     ]
     if cold:
-        for stored in blueprint.weights:
+        factored = Message("all-reduce", WORD, "a site is factored")
+        for number, stored in enumerate(blueprint.weights):
             if blueprint.gathers:
                 num_bytes = stored.element_size * blueprint.longest_run(stored)
                 messages.append(Message("gather", num_bytes, "W to rank 0, one site after the other"))
-            messages.append(Message("all-reduce", WORD, "a site is factored"))
-        messages.append(Message("all-reduce", WORD, "directions are written"))
+            messages += [factored] * (number > 0)  # the one before
+        messages += [factored, Message("all-reduce", WORD, "directions are written")]
     kept = zip(blueprint.sites, blueprint.weights, strict=True)
     whole = [stored for site, stored in kept if blueprint.is_persistent(stored) and not site.quantised]
     if whole:  # in place of what the first forward pass would send

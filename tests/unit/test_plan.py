@@ -84,7 +84,7 @@ def test_a_quantised_weight_is_counted_as_bitsandbytes_stores_it(precision: str)
 def test_estimates_grow_with_the_work() -> None:
     device = DEVICES["a100"]
     assert svd_seconds((4096, 4096), 32, device) < svd_seconds((4096, 4096), 64, device)
-    assert svd_seconds((4096, 4096), 129, device) == svd_seconds((4096, 4096), 4096, device)
+    assert svd_seconds((4096, 4096), 257, device) == svd_seconds((4096, 4096), 4096, device)
     message = Message("all-reduce", 2**30, "factors")
     assert 0 == wire_seconds([message], 1, device) < wire_seconds([message], 2, device)
     assert wire_seconds([message], 64, device) < 2 * 2**30 / device.network * 2
