@@ -11,24 +11,18 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from side_by_side import Row, arguments, medians, ratios, report
 
+from srlora_dist.cli import PlanOptions
 from srlora_dist.config import RunConfig, parse
+from srlora_dist.plan_report import make_plan
 from srlora_dist.trainer import train
 
-QUICK = [
-    "--train.max_steps",
-    "24",
-    "--train.batch_size",
-    "8",
-    "--task.max_length",
-    "48",
-    "--task.max_eval_samples",
-    "32",
-]
+QUICK = {"train.max_steps": 60, "train.batch_size": 8, "task.max_length": 32, "task.max_eval_samples": 32}
 
 
 def run(method: str, folder: Path, options: list[str]) -> dict[str, object]:
@@ -46,14 +40,14 @@ def main() -> None:
     options = arguments(__doc__, rounds={"type": int, "default": 5})
     rounds = 3 if options.quick else options.rounds
     torch.set_num_threads(1)
-    extra = (QUICK if options.quick else []) + extra
+    extra = [*(f"--{name}={value}" for name, value in QUICK.items() if options.quick), *extra]
     seconds: dict[str, list[float]] = {"srlora": [], "pissa": []}
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(-1, rounds):
+        run("srlora", Path(folder) / "warm-up", [*extra, "--train.max_steps=6"])
+        for number in range(rounds):
             for method in ("srlora", "pissa") if number % 2 else ("pissa", "srlora"):
                 summary = run(method, Path(folder) / method, extra)
-                if number >= 0:
-                    seconds[method].append(summary["train_seconds"] + summary["svd_seconds"])
+                seconds[method].append(summary["train_seconds"] + summary["svd_seconds"])
                 if method == "srlora":
                     ours = summary
     case = f"task {ours['task']}, {ours['steps']} steps"
@@ -79,7 +73,21 @@ def main() -> None:
             reason="the share falls with the width of the model, and this one is 384 wide (see srlora plan)",
         ),
     ]
-    report("fine_tune", rows, options.quick)
+    report("fine_tune", [*rows, planned()], options.quick)
+
+
+def planned() -> Row:
+    """The largest checkpoint of a large model, counted and not written."""
+    options = PlanOptions(model="llama-70b", engine="zero3", world_size=64)
+    plan = make_plan(**asdict(options))
+    return Row(
+        question="bytes of a checkpoint",
+        ours="adapter, moments, averages and ledger",
+        peer="the pretrained model",
+        case=f"planned: 70 billion parameters in {options.dtype}, rank {options.rank}, target {options.target_rank}",
+        ratios=[plan["on_disk"]["largest checkpoint"] / plan["model_bytes"]],
+        target=0.03,
+    )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from srlora_dist.forecast import FLOAT32, Forecast
-from srlora_dist.krylov import is_worth_it
+from srlora_dist.krylov import BLOCK, is_worth_it
 from srlora_dist.wire import Message, restarted_pairs, start_up, switches
 
 
@@ -67,9 +67,10 @@ def svd_seconds(shape: tuple[int, int], num_directions: int, device: Device) -> 
     if not is_worth_it(shape, num_directions):
         return 20 * m * n * smaller / (device.flops * FULL_SVD_EFFICIENCY)
     basis = BASIS * math.sqrt(num_directions * smaller)
-    # Products with W and its transpose; each block made orthogonal to those before it.
+    # Products with W and its transpose, which are read for each block; it is made orthogonal to those before it.
     work = 4 * m * n * basis + 4 * smaller * basis**2
-    return work / (device.flops * EFFICIENCY)
+    traffic = 2 * FLOAT32 * m * n * basis / BLOCK
+    return max(work / device.flops, traffic / device.memory_bandwidth) / EFFICIENCY
 
 
 def wire_seconds(messages: Iterable[Message], world_size: int, device: Device) -> float:
