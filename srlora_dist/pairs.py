@@ -58,7 +58,8 @@ def add_pairs_(run: Tensor, start: int, left: Tensor, right: Tensor, scale: floa
         run[num_head + num_whole :].addmv_(right[:, :num_tail].T, left[last_whole], alpha=scale)
 
 
-SUM_CHUNK = 1 << 24  # elements that are widened to float32 at a time
+SUM_CHUNK = {"cpu": 1 << 20, "other": 1 << 24}
+"""Elements that are widened to float32 at a time: on a CPU few enough for its cache."""
 
 
 def add_pairs_to_sum_(high: Tensor, low: Tensor, start: int, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
@@ -75,8 +76,9 @@ def add_pairs_to_sum_(high: Tensor, low: Tensor, start: int, left: Tensor, right
         right: Rows, (k, n).
         scale: Factor of the product.
     """
-    for begin in range(0, high.numel(), SUM_CHUNK):
-        high_part, low_part = (term[begin : begin + SUM_CHUNK] for term in (high, low))
+    chunk = SUM_CHUNK.get(high.device.type, SUM_CHUNK["other"])
+    for begin in range(0, high.numel(), chunk):
+        high_part, low_part = (term[begin : begin + chunk] for term in (high, low))
         total = high_part.float() + low_part.to(high.device).float()
         add_pairs_(total, start + begin, left, right, scale)
         high_part.copy_(total)
