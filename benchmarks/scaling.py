@@ -75,7 +75,8 @@ def rows_of(engine: str, seen: dict[int, list[dict]], case: str) -> list[Row]:
     for number in sorted(set(seen) - {1}):
         shares = [each["tracking_bytes"] * number / each["whole_tracking_bytes"] for each in seen[number]]
         row = add("memory of a rank for tracking, of 1 / N", number, 1, [max(shares)], "at most", 1.05)
-        row.more, row.reason = {"emptiest_rank": min(shares)}, "too few sites to deal them evenly"
+        row.more = {"emptiest_rank": min(shares)}
+        row.reason = "sites, or under FSDP2 rows of factors, do not divide evenly"
         if engine in CUT:
             share = fullest("edited", number) * number / fullest("weights", number)
             add("elements of W that a rank edits, of 1 / N", number, 1, [share], "at most", 1.05)
