@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from srlora_dist.pairs import fill_pairs_, mean_by_pair
+from srlora_dist.pairs import mean_by_pair, places_of_pairs
 from srlora_dist.sites import PAIR_DIM
-from srlora_dist.storage import Piece, Run, Storage, local_part
+from srlora_dist.storage import Piece, Run, Storage, by_site, local_part
 
 GROUP_ELEMENTS = {"cpu": 1 << 16, "other": 1 << 24}
 """Elements that are updated together: on a CPU few enough for its cache, elsewhere enough to need few kernels."""
@@ -62,6 +62,7 @@ class Importance:
         self.storage = storage
         self.beta1, self.beta2 = beta1, beta2
         self.seconds = 0.0
+        self._of_site = by_site(storage.tracked)
         # By their place in the owner, so that neighbours can be joined.
         owners = {id(run.owner): number for number, run in enumerate(storage.tracked)}
         runs = sorted(storage.tracked, key=lambda run: (str(run.owner.device), owners[id(run.owner)], run.offset))
@@ -136,7 +137,7 @@ class Importance:
 
     def of_site(self, number: int) -> list[Tensor]:
         """The statistics that this rank holds of a site, to be kept or put back."""
-        return [each[run] for run in self.storage.tracked if run.site == number for each in self._statistics()]
+        return [each[run] for run in self._of_site[number] for each in self._statistics()]
 
     def clear_(self) -> None:
         """Forget all statistics."""
@@ -180,15 +181,14 @@ class Importance:
 
     def reset_(self, number: int, slots: Tensor | None) -> None:
         """Forget the statistics of the given slots of a site, or of all its pairs."""
-        for run in self.storage.tracked:
-            if run.site != number:
-                continue
+        for run in self._of_site[number]:
             for statistic in (each[run] for each in self._statistics()):
                 if slots is None:
                     statistic.zero_()
                 else:
-                    whole = torch.zeros(()).expand(self.storage.sites[number].factor_shape(run.factor))
-                    fill_pairs_(statistic, run.start, PAIR_DIM[run.factor], slots, whole)
+                    shape = self.storage.sites[number].factor_shape(run.factor)
+                    at = places_of_pairs(run.start, run.numel, shape, PAIR_DIM[run.factor], slots)
+                    statistic.index_fill_(0, at.to(statistic.device), 0)
 
 
 def _joined(runs: list[Run], present: set[int]) -> list[tuple[int, Piece]]:

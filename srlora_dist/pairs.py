@@ -112,31 +112,28 @@ def fill_pairs_(run: Tensor, start: int, pair_dim: int, slots: Tensor, whole: Te
         slots: (k,) int64, the pairs to fill.
         whole: The factor to copy from, (r, n) for A, (m, r) for B; any device.
     """
-    for row, column, block in _blocks(run, start, whole.shape[1]):
-        first = (row, column)[pair_dim]
-        inside = slots[(slots >= first) & (slots < first + block.shape[pair_dim])] - first
-        source = whole[row : row + block.shape[0], column : column + block.shape[1]]
-        source = source.index_select(pair_dim, inside.to(source.device))
-        block.index_copy_(pair_dim, inside.to(run.device), source.to(run.device, run.dtype))
+    at = places_of_pairs(start, run.numel(), whole.shape, pair_dim, slots)
+    source = whole.flatten()[(at + start).to(whole.device)]
+    run.index_copy_(0, at.to(run.device), source.to(run.device, run.dtype))
 
 
-def _blocks(run: Tensor, start: int, num_columns: int) -> Iterator[tuple[int, int, Tensor]]:
-    """The rectangles that a run of a matrix consists of, as (first row, first column, 2-D view).
+def places_of_pairs(start: int, numel: int, shape: torch.Size, pair_dim: int, slots: Tensor) -> Tensor:
+    """Where in a run of a factor the elements of the given pairs lie, found on the CPU so that no device is waited for.
 
-    Its whole rows, and the part of a row at either end.
+    Args:
+        start: Offset of the run in the flattened factor.
+        numel: Its length.
+        shape: Of the whole factor: (r, n) for A, (m, r) for B.
+        pair_dim: The dimension that counts pairs: 0 for A, 1 for B.
+        slots: (k,) int64 on the CPU, the pairs.
+
+    Returns:
+        Offsets in the run, int64 on the CPU, each once.
     """
-    stop = start + run.numel()
-    first_whole, last_whole = -(-start // num_columns), stop // num_columns
-    if first_whole > last_whole:  # the run lies inside one row
-        yield first_whole - 1, start - (first_whole - 1) * num_columns, run.view(1, -1)
-        return
-    num_head, num_whole = first_whole * num_columns - start, (last_whole - first_whole) * num_columns
-    if num_head:
-        yield first_whole - 1, num_columns - num_head, run[:num_head].view(1, -1)
-    if num_whole:
-        yield first_whole, 0, run[num_head : num_head + num_whole].view(-1, num_columns)
-    if num_head + num_whole < run.numel():
-        yield last_whole, 0, run[num_head + num_whole :].view(1, -1)
+    others = torch.arange(shape[1 - pair_dim])
+    rows, columns = (slots, others) if pair_dim == 0 else (others, slots)
+    at = (rows[:, None] * shape[1] + (columns - start)).flatten()
+    return at if numel == shape.numel() else at[(at >= 0) & (at < numel)]
 
 
 def truncate_pairs(

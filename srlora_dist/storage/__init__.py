@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from srlora_dist.sites import Site
-from srlora_dist.storage.base import Piece, Run, Storage, local_part
+from srlora_dist.storage.base import Piece, Run, Storage, by_site, local_part
 from srlora_dist.storage.lost import lost_ranks
 from srlora_dist.storage.moments import require_resettable
 from srlora_dist.storage.plain import PlainStorage
@@ -20,6 +20,7 @@ __all__ = [
     "Piece",
     "Run",
     "Storage",
+    "by_site",
     "find_storage",
     "local_part",
     "lost_ranks",

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from srlora_dist.digest import digest_run
-from srlora_dist.pairs import add_pairs_, add_pairs_to_sum_, fill_pairs_
+from srlora_dist.pairs import add_pairs_, add_pairs_to_sum_, fill_pairs_, places_of_pairs
 from srlora_dist.sites import PAIR_DIM, Site
 from srlora_dist.storage.moments import resettable_moments
 from srlora_dist.storage.quantised import dequantise, digest_scales
@@ -51,6 +53,14 @@ class Run(Piece):
 
     site: int
     factor: str
+
+
+def by_site(runs: list[Run]) -> dict[int, list[Run]]:
+    """Runs by the number of their site."""
+    found: dict[int, list[Run]] = defaultdict(list)
+    for run in runs:
+        found[run.site].append(run)
+    return found
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -95,6 +105,10 @@ class Storage(Ranks, ABC):
                 piece = self.stepped(site.factor(factor))
                 self.held.append(Run(**vars(piece), site=number, factor=factor))
         self.tracked = self.held
+
+    @cached_property
+    def _held_of_site(self) -> dict[int, list[Run]]:
+        return by_site(self.held)
 
     # How weights are held: each kind answers these.
 
@@ -268,13 +282,12 @@ class Storage(Ranks, ABC):
     def write_pairs_(self, number: int, factor: str, slots: Tensor, whole: Tensor, optimizer_reset: str) -> None:
         """Write the given slots of a whole factor to all copies this rank holds and reset their optimizer moments."""
         pair_dim = PAIR_DIM[factor]
-        for run in self.held:
-            if run.site != number or run.factor != factor:
-                continue
+        for run in (run for run in self._held_of_site[number] if run.factor == factor):
             fill_pairs_(run.of(run.owner), run.start, pair_dim, slots, whole)
             state = self.optimizer.state.get(run.owner, {})
+            at = places_of_pairs(run.start, run.numel, whole.shape, pair_dim, slots)
             for moment, zero in resettable_moments(state, run.owner, optimizer_reset):
-                fill_pairs_(run.of(moment), run.start, pair_dim, slots, torch.tensor(zero).expand(whole.shape))
+                run.of(moment).index_fill_(0, at.to(moment.device), zero)
         self.write_parameter_(self.sites[number].factor(factor), pair_dim, slots, whole)
 
     @contextmanager
@@ -283,7 +296,7 @@ class Storage(Ranks, ABC):
         with self.in_memory(number):
             views = [] if self.sites[number].fused_a is not None else [self.weight_to_edit(number)[0]]
             views += [self.residuals[number]] if number in self.residuals else []
-            for run in (run for run in self.held if run.site == number):
+            for run in self._held_of_site[number]:
                 state = self.optimizer.state.get(run.owner, {})
                 moments = (moment for moment, _ in resettable_moments(state, run.owner, "zero"))
                 views += [run.of(tensor) for tensor in (run.owner, *moments)]
