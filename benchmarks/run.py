@@ -98,6 +98,24 @@ def table(rows: list[Row]) -> list[str]:
     return lines
 
 
+def short_table(rows: list[Row]) -> list[str]:
+    """A line a question that has a target: its worst case and its best one."""
+    lines = ["| | against | ratio, worst case to best | target | cases that meet it |", "|---|---|---|---|---|"]
+    questions: dict[tuple[str, float], list[Row]] = defaultdict(list)
+    for row in rows:
+        if row.target is not None:
+            questions[row.question, row.target].append(row)
+    for (question, target), cases in questions.items():
+        bound = cases[0].bound
+        cases.sort(key=lambda row: row.median, reverse=bound != "at least")
+        ends = " to ".join(dict.fromkeys(f"{row.median:.3g}" for row in (cases[0], cases[-1])))
+        met = sum(bool(row.is_met) for row in cases)
+        short = "; ".join(f"short at {row.case}: {row.reason}" for row in cases if not row.is_met)
+        verdict = f"{met} of {len(cases)}" + (f"; {short}" if short else "")
+        lines.append(f"| {question} | {cases[0].peer} | {ends} | {bound} {target:g} | {verdict} |")
+    return lines
+
+
 def section(on_gpu: bool) -> tuple[list[str], list[Row]]:
     """What was measured on one kind of device, as lines of Markdown, and all rows."""
     lines, every = [f"## {'GPU' if on_gpu else 'CPU'}", ""], []
@@ -132,7 +150,7 @@ def write() -> list[Row]:
     summary = (
         f"{judged - short} of {judged} targets are met on this CPU. On GPUs: {'' if gpu_rows else 'not '}measured."
     )
-    readme.write_text("\n".join([before + BEGIN, "", *table(rows), "", summary, "", END]) + after)
+    readme.write_text("\n".join([before + BEGIN, "", *short_table(rows), "", summary, "", END]) + after)
     return rows
 
 

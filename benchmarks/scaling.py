@@ -65,7 +65,7 @@ def rows_of(engine: str, seen: dict[int, list[dict]], case: str) -> list[Row]:
 
     def add(question: str, above: int, below: int, values: list[float], bound: str, target: float | None) -> Row:
         of_case = f"{engine}, {above} ranks beside {below}, {case}"
-        rows.append(Row(question, f"{above} ranks", f"{below} ranks", of_case, values, bound, target))
+        rows.append(Row(question, f"{above} ranks", f"{below} rank{'s' * (below > 1)}", of_case, values, bound, target))
         return rows[-1]
 
     def fullest(name: str, num_ranks: int) -> float:

@@ -54,6 +54,31 @@ def measure(rank: int, world_size: int, rounds: int, hidden: int, layers: int, p
     return alternate(contenders, rounds) | bytes_held
 
 
+def speed(num_ranks: int, seen: list[dict], case: str) -> Row:
+    """The slowest rank of each round counts."""
+    names = ("ours", "AdaLoRA")
+    slowest = {name: [max(times) for times in zip(*(each[name] for each in seen), strict=True)] for name in names}
+    held = max(each["ours_bytes"] for each in seen) / 2**20, seen[0]["peer_bytes"] / 2**20
+    return Row(
+        question=f"tracking alone, {num_ranks} rank(s)",
+        ours="moving averages of a rank's own runs",
+        peer="PEFT AdaLoRA's update_ipt",
+        case=case,
+        ratios=ratios(slowest["AdaLoRA"], slowest["ours"]),
+        bound="at least",
+        target=TARGETS[num_ranks],
+        seconds=medians(slowest),
+        more=dict(zip(("MiB a rank", "MiB a rank of AdaLoRA"), held, strict=True)),
+    )
+
+
+def memory(alone: dict, seen: list[dict], case: str) -> Row:
+    """Of the fullest rank, times the number of ranks, over that of one rank alone."""
+    share = max(each["ours_bytes"] for each in seen) * len(seen) / alone["ours_bytes"]
+    question = "memory of a rank for tracking, of 1 / N"
+    return Row(question, f"{len(seen)} ranks", "1 rank", f"ddp, {len(seen)} ranks, {case}", [share], target=1.05)
+
+
 def main() -> None:
     """Run on one and two ranks, and report."""
     options = arguments(
@@ -63,33 +88,15 @@ def main() -> None:
         rank={"type": int, "default": 8},
     )
     hidden, layers = (384, 6) if options.quick else (options.hidden, options.layers)
-    rounds = 50 if options.quick else 200
-    rows = []
+    case = f"one thread, {layers} layers of {hidden}, rank {options.rank}"
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as cache:
-        work = (rounds, hidden, layers, options.rank, cache)
-        for num_ranks in (1, 2) if device().type == "cpu" else (1,):
-            torch.set_num_threads(1)
-            if num_ranks == 1:
-                seen = [measure(0, 1, *work)]
-            else:
-                seen = run_ranks(measure, num_ranks, *work, timeout=600, last=True)
-            names = ("ours", "AdaLoRA")
-            slowest = {name: [max(times) for times in zip(*(s[name] for s in seen), strict=True)] for name in names}
-            case = f"{num_ranks} rank(s), one thread, {layers} layers of {hidden}, rank {options.rank}"
-            held = max(each["ours_bytes"] for each in seen) / 2**20, seen[0]["peer_bytes"] / 2**20
-            rows.append(
-                Row(
-                    question="tracking alone",
-                    ours="moving averages of a rank's own runs",
-                    peer="PEFT AdaLoRA's update_ipt",
-                    case=case,
-                    ratios=ratios(slowest["AdaLoRA"], slowest["ours"]),
-                    bound="at least",
-                    target=TARGETS[num_ranks],
-                    seconds=medians(slowest),
-                    more=dict(zip(("MiB a rank", "MiB a rank of AdaLoRA"), held, strict=True)),
-                )
-            )
+        work = (50 if options.quick else 200, hidden, layers, options.rank, cache)
+        alone = measure(0, 1, *work)
+        rows = [speed(1, [alone], case)]
+        if device().type == "cpu":
+            seen = run_ranks(measure, 2, *work, timeout=600, last=True)
+            rows += [speed(2, seen, case), memory(alone, seen, case)]
     report("tracking", rows, options.quick)
 
 

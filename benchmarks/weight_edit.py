@@ -98,9 +98,9 @@ def sum_row(width: int, kind: str, num_fused: int, rounds: int) -> Row:
 def make_row(form: str, width: int, kind: str, num_fused: int, seconds: dict, target: float | None) -> Row:
     """Of one form, run and rank."""
     where = "the accelerator" if device().type != "cpu" else f"{torch.get_num_threads()} threads"
-    case = f"{form}, {kind} run of {width} x {width}, rank {2 * num_fused} (r' = {num_fused}), {where}"
+    case = f"{form}, {kind} run of {width} x {width}, rank {2 * num_fused}, {where}"
     gains = ratios(seconds["edit"], seconds["add"])
-    question, peer = "the edit of W alone", "a scalar add_ on the same run"
+    question, peer = f"the edit of W alone, r' = {num_fused}", "a scalar add_ on the same run"
     return Row(question, "add_pairs_", peer, case, gains, target=target, seconds=medians(seconds), reason=REASON)
 
 
