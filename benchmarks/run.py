@@ -23,7 +23,17 @@ import matplotlib as mpl
 from matplotlib import pyplot as plt
 from side_by_side import PACKAGES, RESULTS, ROOT, Row
 
-SCRIPTS = ("step_cost", "tracking", "traffic", "zero3_switch", "weight_edit", "directions", "fine_tune", "scaling")
+SCRIPTS = (
+    "step_cost",
+    "tracking",
+    "window",
+    "traffic",
+    "zero3_switch",
+    "weight_edit",
+    "directions",
+    "fine_tune",
+    "scaling",
+)
 TIME_OUT = 3600
 HEAD = """# What was measured
 
