@@ -19,7 +19,7 @@ from side_by_side import Row, arguments, medians, ratios, report
 
 from srlora_dist.cli import PlanOptions
 from srlora_dist.config import RunConfig, parse
-from srlora_dist.plan_report import make_plan
+from srlora_dist.forecast.report import make_plan
 from srlora_dist.trainer import train
 
 QUICK = {"train.max_steps": 60, "train.batch_size": 8, "task.max_length": 32, "task.max_eval_samples": 32}

@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     wants_json = "--json" in argv
     try:
         options = parse([word for word in argv if word != "--json"])
-        from srlora_dist.plan_report import as_tables, make_plan  # seconds of imports
+        from srlora_dist.forecast.report import as_tables, make_plan  # seconds of imports
 
         plan = make_plan(**asdict(options))
     except (ValueError, OSError) as error:

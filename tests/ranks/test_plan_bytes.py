@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from srlora_dist import SRLoRAConfig, Switcher
-from srlora_dist.blueprint import Blueprint, draw_from
 from srlora_dist.config import ModelOptions, RunConfig, TrainOptions
-from srlora_dist.forecast import Forecast
+from srlora_dist.forecast.blueprint import Blueprint, draw_from
+from srlora_dist.forecast.held import Forecast
+from srlora_dist.forecast.wire import start_up, switches
 from srlora_dist.precision import train_in_
 from srlora_dist.sites import FUSED
-from srlora_dist.wire import start_up, switches
 from tests.ranks.engines import Engine, make_batch, make_odd_net, prepare
 from tests.ranks.test_agreement import Traffic
 from tests.ranks.world import run_ranks

@@ -12,10 +12,7 @@ LAYERS = [
     ["trainer"],
     ["keeper"],
     ["cli"],
-    ["plan_report"],
-    ["roofline"],
-    ["forecast", "wire"],
-    ["blueprint"],
+    ["forecast"],
     ["figures", "runlog", "methods", "engine", "plan", "tasks", "precision", "resuming", "preemption", "earlier"]
     + ["evaluation", "summary", "random_state"],
     ["switcher"],

@@ -17,15 +17,15 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from srlora_dist.blueprint import LLAMAS, build_model, draw_from
 from srlora_dist.config import LoRAOptions, ModelOptions, RunConfig, SRLoRAConfig, TrainOptions
 from srlora_dist.exchange import cut_into_buckets
-from srlora_dist.forecast import Forecast
+from srlora_dist.forecast.blueprint import LLAMAS, build_model, draw_from
+from srlora_dist.forecast.held import Forecast
+from srlora_dist.forecast.wire import start_up, switches
 from srlora_dist.importance import Importance
 from srlora_dist.memory import count_extra_memory
 from srlora_dist.sites import clamp_target_ranks, find_sites
 from srlora_dist.storage import Storage, find_storage
-from srlora_dist.wire import start_up, switches
 from tests.unit.test_spans import tile
 
 WORLD_SIZE = 1024

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from srlora_dist.blueprint import Blueprint
 from srlora_dist.exchange import cut_into_buckets
+from srlora_dist.forecast.blueprint import Blueprint
 from srlora_dist.schedule import num_to_fuse
 
 WORD = 8

@@ -13,8 +13,8 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from srlora_dist.blueprint import Blueprint, Stored
 from srlora_dist.exchange import cut_into_buckets
+from srlora_dist.forecast.blueprint import Blueprint, Stored
 from srlora_dist.memory import ledger_bytes, switch_bytes
 from srlora_dist.spans import (
     Span,

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict
 
-from srlora_dist.blueprint import draw
 from srlora_dist.config import LoRAOptions, ModelOptions, RunConfig, SRLoRAConfig, TrainOptions
-from srlora_dist.forecast import Forecast
-from srlora_dist.roofline import DEVICES, estimate
-from srlora_dist.wire import Message, start_up, switches
+from srlora_dist.forecast.blueprint import draw
+from srlora_dist.forecast.held import Forecast
+from srlora_dist.forecast.roofline import DEVICES, estimate
+from srlora_dist.forecast.wire import Message, start_up, switches
 
 
 def make_plan(
