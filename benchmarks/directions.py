@@ -26,7 +26,7 @@ from srlora_dist.sites import clamp_target_ranks, find_sites
 from srlora_dist.storage import find_storage
 from srlora_dist.svd import Directions, compute_directions
 
-SMALL = ((384, 384, 32), (1536, 384, 32), (768, 768, 32), (1024, 1024, 32), (1024, 1024, 128))
+SMALL = ((384, 384, 32), (1536, 384, 32), (768, 768, 24), (768, 3072, 24), (1024, 1024, 32), (1024, 4096, 32))
 QUESTIONS = ("directions: error of the values", "directions: sine of the angle")
 FLAT = "a Gaussian matrix has the flattest spectrum there is among weights; trained ones fall faster"
 
@@ -76,6 +76,13 @@ def large(kind: str, side: int, count: int, rounds: int) -> list[Row]:
             seconds=medians(seconds),
             more=speed,
             reason=FLAT if kind == "Gaussian" else "",
+        ),
+        Row(
+            *("directions: time of pissa_niter_16 over ours",),
+            **common,
+            peer="torch.svd_lowrank",
+            ratios=ratios(seconds["pissa_niter_16"], seconds["ours"]),
+            more={"its error of the values": theirs[0], "its sine of the angle": theirs[1]},
         ),
         *(
             Row(question, **common, peer="float64", ratios=[ours], target=target, more={"of pissa_niter_16": peers})

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib import pyplot as plt
-from side_by_side import PACKAGES, RESULTS, ROOT, Row
+from side_by_side import PACKAGES, RESULTS, ROOT, Row, verdict
 
 SCRIPTS = (
     "step_cost",
@@ -42,7 +42,6 @@ counts: its median, and its quartiles over the rounds. A row that falls short of
 """
 FIGURES = ROOT / "benchmarks" / "figures"
 BEGIN, END = "<!-- benchmarks: written by benchmarks/run.py -->", "<!-- end of benchmarks -->"
-VERDICTS = {True: "met", False: "short", None: ""}
 
 
 def run(script: str, quick: bool, name: str) -> bool:
@@ -103,8 +102,8 @@ def table(rows: list[Row]) -> list[str]:
         low, high = row.quartiles
         spread = f" ({low:.3g} to {high:.3g})" if len(row.ratios) > 1 else ""
         target = f"{row.bound} {row.target:g}" if row.target is not None else ""
-        verdict = VERDICTS[row.is_met] + (f": {row.reason}" if row.is_met is False and row.reason else "")
-        lines.append(f"| {row.question} | {row.case} | {row.peer} | {row.median:.3g}{spread} | {target} | {verdict} |")
+        judged = verdict(row) + (f": {row.reason}" if row.is_met is False and row.reason else "")
+        lines.append(f"| {row.question} | {row.case} | {row.peer} | {row.median:.3g}{spread} | {target} | {judged} |")
     return lines
 
 
@@ -120,9 +119,11 @@ def short_table(rows: list[Row]) -> list[str]:
         cases.sort(key=lambda row: row.median, reverse=bound != "at least")
         ends = " to ".join(dict.fromkeys(f"{row.median:.3g}" for row in (cases[0], cases[-1])))
         met = sum(bool(row.is_met) for row in cases)
-        short = "; ".join(f"short at {row.case}: {row.reason}" for row in cases if not row.is_met)
-        verdict = f"{met} of {len(cases)}" + (f"; {short}" if short else "")
-        lines.append(f"| {question} | {cases[0].peer} | {ends} | {bound} {target:g} | {verdict} |")
+        unclear = sum("spread" in verdict(row) for row in cases)
+        notes = [f"{unclear} within the spread"] if unclear else []
+        notes += [f"short at {row.case}: {row.reason}" for row in cases if not row.is_met]
+        judged = "; ".join([f"{met} of {len(cases)}", *notes])
+        lines.append(f"| {question} | {cases[0].peer} | {ends} | {bound} {target:g} | {judged} |")
     return lines
 
 
@@ -157,9 +158,12 @@ def write() -> list[Row]:
     _, after = rest.split(END)
     short = sum(row.is_met is False for row in rows)
     judged = sum(row.is_met is not None for row in rows)
+    about = last_run(SCRIPTS[0], False)[0][1]
+    sizes, gpu = "quick" if about["quick"] else "full", "measured" if gpu_rows else "not measured"
     summary = (
-        f"{judged - short} of {judged} targets are met on this CPU. On GPUs: {'' if gpu_rows else 'not '}measured."
+        f"{judged - short} of {judged} rows reach their target: {sizes} sizes, {about['hardware']}, {about['date']}. "
     )
+    summary += f"Times are medians of few rounds, counts are exact. On GPUs: {gpu}."
     readme.write_text("\n".join([before + BEGIN, "", *short_table(rows), "", summary, "", END]) + after)
     return rows
 
@@ -175,7 +179,7 @@ def main() -> None:
     began, name = time.perf_counter(), datetime.now().isoformat(timespec="seconds")
     failed = [script for script in options.only if not options.write and not run(script, options.quick, name)]
     for row in write():
-        print(f"{VERDICTS[row.is_met]:6}{row.median:12.4g}  {row.question} [{row.case}]")
+        print(f"{verdict(row):24}{row.median:12.4g}  {row.question} [{row.case}]")
     print(f"{time.perf_counter() - began:.0f} s; written: benchmarks/RESULTS.md")
     if failed:
         sys.exit(f"did not end well: {', '.join(failed)}")

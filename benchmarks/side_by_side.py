@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -131,6 +132,9 @@ def report(name: str, rows: list[Row], quick: bool) -> None:
     """Print the rows and append them to ``results/<name>.jsonl``."""
     about = {"run": os.environ.get("SRLORA_BENCHMARK_RUN", f"{START:%Y-%m-%dT%H:%M:%S}"), "date": f"{START:%Y-%m-%d}"}
     about |= {"hardware": hardware(), "device": device().type, "quick": quick}
+    about["commit"] = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.strip()
     about |= {package: version(package) for package in PACKAGES}
     RESULTS.mkdir(exist_ok=True)
     with (RESULTS / f"{name}.jsonl").open("a") as file:
@@ -139,13 +143,23 @@ def report(name: str, rows: list[Row], quick: bool) -> None:
             file.write(json.dumps(asdict(row) | about) + "\n")
 
 
+def verdict(row: Row) -> str:
+    """Whether the target is met, and whether the rounds spread too far to tell."""
+    if row.is_met is None:
+        return ""
+    low, high = row.quartiles
+    unclear = row.bound != "exactly" and low < row.target < high
+    return ("met" if row.is_met else "short") + (", within the spread" if unclear else "")
+
+
 def describe(row: Row) -> str:
     """One line for the terminal."""
     low, high = row.quartiles
-    verdict = {True: "met", False: f"MISSED: {row.reason}", None: ""}[row.is_met]
+    reason = f": {row.reason}" if row.is_met is False else ""
     wanted = f", target {row.bound} {row.target:g}" if row.target is not None else ""
     more = "".join(f", {name} {value:.3g}" for name, value in row.more.items())
-    return f"{row.question} [{row.case}]: {row.median:.3g} x ({low:.3g} to {high:.3g}{wanted}) {verdict}{more}"
+    figures = f"{row.median:.3g} x ({low:.3g} to {high:.3g}{wanted})"
+    return f"{row.question} [{row.case}]: {figures} {verdict(row)}{reason}{more}"
 
 
 def arguments(doc: str, **options: dict) -> argparse.Namespace:

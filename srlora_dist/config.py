@@ -30,8 +30,9 @@ class SRLoRAConfig:
         fusion_ratio: Share of a site's pairs that one switch fuses, in (0, 1]; the paper's gamma (Eq. 13).
         beta1: Decay of the moving average of the sensitivity (Eq. 4).
         beta2: Decay of the moving average of its deviation (Eq. 5).
-        importance_window: Steps before a switch whose gradients count for its choice: ``all`` since the last switch,
-            their number, or ``auto``, which leaves out those that weigh less than a millionth.
+        importance_window: Steps before a switch whose gradients count for its choice: ``all``, their number, or
+            ``auto``, which leaves out those that weigh less than a millionth. It begins with statistics of 0; where
+            switches follow each other more closely it never begins, and ``score_reset`` alone clears them.
         score_reset: What a switch clears: the statistics of ``all`` pairs (the paper's section 3.1) or only those of
             the ``restarted`` ones (its Algorithm 1).
         optimizer_reset: What a restarted pair keeps of the optimizer's state: ``zero`` clears it, ``first_moment``

@@ -1,8 +1,8 @@
 """A 64-bit digest of numbers that does not depend on how a matrix is cut into runs.
 
 Each element's bits are multiplied by an odd number made from its position and the products are added modulo 2^64. An
-odd factor can be undone, so a change of any one element changes the digest; the digests of a matrix's runs add up to
-the digest of the matrix. It finds damage and divergence; it is no protection against a forger.
+odd factor can be undone, so a change of any one element of up to 4 bytes changes the digest; the digests of a matrix's
+runs add up to the digest of the matrix. It finds damage and divergence; it is no protection against a forger.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def digest_run(run: Tensor, start: int = 0) -> int:
     """Digest of a run that starts at an element offset, in [0, 2^64).
 
     Args:
-        run: Any dtype of 1, 2, 4 or 8 bytes an element; read in row-major order.
+        run: Any dtype of 1, 2, 4 or 8 bytes an element, those of 8 as two halves; read in row-major order.
         start: Offset of its first element in the whole.
     """
     bits = run.detach().contiguous().flatten()

@@ -16,6 +16,9 @@ from srlora_dist.storage import Piece, Run, Storage, by_site, local_part
 GROUP_ELEMENTS = {"cpu": 1 << 16, "other": 1 << 24}
 """Elements that are updated together: on a CPU few enough for its cache, elsewhere enough to need few kernels."""
 
+MOST_GROUPINGS = 16
+"""Sets of tensors with a gradient for which the groups are kept: one in most runs, under ZeRO-3 one a sub-group."""
+
 
 @dataclass
 class Group:
@@ -89,6 +92,8 @@ class Importance:
         began = time.perf_counter()
         present = tuple(id(owner) for owner in owners if owner.grad is not None)
         if present not in self._groups:
+            if len(self._groups) == MOST_GROUPINGS:  # layers that are left out at random
+                self._groups.clear()
             self._groups[present] = list(self._make_groups(set(present)))
         for group in self._groups[present]:
             change = group.sensitivity()

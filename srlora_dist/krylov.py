@@ -15,12 +15,13 @@ from torch import Tensor
 from srlora_dist.pairs import exact_matmul
 
 # Measured on the flattest weights, Gaussian ones: the fraction of the shorter side that may be asked for, by that side.
-LARGEST_SHARE = {2048: 1 / 16, 768: 1 / 32}
+LARGEST_SHARE = {2048: 1 / 16, 1024: 1 / 32}
 LARGEST_BASIS = 0.45  # of the shorter side; beyond, the full decomposition is as fast
 HOPELESS = 0.3  # of the shorter side: where so large a basis bounds nothing yet, the largest will not do
 BLOCK = 16  # columns a step: the fewer, the smaller the basis; fewer still make the products slow
 LEAK = 7e-3  # largest bound accepted on the sine; values are right to about its square
 RESOLUTION = 1e-5  # of the largest value: float32 turns directions whose values lie closer
+SMALLEST = 1e-7  # square of a value over that of the largest: below, the rounding of W'W reaches the vectors
 GROWTH = 1.4  # of the basis between two checks, at most
 MAX_PASSES = 8  # of re-orthogonalisation: one as a rule, up to four were seen where the space is exhausted
 
@@ -43,7 +44,8 @@ def find_triplets(weight: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor] |
         count: Of triplets.
 
     Returns:
-        None where that takes too large a basis, as the values fall too slowly or one is repeated BLOCK times.
+        None where that takes too large a basis, as the values fall too slowly or one is repeated BLOCK times, and where
+        they fall by so much that products with W'W lose the last ones.
     """
     if weight.shape[0] < weight.shape[1]:
         turned = find_triplets(weight.T, count)
@@ -75,6 +77,8 @@ def _iterate(weight: Tensor, count: int) -> Tensor | None:
         leak = _bound_leak(squares, residuals, count)
         is_hiding, is_repeated = _find_copies(squares, residuals, count)
         if is_repeated or leak > 1 and basis.size > HOPELESS * side:
+            return None
+        if leak <= LEAK and squares[count - 1] < SMALLEST * squares[0]:
             return None
         if leak <= LEAK and not is_hiding:
             return basis.right[:, : basis.size] @ vectors[:, :count].to(weight.dtype)

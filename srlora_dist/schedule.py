@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
+from bisect import bisect_left
 from collections.abc import Iterable
 
 from torch import Tensor
@@ -64,7 +64,7 @@ def window_length(setting: int | str, *decays: float) -> int | None:
     if setting != "auto":
         return int(setting)
     b = max(decays)
-    return next(n for n in itertools.count(1) if (1 + (1 - b) * n) * b**n <= NEGLIGIBLE)
+    return 1 + bisect_left(range(1, 10**12), True, key=lambda n: (1 + (1 - b) * n) * b**n <= NEGLIGIBLE)
 
 
 def choose_slots(scores: Tensor, count: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from math import prod
 from typing import NamedTuple
@@ -69,12 +70,12 @@ def fragment_numel(sizes: Sequence[int], world_size: int) -> int:
 
 def deal_by_size(sizes: Sequence[int], num_ranks: int) -> list[int]:
     """DDP: the rank that each item goes to, largest first, each to the rank with the least so far."""
-    loads = [0] * num_ranks
+    loads = [(0, rank) for rank in range(num_ranks)]  # a heap
     ranks = [0] * len(sizes)
     for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        rank = min(range(num_ranks), key=lambda r: (loads[r], r))
+        load, rank = loads[0]
         ranks[item] = rank
-        loads[rank] += sizes[item]
+        heapq.heapreplace(loads, (load + sizes[item], rank))
     return ranks
 
 

@@ -181,12 +181,12 @@ class Directions:
             before: list[int] = []
             running: Future | None = None
             for numbers in [*self._rounds(), []]:
-                weight = self._gather(numbers)
+                stored = self._gather(numbers)
                 if before:
                     made |= storage.attempt("factor a site", running and running.result) or {}
                     bar.update(len(before))
                 mine = numbers[storage.rank : storage.rank + 1]
-                before, running = numbers, pool.submit(self._factor, mine[0], weight) if mine else None
+                before, running = numbers, pool.submit(self._factor, mine[0], stored) if mine else None
         return self._collect(made)
 
     def _rounds(self) -> list[list[int]]:
@@ -200,18 +200,21 @@ class Directions:
         return [order[k : k + width] for k in range(0, len(sites), width)]
 
     def _gather(self, numbers: list[int]) -> Tensor | None:
-        """W of the one that this rank factors. Collective: each W goes to the rank that factors it."""
-        if self.checkpoint is not None:
-            return None
-        weights = [self.storage.gather_weight(number, to_rank) for to_rank, number in enumerate(numbers)]
-        return next((weight for weight in weights if weight is not None), None)
+        """W, as it is stored, of the one that this rank factors. Collective: each goes to the rank that factors it."""
+        mine = None
+        for to_rank, number in enumerate(numbers if self.checkpoint is None else []):
+            with self.storage.in_memory(number):
+                stored = self.storage.gather_stored(number, to_rank)
+            mine = stored if stored is not None else mine
+        return mine
 
     @torch.no_grad()  # of the thread
-    def _factor(self, number: int, weight: Tensor | None) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+    def _factor(self, number: int, stored: Tensor | None) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
         """A site's directions as they are kept in the file: on the CPU, U transposed so that a direction is a row."""
-        site = self.storage.sites[number]
+        storage, site = self.storage, self.storage.sites[number]
         try:
-            weight = self._original.read(site).to(self.storage.device) if weight is None else weight
+            given = stored is not None
+            weight = storage.widen(number, stored) if given else self._original.read(site).to(storage.device)
             left, values, right = compute_directions(weight, site.target_rank)
         except (ArithmeticError, RuntimeError) as error:
             raise ValueError(f"cannot factor {site.name}: {error}") from error
@@ -222,13 +225,16 @@ class Directions:
         sites = self.storage.sites
         names = [f"{site.name}.{part}" for site in sites for part in ("Ut", "S", "Vt")]
         if not self.shares:
-            return dict(zip(names, (part for number in sorted(made) for part in made[number]), strict=bool(made)))
+            made = [part for number in sorted(made) for part in made[number]]
+            return dict(zip(names, made, strict=True)) if self.storage.rank == 0 else {}
         ranks = [(site.target_rank, *site.shape) for site in sites]
         shapes = [shape for k, m, n in ranks for shape in ((k, m), (k,), (k, n))]
         mine = ((3 * number + j, part) for number, triplet in made.items() for j, part in enumerate(triplet))
         parts = [(number, 0, part.flatten()) for number, part in mine]
         wholes = self.storage.collect([math.prod(shape) for shape in shapes], parts)
-        return {name: whole.view(shape) for name, whole, shape in zip(names, wholes, shapes, strict=False)}
+        if self.storage.rank != 0:
+            return {}
+        return {name: whole.view(shape) for name, whole, shape in zip(names, wholes, shapes, strict=True)}
 
     def _write(self, tensors: dict[str, Tensor]) -> None:
         """Write beside, then rename."""

@@ -209,6 +209,7 @@ class Switcher:
             "num_steps": self.num_steps,
             "num_switches": self.num_switches,
             "num_training_steps": self.num_training_steps,
+            "importance_window": self.window,
             "extra": extra or {},
         }
         return save_run(
@@ -277,6 +278,11 @@ class Switcher:
             raise ValueError(
                 f"the checkpoint is of a run of {state.get('num_training_steps')} optimizer steps, and this one has "
                 f"{self.num_training_steps}, which moves the switches: resume with the same length"
+            )
+        if state.get("importance_window") != self.window:
+            raise ValueError(
+                f"the checkpoint's srlora.importance_window is {state.get('importance_window') or 'all'} steps, and "
+                f"this run's is {self.window or 'all'}: resume with the same one"
             )
         self.num_steps, self.num_switches = state["num_steps"], state["num_switches"]
         require_same_training(self._model, self.storage, state)

@@ -126,8 +126,13 @@ class Forecast:
         return [fragment_numel(group, self.world_size) for group in sizes]
 
     @cached_property
-    def _dealt_to(self) -> list[int]:
-        return deal_by_size([site.rank * sum(site.shape) for site in self.sites], self.world_size)
+    def _dealt_averages(self) -> list[int]:
+        """Bytes of the moving averages of each rank, where the sites are dealt to ranks."""
+        sizes = [site.rank * sum(site.shape) for site in self.sites]
+        held = [0] * self.world_size
+        for size, rank in zip(sizes, deal_by_size(sizes, self.world_size), strict=True):
+            held[rank] += 2 * FLOAT32 * size
+        return held
 
     # What that takes.
 
@@ -190,8 +195,7 @@ class Forecast:
 
     def _moving_averages(self, rank: int) -> int:
         if self.engine in ("plain", "ddp"):
-            dealt = (site for site, owner in zip(self.sites, self._dealt_to, strict=True) if owner == rank)
-            return 2 * FLOAT32 * sum(site.rank * sum(site.shape) for site in dealt)
+            return self._dealt_averages[rank]
         factors = self._factors.values()
         if self.engine in ("zero1", "zero2"):
             factors = [parameter for parameter in self._touched[rank] if id(parameter) in self._factors]

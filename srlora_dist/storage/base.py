@@ -181,13 +181,19 @@ class Storage(Ranks, ABC):
         Collective: see :meth:`gather_stored`.
 
         Raises:
+            ValueError: A quantised W is not in its original layout any more; on that rank alone.
+        """
+        with self.in_memory(number):
+            stored = self.gather_stored(number, to_rank)
+        return None if stored is None else self.widen(number, stored)
+
+    def widen(self, number: int, stored: Tensor) -> Tensor:
+        """W of a site, (m, n) in float32, from the whole of it as it is stored.
+
+        Raises:
             ValueError: A quantised W is not in its original layout any more.
         """
         site = self.sites[number]
-        with self.in_memory(number):
-            stored = self.gather_stored(number, to_rank)
-        if stored is None:
-            return None
         whole = dequantise(site, stored) if site.quantised else stored.float()
         return whole.T if site.transposed else whole
 

@@ -13,6 +13,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import srlora_dist.storage.base
 import srlora_dist.svd
 from srlora_dist import SRLoRAConfig, Switcher
 from srlora_dist.digest import digest_run
@@ -181,9 +182,13 @@ def test_a_difference_in_one_bit_stops_every_rank_and_names_the_site(tmp_path, f
         assert "first at second" in seen["message"]
 
 
+def refuse(*_: object) -> None:
+    raise ValueError("the payload is not in its layout")
+
+
 def fail_alone(rank: int, world_size: int, cache: str, damage: str) -> dict:
     """Something that only rank 0 does goes wrong."""
-    model = make_odd_net()
+    model = make_odd_net("nf4" if damage == "layout" else "fp32")
     if damage == "nan":
         with torch.no_grad():
             model.base_model.model.second.base_layer.weight[0, 0] = float("nan")
@@ -191,7 +196,9 @@ def fail_alone(rank: int, world_size: int, cache: str, damage: str) -> dict:
     cache = {"name": cache + "/x" * 3000, "unwritable": f"{cache}/file/below"}.get(damage, cache)
     switcher = Switcher(model, SRLoRAConfig(target_rank=TARGET, svd_cache=cache, ledger_dir=ledger_dir), NUM_STEPS)
     engine = prepare("zero3" if damage == "nan" else "ddp", model, 1e-2, 0)
-    compare = Exchange._compare
+    compare, dequantise = Exchange._compare, srlora_dist.storage.base.dequantise
+    if damage == "layout" and rank == 0:
+        srlora_dist.storage.base.dequantise = refuse
     if damage == "vanished":
         Exchange._compare = lambda *_: shutil.rmtree(ledger_dir) if rank == 0 else None
     try:
@@ -200,11 +207,12 @@ def fail_alone(rank: int, world_size: int, cache: str, damage: str) -> dict:
     except ValueError as error:
         return {"message": str(error)}
     finally:
-        Exchange._compare = compare
+        Exchange._compare, srlora_dist.storage.base.dequantise = compare, dequantise
     return {"message": ""}
 
 
 FAILURES = {
+    "layout": "the payload is not in its layout",
     "nan": "cannot factor second: the weight holds NaN",
     "ledger": "file cannot be written",
     "vanished": "cannot append switch 0 to the ledger",
@@ -273,6 +281,38 @@ def test_ranks_share_the_decompositions_and_make_the_same_file(tmp_path, engine:
     assert [len(seen["factored"]) for seen in shared] == ([2, 1] if world_size == 2 else [1, 1, 1, 0])
     assert alone[0]["file"].keys() == shared[0]["file"].keys()
     assert all(torch.equal(shared[0]["file"][name], tensor) for name, tensor in alone[0]["file"].items())
+
+
+def scores_with_window(rank: int, world_size: int, engine_name: str, window: int | str, cache: str) -> dict:
+    """The scores behind every switch, with statistics that outlive a switch."""
+    model = make_odd_net()
+    options = {"importance_window": window, "score_reset": "restarted", "svd_cache": cache}
+    switcher = Switcher(model, SRLoRAConfig(target_rank=7, **options), 12)
+    zero = {"sub_group_size": 60, **PARTITIONED} if engine_name == "zero3" else {}
+    engine = prepare(engine_name, model, 1e-2, 0.5, **zero)
+    switcher.bind(engine.model, engine.optimizer)
+    scores, calls = [], []
+    observe = switcher._importance.observe_
+    switcher._importance.observe_ = lambda owners: (calls.append(switcher.num_steps), observe(owners))
+    for step in range(12):
+        x, y = (t.chunk(world_size)[rank] for t in make_batch(step))
+        engine.backward((engine.model(x) - y).square().mean())
+        engine.step()
+        report = switcher.step()
+        scores += [score for part in report.sites for score in part.scores] if report else []
+    return {"scores": torch.tensor(scores), "due": switcher.due_steps, "calls": calls}
+
+
+@pytest.mark.timeout(200)
+def test_a_window_is_opened_once_where_groups_are_stepped_one_after_the_other(tmp_path) -> None:
+    """ZeRO-3 steps several sub-groups a step; the window must forget before the first of them alone."""
+    (plain,) = run_ranks(scores_with_window, 1, "plain", 2, str(tmp_path))
+    (everything,) = run_ranks(scores_with_window, 1, "plain", "all", str(tmp_path))
+    for seen in run_ranks(scores_with_window, 2, "zero3", 2, str(tmp_path)):
+        assert len(seen["calls"]) > len(set(seen["calls"]))  # several groups a step
+        assert set(seen["calls"]) == {step for due in seen["due"] for step in (due - 2, due - 1)}
+        torch.testing.assert_close(seen["scores"], plain["scores"], rtol=1e-3, atol=0)
+    assert not torch.allclose(everything["scores"], plain["scores"], rtol=1e-2, atol=0)
 
 
 def bind_elsewhere(rank: int, world_size: int, kind: str, cache: str) -> dict:

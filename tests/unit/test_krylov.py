@@ -72,10 +72,22 @@ def test_gaussian_weights_of_any_shape_and_scale_agree(shape: tuple[int, int], s
     assert_subspaces(weight, triplets)
 
 
-@pytest.mark.parametrize("rank", [0, 1, 5, 30])
-def test_a_weight_of_lower_rank_has_values_of_0(rank: int) -> None:
+@pytest.mark.parametrize("rank", [0, 30])
+def test_a_weight_of_lower_rank_is_no_special_case(rank: int) -> None:
     weight = with_values(SPECTRA["slow"][:rank])
     assert_triplets(weight, find_triplets(weight, 20))
+
+
+TOO_STEEP = {
+    "rank 5": SPECTRA["slow"][:5],
+    "a decade every 6 values": 10 ** (-INDEX / 6),
+    "an outlier": torch.cat([torch.tensor([3000.0]), INDEX[:-1] ** -0.5]).double(),
+}
+
+
+@pytest.mark.parametrize("name", TOO_STEEP)
+def test_values_that_are_lost_in_squares_are_left_to_the_full_decomposition(name: str) -> None:
+    assert find_triplets(with_values(TOO_STEEP[name]), 24) is None
 
 
 def test_rows_and_columns_of_0_are_no_special_case() -> None:

@@ -400,3 +400,30 @@ def test_a_window_as_long_as_the_interval_forgets_nothing(tmp_path) -> None:
         scores[window] = [score for report in reports for part in report.sites for score in part.scores]
     assert scores[9] == scores["all"]
     assert scores[4] != scores["all"]
+
+
+def test_only_the_steps_of_a_window_count(tmp_path) -> None:
+    """The scores of a switch from the last 4 steps alone, by the formulas, also of pairs that outlive a switch."""
+    model, optimizer, switcher = bound(
+        tmp_path, target_rank=10, steps=20, importance_window=4, score_reset="restarted", beta1=0.9, beta2=0.8
+    )
+    observe, seen = switcher._importance.observe_, []
+    factors = [run.owner for run in switcher.storage.tracked if run.site == 0]
+
+    def note(owners: list) -> None:
+        seen.append([(factor.detach() * factor.grad).abs() for factor in factors])
+        observe(owners)
+
+    switcher._importance.observe_ = note
+    for switch in range(2):
+        del seen[:]
+        (report,) = take_steps(model, optimizer, switcher, switcher.due_steps[switch] - switcher.num_steps)
+        assert len(seen) == 4
+        score = 0
+        for j, factor in enumerate(factors):
+            mean = deviation = torch.zeros_like(factor)
+            for sensitivities in seen:
+                mean = 0.9 * mean + 0.1 * sensitivities[j]
+                deviation = 0.8 * deviation + 0.2 * (sensitivities[j] - mean).abs()
+            score = score + (mean * deviation).mean(1 if factor.shape[0] == 4 else 0)
+        torch.testing.assert_close(torch.tensor(report.sites[0].scores), score.detach(), rtol=1e-4, atol=0)
