@@ -26,7 +26,7 @@ from srlora_dist.sites import clamp_target_ranks, find_sites
 from srlora_dist.storage import find_storage
 from srlora_dist.svd import Directions, compute_directions
 
-SMALL = ((384, 384, 32), (1536, 384, 32), (768, 768, 24), (768, 3072, 24), (1024, 1024, 32), (1024, 4096, 32))
+SMALL = ((384, 384, 32), (384, 1536, 32), (768, 3072, 24), (1024, 1024, 32), (1024, 4096, 32), (1024, 4096, 16))
 QUESTIONS = ("directions: error of the values", "directions: sine of the angle")
 FLAT = "a Gaussian matrix has the flattest spectrum there is among weights; trained ones fall faster"
 
@@ -145,7 +145,7 @@ def main() -> None:
         for kind in kinds:
             for count in (side // 32,) if options.quick else (side // 64, side // 32):
                 report("directions", large(kind, side, count, rounds), options.quick)
-    report("directions", [small(shape, 5 * rounds) for shape in SMALL], options.quick)
+    report("directions", [small(shape, 3 * rounds) for shape in SMALL], options.quick)
     report("directions", [start_up(384, 6, rounds + 1), start_up(768, 4, rounds)], options.quick)
 
 

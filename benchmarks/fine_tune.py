@@ -38,7 +38,7 @@ def main() -> None:
     extra = sys.argv[sys.argv.index("--") + 1 :] if "--" in sys.argv else []
     del sys.argv[len(sys.argv) - len(extra) - bool(extra) :]
     options = arguments(__doc__, rounds={"type": int, "default": 5})
-    rounds = 3 if options.quick else options.rounds
+    rounds = 2 if options.quick else options.rounds
     torch.set_num_threads(1)
     extra = [*(f"--{name}={value}" for name, value in QUICK.items() if options.quick), *extra]
     seconds: dict[str, list[float]] = {"srlora": [], "pissa": []}

@@ -28,9 +28,10 @@ def read_switches(folder: Path) -> list[dict[str, object]]:
 def main() -> None:
     """Train with both, compare, and report."""
     options = arguments(__doc__, steps={"type": int, "default": 1500}, decay={"type": float, "default": 0.85})
-    steps, decay = (240, 0.5) if options.quick else (options.steps, options.decay)
+    steps, decay = (120, 0.3) if options.quick else (options.steps, options.decay)
     torch.set_num_threads(1)
     settings = QUICK | {"train.max_steps": steps, "train.eval_every": steps, "checkpoint.every": 0}
+    settings |= {"train.batch_size": 4} if options.quick else {}
     settings |= {"srlora.beta1": decay, "srlora.beta2": decay}
     seen = {}
     with tempfile.TemporaryDirectory() as folder:

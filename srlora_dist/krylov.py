@@ -16,6 +16,7 @@ from srlora_dist.pairs import exact_matmul
 
 # Measured on the flattest weights, Gaussian ones: the fraction of the shorter side that may be asked for, by that side.
 LARGEST_SHARE = {2048: 1 / 16, 1024: 1 / 32}
+OBLONG = 3  # beyond that aspect a Gaussian weight is flatter still, and half as many may be asked for
 LARGEST_BASIS = 0.45  # of the shorter side; beyond, the full decomposition is as fast
 HOPELESS = 0.3  # of the shorter side: where so large a basis bounds nothing yet, the largest will not do
 BLOCK = 16  # columns a step: the fewer, the smaller the basis; fewer still make the products slow
@@ -28,6 +29,8 @@ MAX_PASSES = 8  # of re-orthogonalisation: one as a rule, up to four were seen w
 
 def is_worth_it(shape: tuple[int, int], count: int) -> bool:
     """Whether :func:`find_triplets` takes less time than the full decomposition, for all but contrived spectra."""
+    if max(shape) > OBLONG * min(shape):
+        count *= 2
     return any(min(shape) >= side and count <= min(shape) * share for side, share in LARGEST_SHARE.items())
 
 

@@ -140,7 +140,9 @@ def test_directions_are_the_same_bits_with_the_signs_of_the_full_decomposition(m
 
 
 def test_the_way_depends_on_shape_and_count() -> None:
-    assert [is_worth_it(shape, 32) for shape in ((1024, 4096), (4096, 1024), (1000, 4096))] == [True, True, False]
+    assert [is_worth_it(shape, 32) for shape in ((1024, 3000), (3000, 1024), (1000, 3000))] == [True, True, False]
+    assert [is_worth_it(shape, 32) for shape in ((1024, 4096), (8192, 2048))] == [False, True]
+    assert [is_worth_it((2048, 8192), count) for count in (64, 65)] == [True, False]
     assert [is_worth_it((4096, 2048), count) for count in (128, 129)] == [True, False]
     assert not is_worth_it((700, 9000), 1)
     assert find_triplets(torch.randn(40, 40), 10) is None  # no room for a block
