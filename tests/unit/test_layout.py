@@ -9,9 +9,10 @@ PACKAGE = Path(__file__).parents[2] / "srlora_dist"
 
 # A room may import from its own line and from the lines below it.
 LAYERS = [
+    ["cli"],
+    ["commands"],
     ["trainer"],
     ["keeper"],
-    ["cli"],
     ["forecast"],
     ["figures", "runlog", "methods", "engine", "plan", "tasks", "precision", "resuming", "preemption", "earlier"]
     + ["evaluation", "summary", "random_state"],

@@ -1,0 +1,87 @@
+"""``srlora plan`` says what a run needs before it is started."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import jsonargparse
+
+from srlora_dist.ranges import COUNT, COUNT_OR_NONE, require
+
+
+@dataclass
+class PlanOptions:
+    """What a run needs: bytes of each rank, what is sent, and estimates of how long it takes; --json prints it as JSON.
+
+    Args:
+        model: ``llama-7b``, ``llama-70b``, ``llama-405b``, a folder with config.json, such a file, or a hub's name.
+        engine: The storage.
+        world_size: Ranks.
+        dtype: Of the pretrained weights.
+        quantization: Of the pretrained linear layers.
+        double_quantization: Quantise the constants of a 4-bit storage as well.
+        rank: Pairs of each site.
+        target_rank: Directions to share out over the run.
+        fusion_ratio: Share of the pairs that one switch fuses.
+        target_modules: ``all-linear``, or names with commas between them.
+        fusion: Where fused pairs go: ``auto``, ``in_place`` or ``adapter``.
+        steps: Optimizer steps.
+        persistence_threshold: ZeRO-3 keeps parameters of up to so many elements whole; ``null`` is 10 times the width.
+        device: Whose bandwidths the times are made from.
+    """
+
+    model: str
+    engine: Literal["plain", "ddp", "zero1", "zero2", "zero3", "fsdp2"] = "zero3"
+    world_size: int = 8
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    quantization: Literal["none", "nf4", "fp4", "int8"] = "none"
+    double_quantization: bool = False
+    rank: int = 8
+    target_rank: int = 32
+    fusion_ratio: float = 0.5
+    target_modules: str = "all-linear"
+    fusion: Literal["auto", "in_place", "adapter"] = "auto"
+    steps: int = 1000
+    persistence_threshold: int | None = None
+    device: Literal["a100", "h100", "mi250x", "cpu"] = "h100"
+
+    def __post_init__(self) -> None:
+        size = (lambda value: 1 <= value <= 1 << 20, f"1 to {1 << 20}")
+        require("", self, {"world_size": size, "steps": COUNT, "persistence_threshold": COUNT_OR_NONE})
+        if self.engine in ("plain", "ddp") and (self.engine == "plain") != (self.world_size == 1):
+            other = {"plain": "ddp", "ddp": "plain"}[self.engine]
+            raise ValueError(f"world_size is {self.world_size}, which engine {self.engine} is not for: choose {other}")
+        if self.engine == "fsdp2" and self.quantization == "int8":
+            raise ValueError("quantization is int8, which FSDP2 cannot cut: choose nf4, or another engine")
+
+
+def parse(argv: list[str]) -> PlanOptions:
+    """Read the command line; a dash in the name of an option is as good as an underscore.
+
+    Raises:
+        ValueError: An option is unknown or out of its range; the message names it.
+    """
+    names = [re.sub(r"^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in argv]
+    parser = jsonargparse.ArgumentParser(prog="srlora plan", exit_on_error=False)
+    parser.add_class_arguments(PlanOptions)
+    try:
+        options = parser.parse_args(names)
+        return PlanOptions(**vars(options))
+    except (jsonargparse.ArgumentError, TypeError) as error:
+        raise ValueError(f"{error}; see srlora plan --help for the options") from error
+
+
+def run(argv: list[str]) -> None:
+    """Print the plan.
+
+    Raises:
+        ValueError: An option is unknown or out of its range, or the model is not known.
+    """
+    options = parse([word for word in argv if word != "--json"])
+    from srlora_dist.forecast.report import as_tables, make_plan  # seconds of imports
+
+    plan = make_plan(**asdict(options))
+    print(json.dumps(plan, indent=1) if "--json" in argv else as_tables(plan))
