@@ -7,6 +7,7 @@ from importlib import import_module
 
 COMMANDS = {
     "plan": "what a run will hold, send and wait for, before it is started",
+    "plot": "the paper's Figures 3, 4 and 5 from the files of runs",
 }
 
 

@@ -59,3 +59,16 @@ def base_model(config: RunConfig) -> tuple[str, str | None]:
     if config.task.name == "lm":
         return str(SMOLLM2.folder()), SMOLLM2.file
     return str(MINILM.folder()), None
+
+
+def model_title(name: str | None) -> str:
+    """What to call a model in a report, which names no folder of this machine.
+
+    Args:
+        name: As :func:`base_model` gives it; None where it is left to the task.
+    """
+    if name is None:
+        return "the task's own model"
+    path = Path(name).expanduser()
+    packaged = (model.package for model in (MINILM, SMOLLM2) if model.package.replace("-", "_") in path.parts)
+    return next(packaged, path.resolve().name if path.exists() else name)

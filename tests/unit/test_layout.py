@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[2] / "srlora_dist"
 LAYERS = [
     ["cli"],
     ["commands"],
+    ["reproduce"],
     ["trainer"],
     ["keeper"],
     ["forecast"],
@@ -24,7 +25,7 @@ LAYERS = [
     ["storage"],
     ["pairs", "sites", "digest", "spans"],
     ["config"],
-    ["options_file", "ranges", "safefiles", "cache", "errors", "compiling"],
+    ["options_file", "ranges", "safefiles", "cache", "errors", "compiling", "paper"],
 ]
 
 

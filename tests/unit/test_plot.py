@@ -1,0 +1,170 @@
+"""What the figures show of runs that ended, of one that goes on, and of several beside each other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib import pyplot as plt
+
+from srlora_dist import figures
+from srlora_dist.commands import plot
+from srlora_dist.config import parse
+from srlora_dist.figures import intervals, loss
+from srlora_dist.figures.runs import Run, about, name_runs
+
+SITES = ["bert.encoder.layer.0.attention.self.query", "bert.encoder.layer.1.output.dense", "bert.pooler.dense"]
+
+
+def write_run(folder: Path, method: str = "srlora", seed: int = 0, ended: bool = True, *more: str) -> Path:
+    """Files as a run of 12 steps with a switch after 4 and 8 leaves them; its loss falls faster with a higher seed."""
+    folder.mkdir(parents=True)
+    options = [f"--method={method}", f"--seed={seed}", "--task.name=rte", "--model.name_or_path=org/a-model", *more]
+    parse([*options, "--lora.rank=4", "--srlora.target_rank=8"]).save(folder / "config.yaml")
+    steps = range(0, 13 if ended else 7, 2)
+    lines = [
+        {"step": step, "epoch": step / 10, "split": split, "loss": 1.0 - step * (1 + seed) / 100}
+        for step in steps
+        for split in (("train", "eval") if step else ("eval",))
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    taken = [(0, 0, [], [0, 1, 2, 3]), (4, 1, [2, 3], [4, 5]), (8, 2, [0, 5], [6, 7])]
+    switches = [
+        {"step": step, "switch": k, "site": site, "slots": [], "directions": old, "new_directions": new, "scores": []}
+        for step, k, old, new in taken[: 3 if ended else 2]
+        for site in SITES
+    ]
+    if method == "srlora":
+        (folder / "switches.jsonl").write_text("".join(json.dumps(line) + "\n" for line in switches))
+    if ended:
+        summary = {"model": "org/a-model", "steps": 12, "world_size": 2, "storage": "ddp"}
+        (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[plt.Figure, str]]:
+    """Figures stay open, with the line below them, to be looked at."""
+    kept: list[tuple[plt.Figure, str]] = []
+    for module in (loss, intervals):
+        monkeypatch.setattr(module, "save", lambda figure, path, text, above=0: kept.append((figure, text)) or path)
+    yield kept
+    plt.close("all")
+
+
+def test_three_figures_of_one_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = write_run(tmp_path / "run")
+    plot.run([str(folder)])
+    names = ["loss.png", "active_intervals.png", "interval_lengths.png"]
+    assert capsys.readouterr().out.split() == [str(folder / "figures" / name) for name in names]
+    assert all((folder / "figures" / name).stat().st_size > 10_000 for name in names)
+
+
+def test_the_trainer_draws_the_same_files(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").unlink()  # it is written after the figures
+    assert [path.name for path in figures.draw(folder, summary)] == [
+        "loss.png",
+        "active_intervals.png",
+        "interval_lengths.png",
+    ]
+
+
+def test_seeds_become_a_mean_and_a_band(tmp_path: Path, drawn: list) -> None:
+    runs = [Run.read(write_run(tmp_path / f"s{seed}", seed=seed)) for seed in (0, 2)]
+    runs.append(Run.read(write_run(tmp_path / "lora", "lora")))
+    name_runs(runs, None)
+    paths, left_out = figures.compare(runs, tmp_path)
+    assert [path.name for path in paths] == ["loss.png", "active_intervals.png", "interval_lengths.png"]
+    assert len(left_out) == 1
+    assert "method lora has no switches" in left_out[0]
+    training = drawn[0][0].axes[0]
+    mean, alone = training.lines[0], training.lines[1]
+    steps = np.array([2, 4, 6, 8, 10, 12])
+    assert np.allclose(mean.get_xdata(), steps)
+    assert np.allclose(mean.get_ydata(), 1 - steps * 0.02)  # rates of 1 and 3
+    band = training.collections[0].get_paths()[0].vertices
+    assert band[:, 1].min() == pytest.approx(1 - 12 * 0.02 - 12 * 0.01 * np.sqrt(2))  # sample deviation of 1 and 3
+    assert np.allclose(alone.get_ydata(), 1 - steps * 0.01)
+    titles = [text.get_text() for text in drawn[0][0].legends[0].get_texts()]
+    assert titles == ["SRLoRA (n=2)", "LoRA", "switch"]
+    assert "one sample standard deviation of n seeds" in drawn[0][1]
+    assert [axes.get_title() for axes in drawn[0][0].axes] == ["RTE: training loss", "RTE: validation loss"]
+    assert all(axes.get_ylabel() and axes.get_title() for axes in drawn[0][0].axes)
+    assert "seed 0 / 2" in drawn[0][1]
+
+
+def test_intervals_of_a_site_and_their_variance(tmp_path: Path, drawn: list) -> None:
+    run = Run.read(write_run(tmp_path / "run"))
+    figures.compare([run], tmp_path, site="output")
+    site, lengths = drawn[1][0].axes[0], drawn[2][0].axes
+    assert site.get_title().endswith(SITES[1])
+    bars = {(round(bar.get_y() + 0.4), bar.get_x(), bar.get_width()) for bar in site.patches}
+    assert bars == {(0, 0, 8), (1, 0, 12), (2, 0, 4), (3, 0, 4), (4, 4, 8), (5, 4, 4), (6, 8, 4), (7, 8, 4)}
+    assert sum(bar.get_height() for bar in lengths[0].patches) == 3 * 8
+    variance = np.var([8, 12, 4, 4, 8, 4, 4, 4])
+    assert [line.get_ydata().tolist() for line in lengths[1].lines] == [[variance]] * 3
+    kinds = [text.get_text() for text in lengths[1].get_legend().get_texts()]
+    assert kinds == ["attention.self.query", "output.dense", "bert.pooler.dense"]
+    assert all(axes.get_xlabel() and axes.get_ylabel() and axes.get_title() for axes in [site, *lengths])
+
+
+def test_a_run_that_has_not_ended_is_drawn_up_to_now(tmp_path: Path, drawn: list) -> None:
+    run = Run.read(write_run(tmp_path / "run", "srlora", 0, False))
+    figures.compare([run], tmp_path)
+    assert max(bar.get_x() + bar.get_width() for bar in drawn[1][0].axes[0].patches) == 6
+    assert "not ended yet" in drawn[0][1]
+
+
+def test_before_the_first_switch_there_is_a_reason(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    switches = (folder / "switches.jsonl").read_text().splitlines(keepends=True)
+    (folder / "switches.jsonl").write_text("".join(switches[: len(SITES)]))
+    paths, left_out = figures.compare([Run.read(folder)], tmp_path)
+    assert [path.name for path in paths] == ["loss.png"]
+    assert "no switch has happened in 12 steps" in left_out[0]
+
+
+def test_the_line_below_says_what_differs_from_the_paper(tmp_path: Path) -> None:
+    here = Run.read(write_run(tmp_path / "here"))
+    text = about([here])
+    for part in (
+        "org/a-model on RTE",
+        "12 steps of 32 samples",
+        "rank 4, target rank 8",
+        "2 x ddp",
+        "its model is DeBERTa-v3-base",
+    ):
+        assert part in text
+    theirs = Run.read(write_run(tmp_path / "theirs", "lora", 0, True, "--model.name_or_path=microsoft/deberta-v3-base"))
+    theirs.summary["model"] = "microsoft/deberta-v3-base"
+    assert "Model and task as in the paper" in about([theirs])
+
+
+def test_runs_that_differ_in_an_option_are_no_seeds_of_each_other(tmp_path: Path) -> None:
+    runs = [Run.read(write_run(tmp_path / str(seed), "srlora", seed)) for seed in (0, 1)]
+    runs.append(Run.read(write_run(tmp_path / "other", "srlora", 0, True, "--srlora.fusion_ratio=0.25")))
+    name_runs(runs, None)
+    assert [run.label for run in runs] == ["srlora, fusion_ratio 0.5"] * 2 + ["srlora, fusion_ratio 0.25"]
+    name_runs(runs, ["a", "a", "b"])
+    assert [run.label for run in runs] == ["a", "a", "b"]
+    with pytest.raises(ValueError, match="2 names for 3 runs"):
+        name_runs(runs, ["a", "b"])
+
+
+def test_folders_without_a_run_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no folder"):
+        plot.run([str(tmp_path / "none")])
+    with pytest.raises(ValueError, match=r"it has no config\.yaml"):
+        plot.run([str(tmp_path)])
+    folder = write_run(tmp_path / "run")
+    with pytest.raises(ValueError, match="no such site: its first are bert"):
+        plot.run([str(folder), "--site", "mlp"])
+    (folder / "metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match="no metrics yet"):
+        plot.run([str(folder)])
+    with pytest.raises(ValueError, match="srlora plot --help"):
+        plot.run([str(folder), "--nonsense"])
