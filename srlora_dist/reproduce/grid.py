@@ -1,0 +1,158 @@
+"""Which runs a table consists of: method x task x seed, each with its preset and the options for all of them."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import warnings
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from srlora_dist.config import RunConfig, parse
+from srlora_dist.figures.runs import flat
+from srlora_dist.paper import TABLES, PaperTable
+from srlora_dist.tasks import check_task
+from srlora_dist.tasks.packaged import MINILM, model_title
+
+METHODS = ("lora", "pissa", "srlora", "adalora")
+OWN = ("--method", "--seed", "--output_dir", "--task.name")
+PLACES = ("output_dir", "engine", "checkpoint.", "task.data_dir", "srlora.svd_cache", "srlora.ledger_dir")
+PLACES += ("train.timeout", "train.log_every", "train.eval_batch_size")
+"""Options that have no part in what a run computes."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the grid.
+
+    Args:
+        task: Its name.
+        method: Its method.
+        seed: Its seed.
+        arguments: Of ``launch/train.py``.
+        config: What these come to.
+    """
+
+    task: str
+    method: str
+    seed: int
+    arguments: tuple[str, ...]
+    config: RunConfig
+
+    @property
+    def name(self) -> str:
+        """In a message."""
+        return f"{self.task} {self.method} seed {self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        """The output folder of the run."""
+        return Path(self.config.output_dir)
+
+    @property
+    def digest(self) -> str:
+        """Of all options that decide what the run computes."""
+        return digest(asdict(self.config))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All runs, and where they go.
+
+    Args:
+        table: The paper's.
+        cells: In the order in which they run: a seed of each method and task before the next seed.
+        folder: Of the runs, the results and the figures.
+        accelerate: A file for ``accelerate launch``; None takes the machine's default.
+        dry_run: Say what would run, and run nothing.
+    """
+
+    table: PaperTable
+    cells: list[Cell]
+    folder: Path
+    accelerate: Path | None
+    dry_run: bool
+
+
+def digest(config: dict[str, object]) -> str:
+    """Of the options in a resolved configuration that decide what a run computes, and of the model by its title."""
+    options = {name: value for name, value in flat(config).items() if not name.startswith(PLACES)}
+    options["model.name_or_path"] = model_title(options["model.name_or_path"])
+    return hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def build_grid(argv: list[str], presets: Path) -> Grid:
+    """Read the command line; every run's configuration is checked before the first one starts.
+
+    Args:
+        argv: The options of ``launch/reproduce.py``, and those of ``launch/train.py`` that all runs get.
+        presets: The folder ``launch/paper``.
+
+    Raises:
+        ValueError: An option, of the grid or of a run, is unknown or out of its range.
+    """
+    options, for_runs = _parser().parse_known_args(argv)
+    table = TABLES[options.table]
+    tasks, methods = options.tasks or _tasks_of(table), options.methods or list(table.methods)
+    for names, all_names, what in ((tasks, list(table.tasks), "--tasks"), (methods, list(METHODS), "--methods")):
+        for name in names:
+            if name not in all_names:
+                raise ValueError(f"{what} has {name!r}, which table {table.number} has not: choose of {all_names}")
+    if options.seeds < 1:
+        raise ValueError(f"--seeds is {options.seeds}: choose at least 1")
+    if options.accelerate is not None and not Path(options.accelerate).is_file():
+        raise ValueError(f"--accelerate is {options.accelerate}, which is no file: give one of launch/accelerate")
+    for word in for_runs:
+        if word.split("=")[0] in OWN:
+            raise ValueError(f"{word.split('=')[0]} is set by the grid: choose with --methods, --tasks, --seeds")
+    if options.model is not None:
+        model = str(MINILM.folder()) if options.model == "minilm" else options.model
+        for_runs = [f"--model.name_or_path={model}", *for_runs]
+    folder = Path(options.output_dir or f"runs/table{table.number}").expanduser()
+    cells = [
+        _cell(folder, presets / table.presets, task, method, seed, for_runs)
+        for seed in range(options.seeds)
+        for task in dict.fromkeys(tasks)
+        for method in dict.fromkeys(methods)
+    ]
+    return Grid(table, cells, folder, options.accelerate and Path(options.accelerate), options.dry_run)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise ValueError(f"{message}; see --help for the options")
+
+
+def _parser() -> argparse.ArgumentParser:
+    about = "Runs a table of the paper and prints it beside the paper's figures. All other options go to every run."
+    parser = _Parser(prog="reproduce.py", description=about, allow_abbrev=False)
+    parser.add_argument(
+        "--table", type=int, choices=sorted(TABLES), required=True, help="of the paper: 3 GLUE, 4 images"
+    )
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="without it all tasks of the table")
+    parser.add_argument(
+        "--methods", nargs="+", metavar="METHOD", help=f"of {', '.join(METHODS)}; without it the table's"
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on (default 3)")
+    parser.add_argument("--model", help="name on the hub, folder, or minilm (in a package); without it the paper's")
+    parser.add_argument("--output_dir", help="without it runs/table3 or runs/table4")
+    parser.add_argument("--accelerate", metavar="FILE", help="for accelerate launch, such as one of launch/accelerate")
+    parser.add_argument("--dry_run", action="store_true", help="say what would run")
+    return parser
+
+
+def _tasks_of(table: PaperTable) -> list[str]:
+    return [name for name, task in table.tasks.items() if task.figures]
+
+
+def _cell(folder: Path, presets: Path, task: str, method: str, seed: int, for_runs: list[str]) -> Cell:
+    chosen = ["--config", str(presets / f"{task}.yaml"), *for_runs, f"--method={method}", f"--seed={seed}"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # each run says itself which options do nothing in it
+        config = parse(chosen)
+    # Runs with other options must not meet in one folder.
+    output_dir = str(folder / f"{task}-{method}-seed{seed}-{digest(asdict(config))[:6]}")
+    config = replace(config, output_dir=output_dir)
+    check_task(config)
+    return Cell(task, method, seed, (*chosen, f"--output_dir={output_dir}"), config)

@@ -1,0 +1,88 @@
+"""The file of results: one line of JSON for each run that has ended, well or not."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+
+import yaml
+
+from srlora_dist.config import RunConfig
+from srlora_dist.figures.runs import flat
+from srlora_dist.reproduce.grid import PLACES, Cell, digest
+from srlora_dist.runlog import read_lines
+from srlora_dist.tasks.packaged import model_title
+
+FROM_SUMMARY = ("steps", "best_step", "start", "best", "final", "skipped_steps", "resumed_after", "storage")
+FROM_SUMMARY += ("world_size", "trainable_parameters", "train_seconds", "peak_memory_bytes", "versions")
+
+
+class Results:
+    """Appends to ``results.jsonl`` and finds what is there.
+
+    Args:
+        path: The file; one that a crash has cut is mended.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if path.exists():
+            content = path.read_bytes()
+            whole = content[: content.rfind(b"\n") + 1]
+            if whole != content:
+                path.write_bytes(whole)
+
+    def of(self, cell: Cell) -> dict[str, object] | None:
+        """The last good result of a run with these options; None if there is none."""
+        good = [line for line in read_lines(self.path) if line["config"] == cell.digest and line["status"] == "done"]
+        return good[-1] if good else None
+
+    def add_done(self, cell: Cell, table: int, summary: dict[str, object], seconds: float) -> None:
+        """Append the result of a run.
+
+        Args:
+            cell: The run.
+            table: The paper's table that it belongs to.
+            summary: Its ``summary.json``.
+            seconds: From the start of the command to its end; of the last start, if it was resumed.
+        """
+        found = {name: summary[name] for name in FROM_SUMMARY}
+        findings = sorted({finding["kind"] for finding in summary["findings"]})
+        about = {
+            "model": model_title(summary["model"]),
+            "epochs": read_lines(cell.folder / "metrics.jsonl")[-1]["epoch"],
+        }
+        self._append(cell, table, "done", {**about, **found, "findings": findings, "seconds": round(seconds, 1)})
+
+    def add_failed(self, cell: Cell, table: int, error: str, status: int) -> None:
+        """Append that a run has failed; it is tried again by the next call of the grid."""
+        self._append(cell, table, "failed", {"error": error, "exit_status": status})
+
+    def _append(self, cell: Cell, table: int, status: str, more: dict[str, object]) -> None:
+        line = {"table": table, "task": cell.task, "method": cell.method, "seed": cell.seed, "status": status}
+        line |= {"config": cell.digest, "date": date.today().isoformat(), "options": changed_options(cell.config)}
+        with self.path.open("a") as file:
+            file.write(json.dumps(line | more) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def changed_options(config: RunConfig) -> dict[str, object]:
+    """Options with another value than their default, without those that say where things lie."""
+    defaults = flat(asdict(RunConfig()))
+    skipped = ("method", "seed", "task.name", "model.name_or_path", *PLACES)
+    options = flat(asdict(config)).items()
+    return {name: value for name, value in options if value != defaults[name] and not name.startswith(skipped)}
+
+
+def finished_summary(cell: Cell) -> dict[str, object] | None:
+    """The summary in the run's folder, if a run with these options has ended there; None if not."""
+    try:
+        config = yaml.safe_load((cell.folder / "config.yaml").read_text())
+        summary = json.loads((cell.folder / "summary.json").read_text())
+        return summary if digest(config) == cell.digest else None
+    except (OSError, ValueError, KeyError, AttributeError, yaml.YAMLError):
+        return None

@@ -1,0 +1,148 @@
+"""The paper's figures and presets, the runs of a grid, its file of results and its table."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from srlora_dist.config import TrainOptions, parse
+from srlora_dist.paper import TABLES
+from srlora_dist.reproduce.grid import Grid, build_grid
+from srlora_dist.reproduce.report import found_results, write_table
+from srlora_dist.reproduce.results import Results, finished_summary
+from srlora_dist.tasks import TASKS
+from srlora_dist.tasks.glue import GLUE
+
+PRESETS = Path(__file__).parents[2] / "launch" / "paper"
+ALL_PRESETS = [(table, name) for table in TABLES.values() for name in table.tasks]
+
+
+def grid(tmp_path: Path, *more: str, tasks: str = "rte") -> Grid:
+    own = ["--table=3", "--tasks", *tasks.split(), "--seeds=2", f"--output_dir={tmp_path}"]
+    return build_grid([*own, "--model=org/a-model", *more], PRESETS)
+
+
+def summary_of(accuracy: float, **more: float) -> dict:
+    keys = ("best_step", "skipped_steps", "resumed_after", "trainable_parameters", "train_seconds", "peak_memory_bytes")
+    figures = {"loss": 0.5, "accuracy": accuracy, **more}
+    about = {"model": "org/a-model", "steps": 12, "storage": "ddp", "world_size": 2, "versions": {}, "findings": []}
+    return {**dict.fromkeys(keys, 0), **about, "start": figures, "best": figures, "final": figures}
+
+
+def add_done(results: Results, cell: object, summary: dict) -> None:
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    (cell.folder / "metrics.jsonl").write_text(json.dumps({"step": 12, "epoch": 1.5}) + "\n")
+    results.add_done(cell, 3, summary, 1.0)
+
+
+@pytest.mark.parametrize(("table", "name"), ALL_PRESETS, ids=[f"{table.presets}-{name}" for table, name in ALL_PRESETS])
+def test_each_task_of_the_paper_has_a_preset(table: object, name: str) -> None:
+    path = PRESETS / table.presets / f"{name}.yaml"
+    assert path.is_file()
+    if table.number == 4 and (name not in TASKS or "optimizer" not in {field.name for field in fields(TrainOptions)}):
+        pytest.skip(f"the task {name} and the option train.optimizer are still to come")
+    config = parse(["--config", str(path)])
+    assert config.task.name == name
+    assert config.model.name_or_path == table.model
+    assert not config.without_effect()
+
+
+def test_no_preset_is_left_over() -> None:
+    known = {PRESETS / table.presets / f"{name}.yaml" for table, name in ALL_PRESETS}
+    assert set(PRESETS.rglob("*.yaml")) == known | {PRESETS / "minilm.yaml"}
+
+
+def test_glue_figures_are_those_that_the_task_reports() -> None:
+    for name, task in TABLES[3].tasks.items():
+        assert task.metrics == GLUE[name].metrics
+        assert all(len(figures) == len(task.metrics) for figures in task.figures.values())
+        assert set(task.figures) == set(TABLES[3].methods)
+
+
+def test_the_grid_is_method_by_task_by_seed(tmp_path: Path) -> None:
+    runs = grid(tmp_path, "--methods", "lora", "srlora", "--train.epochs", "2", tasks="rte mrpc")
+    assert [(cell.seed, cell.task, cell.method) for cell in runs.cells] == [
+        (seed, task, method) for seed in (0, 1) for task in ("rte", "mrpc") for method in ("lora", "srlora")
+    ]
+    cell = runs.cells[-1]
+    assert (cell.config.train.epochs, cell.config.seed, cell.config.method) == (2, 1, "srlora")
+    assert cell.config.train.learning_rate == 1e-3  # the preset's
+    assert cell.config.model.name_or_path == "org/a-model"
+    assert len({cell.digest for cell in runs.cells}) == len({cell.folder for cell in runs.cells}) == 8
+    assert len(grid(tmp_path).cells) == 2 * len(TABLES[3].methods)
+
+
+def test_only_what_is_computed_makes_another_run(tmp_path: Path) -> None:
+    digests = [cell.digest for cell in grid(tmp_path).cells]
+    elsewhere = grid(tmp_path / "other", "--train.log_every=3", "--checkpoint.keep=1", "--accelerate", __file__)
+    assert [cell.digest for cell in elsewhere.cells] == digests
+    longer = grid(tmp_path, "--train.epochs=3")
+    assert not {cell.digest for cell in longer.cells} & set(digests)
+    assert not {cell.folder for cell in longer.cells} & {cell.folder for cell in grid(tmp_path).cells}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--table=5"], "--table"),
+        (["--table=3", "--tasks", "demo"], "has 'demo'.*choose of"),
+        (["--table=3", "--methods", "dora"], "has 'dora'.*choose of"),
+        (["--table=3", "--seeds=0"], "--seeds is 0"),
+        (["--table=3", "--accelerate=nowhere.yaml"], "which is no file"),
+        (["--table=3", "--method=lora"], "set by the grid"),
+        (["--table=3", "--train.speed=3"], "train.speed"),
+        (["--table=3", "--task.data_dir=/nowhere"], "no folder /nowhere"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_runs(options: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_grid(options, PRESETS)
+
+
+def test_a_file_of_results_that_a_crash_has_cut_is_mended(tmp_path: Path) -> None:
+    first, second = grid(tmp_path, "--methods", "lora").cells
+    results = Results(tmp_path / "results.jsonl")
+    add_done(results, first, summary_of(0.5))
+    with results.path.open("a") as file:
+        file.write('{"table": 3, "status": "do')
+    results = Results(results.path)
+    results.add_failed(second, 3, "too hot", 1)
+    assert results.of(first)["final"]["accuracy"] == 0.5
+    assert results.of(second) is None  # it is tried again
+    assert [json.loads(line)["status"] for line in results.path.read_text().splitlines()] == ["done", "failed"]
+    assert str(tmp_path) not in results.path.read_text()
+
+
+def test_a_run_that_ended_without_a_result_is_found(tmp_path: Path) -> None:
+    cell, other = grid(tmp_path, "--methods", "lora").cells
+    assert finished_summary(cell) is None
+    cell.folder.mkdir(parents=True)
+    cell.config.save(cell.folder / "config.yaml")
+    assert finished_summary(cell) is None
+    (cell.folder / "summary.json").write_text('{"steps": 12}')
+    assert finished_summary(cell) == {"steps": 12}
+    other.config.save(cell.folder / "config.yaml")
+    assert finished_summary(cell) is None
+
+
+def test_the_table_has_means_deviations_and_the_papers_figures(tmp_path: Path) -> None:
+    runs = grid(tmp_path, tasks="rte mrpc")
+    results = Results(tmp_path / "results.jsonl")
+    for cell in runs.cells:
+        if cell.method == "srlora" and cell.task == "rte":
+            add_done(results, cell, summary_of(0.6 + 0.02 * cell.seed))
+    add_done(results, grid(tmp_path, "--train.epochs=3").cells[-1], summary_of(0.99))  # of another grid
+    text = write_table(runs, found_results(runs, results), ["mrpc lora seed 0: too hot"], tmp_path / "table.md")
+    rows = {tuple(line.split(" | ")[:2]): line.split(" | ")[2:] for line in text.splitlines() if line.startswith("| ")}
+    assert rows["| SRLoRA", "here, last step"][0] == "61.00 ± 1.41 (n=2)"  # of 60 and 62, the sample's
+    assert rows["| SRLoRA", "here, last step"][1] == "not run"
+    assert rows["| SRLoRA", "arXiv 2505.12433, Table 3"] == ["82.1", "90.3", "86.6 |"]
+    assert rows["| LoRA", "arXiv 2505.12433, Table 3"] == ["80.4", "90.8", "87.5 |"]
+    assert "org/a-model" in text
+    assert "Differs from the paper" in text
+    assert "DeBERTa-v3-base" in text
+    assert "Failed: mrpc lora seed 0: too hot" in text
+    assert (tmp_path / "table.md").read_text() == text
