@@ -19,6 +19,9 @@ import yaml
 from srlora_dist.options_file import check_files
 from srlora_dist.ranges import BELOW_ONE, COUNT, COUNT_OR_NONE, MOST, POSITIVE, expand_home, require
 
+TASK_OPTIONS_OF = {"completion_only": ("instruct",), "packing": ("instruct", "lm")}
+"""Options of the task that only these tasks honour, and files of the user's own."""
+
 
 @dataclass
 class SRLoRAConfig:
@@ -163,10 +166,16 @@ class TaskOptions:
     """What is learnt.
 
     Args:
-        name: ``demo``, a GLUE task (``sst2 cola mrpc qnli rte stsb``), or ``lm``: the next token of plain text.
+        name: ``demo``, a GLUE task (``sst2 cola mrpc qnli rte stsb``), ``lm`` (the next token of plain text),
+            ``instruct`` (of answers), pictures (``cifar100 stl10 mnist fashion_mnist images``), or a file of your own,
+            ``path/to/task.py``; see docs/tasks.md.
         data_dir: GLUE: folder in the official layout (one folder a task), ``null`` loads from the hub. ``lm``: folder
             with ``train.txt`` and ``validation.txt``, one document a line, ``null`` takes the sentences of the demo.
+            ``instruct``: folder with ``train.jsonl`` and ``validation.jsonl``. Pictures: folder of IDX files, or with
+            ``train`` and ``validation`` or ``test``, each with a folder a class; ``null`` loads from the hub.
         max_length: Longest input in tokens; longer ones are cut.
+        completion_only: ``instruct``: learn the answers alone, not the questions.
+        packing: ``instruct`` and ``lm``: training rows hold several samples, which do not see each other.
         max_train_samples: Use only the first samples of the training split; ``null`` uses all.
         max_eval_samples: Use only the first samples of the evaluation split; ``null`` uses all.
     """
@@ -174,6 +183,8 @@ class TaskOptions:
     name: str = "demo"
     data_dir: str | None = None
     max_length: int = 128
+    completion_only: bool = True
+    packing: bool = False
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
 
@@ -188,9 +199,13 @@ class TrainOptions:
         batch_size: Samples of one optimizer step, over all ranks and accumulation steps together.
         eval_batch_size: Samples of one evaluation batch, over all ranks together.
         accumulation_steps: Micro-batches of one optimizer step.
+        optimizer: ``adamw``, or ``sgd`` with ``momentum``.
+        momentum: Of ``sgd``.
         learning_rate: Peak of the schedule.
-        warmup_ratio: Share of the steps in which the rate rises linearly; then it falls linearly to 0.
-        weight_decay: AdamW's, on the trainable weights. It shrinks pairs that start as a copy of part of W.
+        schedule: How the rate goes on after the warm-up: it falls to 0 along a line (``linear``) or half a wave
+            (``cosine``), or stays (``constant``).
+        warmup_ratio: Share of the steps in which the rate rises linearly.
+        weight_decay: The optimizer's, on the trainable weights. It shrinks pairs that start as a copy of part of W.
         max_grad_norm: Clip the gradient to this norm; 0 does not clip.
         eval_every: Steps between evaluations; ``null`` is five times a run. One more is before the first step.
         log_every: Steps between lines of ``metrics.jsonl``.
@@ -204,7 +219,10 @@ class TrainOptions:
     batch_size: int = 32
     eval_batch_size: int = 64
     accumulation_steps: int = 1
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    momentum: float = 0.9
     learning_rate: float = 1e-3
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_ratio: float = 0.06
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
@@ -217,6 +235,7 @@ class TrainOptions:
         counts = ("max_steps", "batch_size", "eval_batch_size", "accumulation_steps", "log_every", "eval_every")
         counts += ("max_bad_steps", "timeout")
         rules = dict.fromkeys(counts, COUNT) | dict.fromkeys(("epochs", "learning_rate"), POSITIVE)
+        rules["momentum"] = (BELOW_ONE[0], f"{BELOW_ONE[1]}, such as 0.9")
         rules["weight_decay"] = (lambda value: 0 <= value <= MOST, f"0 to {MOST:g}")
         rules["max_grad_norm"] = (lambda value: 0 <= value < math.inf, "a positive finite number, or 0 for no clipping")
         rules["warmup_ratio"] = (lambda value: 0 <= value <= 1, "a share of the steps in [0, 1], such as 0.06")
@@ -288,7 +307,7 @@ class RunConfig:
         if self.method == "adalora" and self.lora.use_rslora:
             raise ValueError("lora.use_rslora has no meaning for method adalora: leave it out")
         if self.output_dir is None:
-            self.output_dir = f"runs/{self.task.name}-{self.method}"
+            self.output_dir = f"runs/{Path(self.task.name).stem}-{self.method}"
         expand_home(self, "output_dir")
 
     def without_effect(self) -> list[str]:
@@ -302,8 +321,16 @@ class RunConfig:
         if self.method == "adalora":
             changed = (f.name for f in fields(CheckpointOptions) if getattr(self.checkpoint, f.name) != f.default)
             names += [f"checkpoint.{name}" for name in changed]
-        epochs_too = self.train.max_steps is not None and self.train.epochs != TrainOptions.epochs
-        return names + ["train.epochs (train.max_steps is given)"] * epochs_too
+        train, task = self.train, self.task
+        if train.max_steps is not None and train.epochs != TrainOptions.epochs:
+            names.append("train.epochs (train.max_steps is given)")
+        if train.optimizer != "sgd" and train.momentum != TrainOptions.momentum:
+            names.append(f"train.momentum (train.optimizer is {train.optimizer})")
+        for option, honoured_by in TASK_OPTIONS_OF.items():
+            changed = getattr(task, option) != getattr(TaskOptions, option)
+            if changed and task.name not in honoured_by and not task.name.endswith(".py"):
+                names.append(f"task.{option} (task.name is {task.name})")
+        return names
 
     def save(self, path: str | Path) -> None:
         """Write the resolved configuration as YAML, enough to run it again with ``--config``."""

@@ -273,7 +273,10 @@ def _require_accumulation(config: RunConfig) -> None:
 
 def _fill_deepspeed(accelerator: Accelerator, config: RunConfig) -> None:
     """Give DeepSpeed our batch size, accumulation and clipping; Accelerate would clip at 1.0 whatever we ask for."""
-    _fill(accelerator.state.deepspeed_plugin.deepspeed_config, config, accelerator.num_processes)
+    settings = accelerator.state.deepspeed_plugin.deepspeed_config
+    _fill(settings, config, accelerator.num_processes)
+    if config.train.optimizer != "adamw":
+        settings["zero_force_ds_cpu_optimizer"] = False  # with offload Accelerate makes Adam of any optimizer
 
 
 def _fill(settings: dict[str, object], config: RunConfig, num_processes: int) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -70,7 +71,14 @@ class Method:
         return {}
 
 
-def build_method(config: RunConfig, base: PreTrainedModel, peft_type: str, num_steps: int, engine: str) -> Method:
+def build_method(
+    config: RunConfig,
+    base: PreTrainedModel,
+    peft_type: str | None,
+    num_steps: int,
+    engine: str,
+    heads: Sequence[str] = (),
+) -> Method:
     """Put an adapter on the base model.
 
     Args:
@@ -79,27 +87,36 @@ def build_method(config: RunConfig, base: PreTrainedModel, peft_type: str, num_s
         peft_type: PEFT's ``task_type``.
         num_steps: Optimizer steps of the run.
         engine: The engine that it will run on.
+        heads: As in :func:`adapt`.
 
     Raises:
         ValueError: No layer matches ``lora.target_modules``, or the method cannot run like this.
     """
     if config.method == "adalora":
-        return AdaLoRA(config, base, _adapter_options(config, base, peft_type), num_steps, engine)
-    model = adapt(config, base, peft_type)
+        return AdaLoRA(config, base, _adapter_options(config, base, peft_type, heads), num_steps, engine)
+    model = adapt(config, base, peft_type, heads)
     return LoRA(config, model) if config.method == "lora" else SRLoRA(config, model, num_steps)
 
 
-def adapt(config: RunConfig, base: PreTrainedModel, peft_type: str) -> PeftModel:
+def adapt(config: RunConfig, base: PreTrainedModel, peft_type: str | None, heads: Sequence[str] = ()) -> PeftModel:
     """Put a LoRA adapter on a model, which may be without weights, on the meta device.
+
+    Args:
+        config: The run.
+        base: The untouched model.
+        peft_type: PEFT's ``task_type``.
+        heads: Modules that are trained whole and saved with the adapter; PEFT knows those of some types by itself.
 
     Raises:
         ValueError: No layer matches ``lora.target_modules``, or the rank is above that of every matrix.
     """
-    options = _adapter_options(config, base, peft_type)
+    options = _adapter_options(config, base, peft_type, heads)
     return _adapt(base, LoraConfig(r=config.lora.rank, use_rslora=config.lora.use_rslora, **options), config)
 
 
-def _adapter_options(config: RunConfig, base: PreTrainedModel, peft_type: str) -> dict[str, object]:
+def _adapter_options(
+    config: RunConfig, base: PreTrainedModel, peft_type: str | None, heads: Sequence[str]
+) -> dict[str, object]:
     """What LoRA and AdaLoRA have in common in PEFT's words."""
     _require_rank(config.lora.rank, base)
     targets = config.lora.target_modules
@@ -111,6 +128,8 @@ def _adapter_options(config: RunConfig, base: PreTrainedModel, peft_type: str) -
         "lora_dropout": config.lora.dropout,
         "target_modules": names,
         "task_type": peft_type,
+        "modules_to_save": list(heads) or None,
+        "exclude_modules": list(heads) or None,  # all-linear takes a head in that PEFT does not know
     }
 
 

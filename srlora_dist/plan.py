@@ -51,14 +51,26 @@ def by_length(rows: Dataset) -> Dataset:
     return rows.select(sorted(range(len(lengths)), key=lengths.__getitem__))
 
 
-def warm_up_and_decay(num_steps: int, warmup_ratio: float) -> Callable[[int], float]:
-    """Share of the peak learning rate at a step: linear up, then linear down to 0 after the last step."""
+def warm_up_and_decay(num_steps: int, warmup_ratio: float, schedule: str = "linear") -> Callable[[int], float]:
+    """Share of the peak learning rate at a step: linear up, then as the schedule says.
+
+    Args:
+        num_steps: Of the run.
+        warmup_ratio: Share of them in which it rises.
+        schedule: ``linear`` or ``cosine``, down to 0 after the last step, or ``constant``.
+    """
     num_warmup = round(warmup_ratio * num_steps)
+    decays = {
+        "linear": lambda left: left,
+        "cosine": lambda left: (1 - math.cos(math.pi * left)) / 2,
+        "constant": lambda _: 1.0,
+    }
+    decay = decays[schedule]
 
     def share(step: int) -> float:
         if step < num_warmup:
             return (step + 1) / num_warmup
-        return max(0.0, (num_steps - step) / max(1, num_steps - num_warmup))
+        return decay(max(0.0, (num_steps - step) / max(1, num_steps - num_warmup)))
 
     return share
 

@@ -158,7 +158,7 @@ class Window:
         """Count one micro-batch; nothing is read back from the device."""
         self.num_batches += 1
         self.loss = self.loss + loss.detach().double()
-        if "attention_mask" in batch:
+        if "attention_mask" in batch and batch["attention_mask"].dim() == 2:  # not of pictures, nor of packed rows
             self.tokens = self.tokens + batch["attention_mask"].sum()
 
     def state_dict(self, accelerator: Accelerator) -> dict[str, float]:

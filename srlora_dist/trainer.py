@@ -27,6 +27,7 @@ from srlora_dist.figures import draw
 from srlora_dist.keeper import Keeper
 from srlora_dist.ledger import SwitchReport
 from srlora_dist.methods import build_method
+from srlora_dist.optimizers import build_optimizer
 from srlora_dist.plan import SampleOrder, by_length, due_checkpoints, due_evaluations, warm_up_and_decay
 from srlora_dist.precision import require_precision, train_in_
 from srlora_dist.preemption import StopRequest
@@ -35,6 +36,7 @@ from srlora_dist.runlog import RunLog, Window
 from srlora_dist.sites import keep_payloads_
 from srlora_dist.summary import num_trainable, peak_memory, pretrained_bytes, versions
 from srlora_dist.tasks import Task, check_task, load_task
+from srlora_dist.token_mean import TokenMean
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +116,7 @@ class Trainer:
         self.progress = self.keeper.progress
         self.resumes = self.keeper.saved is not None
         set_seed(config.seed)
-        self.method = build_method(config, task.model, task.peft_type, self.num_steps, config.engine)
+        self.method = build_method(config, task.model, task.peft_type, self.num_steps, config.engine, task.heads)
         self.num_trainable = num_trainable(self.method.model)
         self.model_bytes = pretrained_bytes(self.method.model)
         keep_payloads_(self.method.model)
@@ -156,11 +158,15 @@ class Trainer:
         eval_loader = DataLoader(by_length(task.eval), batch_size=options.eval_batch_size, collate_fn=task.collate)
         model = self.method.model
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trainable, lr=options.learning_rate, weight_decay=options.weight_decay)
-        scheduler = LambdaLR(optimizer, warm_up_and_decay(self.num_steps, options.warmup_ratio))
+        optimizer = build_optimizer(trainable, options)
+        scheduler = LambdaLR(optimizer, warm_up_and_decay(self.num_steps, options.warmup_ratio, options.schedule))
         self.model, self.optimizer, self.train_loader, self.eval_loader, self.scheduler = accelerator.prepare(
             model, optimizer, train_loader, eval_loader, scheduler
         )
+        self.token_mean = None
+        if task.num_targets is not None:
+            parts = options.accumulation_steps, accelerator.num_processes
+            self.token_mean = TokenMean(task.num_targets, order, options.batch_size, *parts)
         # FSDP2 has put others in their place.
         self.trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
@@ -212,6 +218,8 @@ class Trainer:
         self.skipped = False
         with accelerator.accumulate(self.model):
             loss = self.model(**batch).loss
+            if self.token_mean is not None:
+                loss = self.token_mean.weigh(loss, batch)
             # A loss that is not finite may have gradients that are: then no rank would notice.
             accelerator.backward(loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan))
             if accelerator.sync_gradients:

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from srlora_dist.config import RunConfig
-from srlora_dist.tasks import demo, glue, lm
+from srlora_dist.tasks import demo, glue, images, instruct, lm
 from srlora_dist.tasks.files import check_model_folder
+from srlora_dist.tasks.own import load_file
 from srlora_dist.tasks.packaged import base_model
 
 if TYPE_CHECKING:  # so that check_task can refuse a run without these seconds of imports
     import datasets
     import numpy as np
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
     from transformers.utils import ModelOutput
 
-TASKS = {"demo": demo, **dict.fromkeys(glue.GLUE, glue), "lm": lm}
+TASKS = {
+    "demo": demo,
+    **dict.fromkeys(glue.GLUE, glue),
+    "lm": lm,
+    "instruct": instruct,
+    **dict.fromkeys(images.NAMES, images),
+}
 """Each task's module, which offers ``check(config)`` and ``load(config)``."""
 
 
@@ -28,8 +36,8 @@ class Task:
 
     Args:
         model: The untouched pretrained base, with the task's head.
-        tokenizer: Its tokenizer.
-        train: Rows of model inputs and ``labels``, not padded.
+        tokenizer: Its tokenizer or image processor.
+        train: Rows that ``collate`` understands, such as model inputs and ``labels``, not padded.
         eval: The same for evaluation.
         collate: Makes a padded batch of tensors out of rows.
         answers: Takes the model's output and the batch, gives what evaluation keeps of them: two tensors with one row a
@@ -37,11 +45,14 @@ class Task:
         loss: Takes both for a whole split, gives the validation loss.
         metrics: Takes both likewise, gives named figures.
         main_metric: The name of the figure to report first.
-        peft_type: PEFT's ``task_type`` for the adapter.
+        peft_type: PEFT's ``task_type`` for the adapter; it decides which head is trained and saved with it.
+        heads: Modules to train whole and save where the type does not say.
+        num_targets: Tokens of each training row that are learnt, at least one: then an optimizer step takes the mean
+            over all its tokens, and ``labels`` has -100 for the others. None takes the mean over rows.
     """
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | BaseImageProcessor
     train: datasets.Dataset
     eval: datasets.Dataset
     collate: Callable[[list[dict]], dict[str, Tensor]]
@@ -49,7 +60,9 @@ class Task:
     loss: Callable[[Tensor, Tensor], Tensor]
     metrics: Callable[[np.ndarray, np.ndarray], dict[str, float]]
     main_metric: str
-    peft_type: str
+    peft_type: str | None
+    heads: tuple[str, ...] = ()
+    num_targets: Sequence[int] | None = None
 
 
 def check_task(config: RunConfig) -> None:
@@ -62,8 +75,7 @@ def check_task(config: RunConfig) -> None:
         ValueError: The task is unknown, one of its options is out of range, or a file that it needs is missing.
     """
     task = config.task
-    if task.name not in TASKS:
-        raise ValueError(f"task.name is {task.name!r}: choose one of {', '.join(TASKS)}")
+    module = _module_of(task.name)
     for option in ("max_length", "max_train_samples", "max_eval_samples"):
         value = getattr(task, option)
         if value is not None and value < 1:
@@ -71,7 +83,8 @@ def check_task(config: RunConfig) -> None:
     name, gguf_file = base_model(config)
     if gguf_file is None:
         check_model_folder(name)
-    TASKS[task.name].check(config)
+    if hasattr(module, "check"):  # a file of one's own may do without
+        module.check(config)
 
 
 def load_task(config: RunConfig) -> Task:
@@ -87,4 +100,15 @@ def load_task(config: RunConfig) -> Task:
         ValueError: As :func:`check_task`, or the data or the model cannot be read.
     """
     check_task(config)
-    return TASKS[config.task.name].load(config)
+    task = _module_of(config.task.name).load(config)
+    if not isinstance(task, Task):
+        raise ValueError(f"load(config) of {config.task.name} gives {type(task).__name__}: let it return a Task")
+    return task
+
+
+def _module_of(name: str) -> ModuleType:
+    if name.endswith(".py"):
+        return load_file(name)
+    if name not in TASKS:
+        raise ValueError(f"task.name is {name!r}: choose one of {', '.join(TASKS)}, or a file of your own (.py)")
+    return TASKS[name]

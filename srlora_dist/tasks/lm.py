@@ -1,8 +1,4 @@
-"""Causal language modelling: the next token of plain text, from a folder or from the sentences of the demo.
-
-In training the loss is the mean over the tokens of a rank, then over the ranks. Ranks whose rows differ in length
-weigh a token differently, so unlike the other tasks a run is not quite the same run on another number of processes.
-"""
+"""Causal language modelling: the next token of plain text, from a folder or from the sentences of the demo."""
 
 from __future__ import annotations
 
@@ -13,14 +9,9 @@ from srlora_dist.config import RunConfig
 from srlora_dist.tasks.files import read_lines
 
 if TYPE_CHECKING:
-    import numpy as np
-    from torch import Tensor
-    from transformers.utils import ModelOutput
-
     from srlora_dist.tasks import Task
 
 SPLITS = ("train", "validation")
-IGNORED = -100  # the label that Transformers leaves out of a loss
 
 
 def check(config: RunConfig) -> None:
@@ -65,11 +56,14 @@ def _read_documents(path: Path) -> list[str]:
 
 
 def _lm_task(config: RunConfig, train: list[str], evaluation: list[str]) -> Task:
-    from transformers import AutoModelForCausalLM, DataCollatorWithPadding
+    from transformers import AutoModelForCausalLM
 
-    from srlora_dist.tasks import Task
     from srlora_dist.tasks.models import check_length, check_tokens, load_model, quiet, require_decoder
     from srlora_dist.tasks.text import encode
+    from srlora_dist.tasks.tokens import IGNORED, token_task
+
+    def labelled(tokens: list[int]) -> dict[str, list[int]]:
+        return {"labels": [IGNORED, *tokens[1:]]}
 
     options, splits = config.task, []
     with quiet():
@@ -82,52 +76,12 @@ def _lm_task(config: RunConfig, train: list[str], evaluation: list[str]) -> Task
         ):
             # A single token has nothing before it to be predicted from.
             rows = encode(tokenizer, {"text": texts}, options.max_length, most)
-            splits.append(rows.filter(lambda tokens: len(tokens) > 1, input_columns="input_ids", keep_in_memory=True))
-            if len(splits[-1]) == 0:
+            rows = rows.filter(lambda tokens: len(tokens) > 1, input_columns="input_ids", keep_in_memory=True)
+            if len(rows) == 0:
                 raise ValueError(
                     f"task.data_dir is {options.data_dir!r}, whose {name} split has no document of two tokens or more"
                 )
-            check_tokens(config, model, tokenizer, splits[-1])
-    pad = DataCollatorWithPadding(tokenizer)
-
-    def collate(rows: list[dict]) -> dict[str, Tensor]:
-        batch = dict(pad([{name: row[name] for name in ("input_ids", "attention_mask")} for row in rows]))
-        # By the mask, not by the token: the padding token may be the one that ends a document.
-        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
-        return batch
-
-    return Task(
-        model,
-        tokenizer,
-        *splits,
-        collate=collate,
-        answers=sums_and_counts,
-        loss=token_loss,
-        metrics=perplexity,
-        main_metric="perplexity",
-        peft_type="CAUSAL_LM",
-    )
-
-
-def sums_and_counts(output: ModelOutput, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihood of each row, summed over its tokens, and their number: both of shape (rows,)."""
-    from torch import nn
-
-    labels = batch["labels"][:, 1:]
-    # (rows, vocabulary, tokens), as cross_entropy wants it
-    scores = output.logits[:, :-1].float().transpose(1, 2)
-    losses = nn.functional.cross_entropy(scores, labels, ignore_index=IGNORED, reduction="none")
-    return losses.double().sum(1), (labels != IGNORED).sum(1)
-
-
-def token_loss(sums: Tensor, counts: Tensor) -> Tensor:
-    """Mean over all tokens of a split."""
-    return sums.sum() / counts.sum()
-
-
-def perplexity(sums: np.ndarray, counts: np.ndarray) -> dict[str, float]:
-    """The exponential of the loss; lower is better."""
-    import numpy as np
-
-    with np.errstate(over="ignore"):
-        return {"perplexity": float(np.exp(sums.sum() / counts.sum()))}
+            check_tokens(config, model, tokenizer, rows)
+            rows = rows.select_columns("input_ids")
+            splits.append(rows.map(labelled, input_columns="input_ids", keep_in_memory=True))
+        return token_task(config, model, tokenizer, *splits)

@@ -1,4 +1,4 @@
-"""Loads the pretrained model and the tokenizer of a text task: any source, any storage of the weights."""
+"""Loads the pretrained model of a task and what makes its inputs: any source, any storage of the weights."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from torch import nn
 from transformers import (
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
+    AutoImageProcessor,
     AutoTokenizer,
+    BaseImageProcessor,
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -59,15 +62,38 @@ def load_model(
     Raises:
         ValueError: The model or a package that it needs is not there, or a setting does not fit it.
     """
+    model, tokenizer = _load(AutoTokenizer.from_pretrained, "tokenizer", config, auto_class, head_names, **options)
+    _ensure_padding_(model.name_or_path, model, tokenizer)
+    return model, tokenizer
+
+
+def load_image_model(
+    config: RunConfig, auto_class: type, head_names: list[str], **options: object
+) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """The same for pictures, with the image processor that belongs to the model.
+
+    Raises:
+        ValueError: As :func:`load_model`.
+    """
+    # Not the one of torchvision, which need not be there and gives other pixels.
+    reader = partial(AutoImageProcessor.from_pretrained, backend="pil")
+    return _load(reader, "image processor", config, auto_class, head_names, **options)
+
+
+def _load(
+    read: Callable, part: str, config: RunConfig, auto_class: type, head_names: list[str] | None, **options: object
+) -> tuple[PreTrainedModel, object]:
+    """Load a model and the part that makes its inputs, which is read first because that takes no time."""
     name, gguf_file = base_model(config)
     trust = {"trust_remote_code": config.model.trust_remote_code}
     if gguf_file is not None:
         name = unpack_gguf(name, gguf_file, config.model.dtype)
     with _reading(name, "configuration", "give a local folder with a model, or a model on a hub that can be reached"):
         settings = AutoConfig.from_pretrained(name, **trust, **options)
-    with _reading(name, "tokenizer", "keep its files in the folder of the model"):
-        tokenizer = AutoTokenizer.from_pretrained(name, **trust)
-    _require_words(name, tokenizer)
+    with _reading(name, part, "keep its files in the folder of the model"):
+        makes_inputs = read(name, **trust)
+    if isinstance(makes_inputs, PreTrainedTokenizerBase):
+        _require_words(name, makes_inputs)
     quantization = _quantization(config, head_names)
     torch.manual_seed(config.seed)  # a head is drawn below and has to be the same in every process
     with _reading(name, "weights", "they have to fit config.json, and to be safetensors: pickles are not opened"):
@@ -82,10 +108,9 @@ def load_model(
             **trust,
         )
     _warn_of_random_body(name, model, {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
-    _ensure_padding_(name, model, tokenizer)
     if config.model.dropout is not None:
         set_dropout_(model, config.model.dropout)
-    return model, tokenizer
+    return model, makes_inputs
 
 
 def unpack_gguf(name: str, gguf_file: str, dtype: str) -> str:

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from srlora_dist.config import RunConfig
+from srlora_dist.tasks import images
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,10 @@ def base_model(config: RunConfig) -> tuple[str, str | None]:
     """
     if config.model.name_or_path is not None:
         return config.model.name_or_path, config.model.gguf_file
-    if config.task.name == "lm":
+    if config.task.name in ("lm", "instruct"):
         return str(SMOLLM2.folder()), SMOLLM2.file
+    if config.task.name in images.NAMES:
+        return images.PAPER_MODEL, None
     return str(MINILM.folder()), None
 
 

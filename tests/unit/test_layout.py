@@ -16,7 +16,7 @@ LAYERS = [
     ["keeper"],
     ["forecast"],
     ["figures", "runlog", "methods", "engine", "plan", "tasks", "precision", "resuming", "preemption", "earlier"]
-    + ["evaluation", "summary", "random_state"],
+    + ["evaluation", "summary", "random_state", "optimizers", "token_mean"],
     ["switcher"],
     ["memory", "diagnostics", "exchange", "output_check", "saving"],
     ["export"],

@@ -20,7 +20,7 @@ from torch import nn
 import srlora_dist
 from srlora_dist.cache import cache_dir
 from srlora_dist.config import ModelOptions, RunConfig, TaskOptions
-from srlora_dist.tasks import TASKS, check_task, demo, glue, load_task, movie_reviews, packaged
+from srlora_dist.tasks import TASKS, check_task, demo, glue, images, load_task, movie_reviews, packaged
 from srlora_dist.tasks.metrics import Scorer
 
 WORDS = ["a", "b", "c", "d", "e", "f", "movie", "good", "bad", '"', ",", ".", "?"]
@@ -566,4 +566,4 @@ def test_the_demo_loads_minilm(real_splits):
 
 
 def test_every_task_name_is_tested():
-    assert set(TASKS) == {"demo", *OFFICIAL, "lm"}
+    assert set(TASKS) == {"demo", *OFFICIAL, "lm", "instruct", *images.NAMES}  # the last in test_images, test_instruct

@@ -1,0 +1,122 @@
+"""Classification of pictures: four public sets from the hub, or a folder of IDX files or with a folder a class."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from srlora_dist.config import RunConfig
+from srlora_dist.tasks import pictures
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor, PreTrainedModel
+
+    from srlora_dist.tasks import Task
+
+PAPER_MODEL = "google/vit-base-patch16-224-in21k"
+
+
+class HubSet(NamedTuple):
+    """A set on the hub: its name, and its columns of pictures and of class indices."""
+
+    name: str
+    picture: str = "image"
+    label: str = "label"
+
+
+HUB = {
+    "cifar100": HubSet("uoft-cs/cifar100", "img", "fine_label"),
+    "stl10": HubSet("tanganke/stl10"),
+    "mnist": HubSet("ylecun/mnist"),
+    "fashion_mnist": HubSet("zalando-datasets/fashion_mnist"),
+}
+NAMES = (*HUB, "images")
+
+
+def check(config: RunConfig) -> None:
+    """Look for the pictures where a folder is given.
+
+    Raises:
+        ValueError: The folder is not given where it is needed, or something in it is missing.
+    """
+    task = config.task
+    if task.data_dir is not None:
+        pictures.find_splits(task.data_dir)
+    elif task.name not in HUB:
+        raise ValueError(f"task {task.name} needs task.data_dir: a folder of pictures; see docs/tasks.md for layouts")
+
+
+def load(config: RunConfig) -> Task:
+    """Build the task; the pictures are made ready batch by batch.
+
+    Raises:
+        ValueError: The pictures or the model cannot be read, or do not fit each other.
+    """
+    from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+    from transformers import AutoModelForImageClassification
+
+    from srlora_dist.tasks import Task
+    from srlora_dist.tasks.metrics import Scorer
+    from srlora_dist.tasks.models import load_image_model, quiet
+    from srlora_dist.tasks.text import classification_loss, logits_and_labels
+
+    task = config.task
+    with quiet():
+        train, evaluation, num_classes = _read(config)
+        model, processor = load_image_model(
+            config, AutoModelForImageClassification, list(SEQ_CLS_HEAD_NAMES), num_labels=num_classes
+        )
+    _require_size(model, processor)
+    return Task(
+        model,
+        processor,
+        train.select(range(min(len(train), task.max_train_samples or len(train)))),
+        evaluation.select(range(min(len(evaluation), task.max_eval_samples or len(evaluation)))),
+        collate=pictures.collator(processor),
+        answers=logits_and_labels,
+        loss=classification_loss,
+        metrics=Scorer("accuracy"),
+        main_metric="accuracy",
+        peft_type=None,  # PEFT has none for pictures
+        heads=_heads(model),
+    )
+
+
+def _read(config: RunConfig) -> tuple:
+    """Training rows, evaluation rows with columns ``picture`` and ``labels``, and the number of classes."""
+    task = config.task
+    if task.data_dir is not None:
+        return pictures.read_folder(task.data_dir)
+    import datasets
+
+    there = HUB[task.name]
+    try:
+        splits = [datasets.load_dataset(there.name, split=split) for split in ("train", "test")]
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"task.name is {task.name!r}, but {there.name} cannot be loaded from the hub ({error}): set task.data_dir "
+            "to a folder of IDX files or with a folder a class"
+        ) from error
+    columns = {there.picture: "picture", there.label: "labels"}
+    train, evaluation = (split.select_columns(list(columns)).rename_columns(columns) for split in splits)
+    return train, evaluation, train.features["labels"].num_classes
+
+
+def _require_size(model: PreTrainedModel, processor: BaseImageProcessor) -> None:
+    """Stop where the processor makes pictures of another size than the model has positions for."""
+    from PIL import Image
+
+    wanted = getattr(model.config, "image_size", None)
+    wanted = [wanted, wanted] if isinstance(wanted, int) else list(wanted or ())
+    made = list(processor([Image.new("RGB", (40, 30))], return_tensors="pt")["pixel_values"].shape[-2:])
+    has_positions = any("position_embeddings" in name for name, _ in model.named_parameters())
+    if wanted and made != wanted and has_positions:
+        raise ValueError(
+            f"model.name_or_path is {model.name_or_path!r}, which takes pictures of {wanted[0]} x {wanted[1]}, but its "
+            f"preprocessor_config.json makes {made[0]} x {made[1]}: make them agree"
+        )
+
+
+def _heads(model: PreTrainedModel) -> tuple[str, ...]:
+    """What the model has beside its pretrained body: the head, whatever it is called."""
+    beside = (name for name, child in model.named_children() if name != model.base_model_prefix)
+    return tuple(name for name in beside if any(True for _ in model.get_submodule(name).parameters()))
