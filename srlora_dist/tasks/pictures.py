@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import random
 import zlib
 from collections.abc import Callable
@@ -52,8 +53,8 @@ def read_folder(data_dir: str) -> tuple[datasets.Dataset, datasets.Dataset, int]
     """Read both splits of a folder.
 
     Returns:
-        Training and evaluation rows with columns ``picture`` (an array, or the path of a file, which is opened when it
-        is needed) and ``labels``; the number of classes.
+        Training and evaluation rows with columns ``picture`` (the content of a file, or its path: it is opened when
+        it is needed) and ``labels``; the number of classes.
 
     Raises:
         ValueError: A file is broken, a class is empty, or the splits have other classes.
@@ -91,19 +92,16 @@ def collator(processor: BaseImageProcessor) -> Callable[[list[dict]], dict[str, 
 
 
 def _open(picture: object) -> object:
-    """A picture in RGB: from a path, an array of grey values, or one that is open already."""
-    import numpy as np
+    """A picture in RGB, from a path, the content of a file, or one that is open already."""
     from PIL import Image
 
-    if isinstance(picture, str):
-        try:
-            with Image.open(picture) as opened:
-                return opened.convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{picture} is no picture that can be read ({error}): replace or remove it") from error
-    if not isinstance(picture, Image.Image):
-        picture = Image.fromarray(np.asarray(picture, np.uint8))
-    return picture.convert("RGB")
+    if isinstance(picture, Image.Image):
+        return picture.convert("RGB")
+    try:
+        with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as opened:
+            return opened.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{picture} is no picture that can be read ({error}): replace or remove it") from error
 
 
 def _idx_file(root: Path, name: str, this: str) -> Path:
@@ -143,9 +141,10 @@ def _read_idx(path: Path, num_dimensions: int) -> np.ndarray:
 def _rows_of_arrays(pictures: np.ndarray, labels: np.ndarray) -> datasets.Dataset:
     import datasets
 
-    kinds = {"picture": datasets.Array2D(pictures.shape[1:], "uint8"), "labels": datasets.Value("int64")}
-    columns = {"picture": pictures, "labels": labels}
-    return datasets.Dataset.from_dict(columns, features=datasets.Features(kinds)).with_format("numpy")
+    # A grey picture in a file is a header and its bytes, and bytes go into a table at once.
+    header = b"P5 %d %d 255\n" % (pictures.shape[2], pictures.shape[1])
+    files = [header + picture.tobytes() for picture in pictures]
+    return datasets.Dataset.from_dict({"picture": files, "labels": labels.astype("int64")})
 
 
 def _classes(split: Path) -> list[str]:
