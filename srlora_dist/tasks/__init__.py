@@ -102,7 +102,9 @@ def load_task(config: RunConfig) -> Task:
     check_task(config)
     task = _module_of(config.task.name).load(config)
     if not isinstance(task, Task):
-        raise ValueError(f"load(config) of {config.task.name} gives {type(task).__name__}: let it return a Task")
+        raise ValueError(
+            f"task.name is {config.task.name!r}, whose load(config) gives {type(task).__name__}: let it return a Task"
+        )
     return task
 
 

@@ -47,6 +47,14 @@ def test_rate_rises_to_its_peak_and_never_is_zero() -> None:
     assert warm_up_and_decay(3, 0.0)(0) == 1
 
 
+def test_after_the_warm_up_the_rate_falls_along_half_a_wave_or_stays() -> None:
+    cosine, constant = (warm_up_and_decay(110, 10 / 110, schedule) for schedule in ("cosine", "constant"))
+    assert [cosine(step) for step in (0, 9, 10)] == [constant(step) for step in (0, 9, 10)] == [0.1, 1, 1]
+    assert [cosine(step) for step in (35, 60, 85)] == pytest.approx([(2 + 2**0.5) / 4, 0.5, (2 - 2**0.5) / 4])
+    assert cosine(110) == 0
+    assert {constant(step) for step in range(10, 110)} == {1.0}
+
+
 @pytest.mark.parametrize(
     ("num_steps", "every", "due"), [(5, None, {0, 1, 2, 3, 4, 5}), (25, 10, {0, 10, 20, 25}), (20, 10, {0, 10, 20})]
 )
