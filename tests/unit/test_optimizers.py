@@ -9,6 +9,8 @@ import transformers
 from torch import nn
 
 from srlora_dist import SRLoRAConfig, Switcher
+from srlora_dist.config import RunConfig, TaskOptions, TrainOptions
+from srlora_dist.optimizers import build_optimizer
 from tests.ranks.engines import make_batch, make_net
 
 
@@ -122,3 +124,20 @@ def test_a_gradient_scaler_shows_unscaled_gradients_and_skips_overflows(tmp_path
         seen[scale] = switcher._importance.pair_scores()
     for with_scale, without in zip(seen[2.0**12], seen[None], strict=True):
         torch.testing.assert_close(with_scale, without, rtol=1e-4, atol=0)
+
+
+def test_a_run_chooses_its_optimizer() -> None:
+    parameters = [nn.Parameter(torch.ones(3))]
+    sgd = build_optimizer(parameters, TrainOptions(optimizer="sgd", momentum=0.8, learning_rate=0.1, weight_decay=0.2))
+    assert type(sgd) is torch.optim.SGD
+    assert [sgd.defaults[key] for key in ("momentum", "lr", "weight_decay")] == [0.8, 0.1, 0.2]
+    assert type(build_optimizer(parameters, TrainOptions())) is torch.optim.AdamW
+    with pytest.raises(ValueError, match="train.momentum is 1.0"):
+        TrainOptions(optimizer="sgd", momentum=1.0)
+
+
+def test_options_that_do_nothing_are_named() -> None:
+    unused = RunConfig(train=TrainOptions(momentum=0.5), task=TaskOptions(packing=True)).without_effect()
+    assert unused == ["train.momentum (train.optimizer is adamw)", "task.packing (task.name is demo)"]
+    used = RunConfig(train=TrainOptions(optimizer="sgd", momentum=0.5), task=TaskOptions("lm", packing=True))
+    assert used.without_effect() == []
