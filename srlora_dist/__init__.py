@@ -1,7 +1,22 @@
 """SRLoRA (arXiv 2505.12433) for distributed training: LoRA that keeps learning in new subspaces."""
 
-from srlora_dist.config import SRLoRAConfig
-from srlora_dist.ledger import SiteSwitch, SwitchReport
-from srlora_dist.switcher import Switcher
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from srlora_dist.config import SRLoRAConfig
+    from srlora_dist.ledger import SiteSwitch, SwitchReport
+    from srlora_dist.switcher import Switcher
 
 __all__ = ["SRLoRAConfig", "SiteSwitch", "SwitchReport", "Switcher"]
+
+# Imported when they are asked for: a command sets what torch reads at its import, and --help does without torch.
+_PLACES = {"SRLoRAConfig": "config", "SiteSwitch": "ledger", "SwitchReport": "ledger", "Switcher": "switcher"}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)

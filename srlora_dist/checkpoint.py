@@ -73,7 +73,12 @@ class Checkpoint:
     @property
     def num_bytes(self) -> int:
         """Size of all its files."""
-        return sum(listed["bytes"] for listed in self._listed.values())
+        return sum(self.sizes.values())
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file, by its path in the folder; the manifest itself is left out."""
+        return {name: listed["bytes"] for name, listed in self._listed.items()}
 
     def read(self, file: str, name: str) -> Tensor:
         """One tensor of a file.

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 
 COMMANDS = {
+    "train": "train one model; on several processes: accelerate launch -m srlora_dist train",
+    "svd": "compute the directions of a run ahead of it",
+    "inspect": "show a checkpoint: sites, directions taken, schedule, score history",
+    "export": "write a plain PEFT adapter from a checkpoint",
     "plan": "what a run will hold, send and wait for, before it is started",
     "plot": "the paper's Figures 3, 4 and 5 from the files of runs",
 }
@@ -18,7 +23,7 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; the exit status is 2 where it was given something that cannot be."""
+    """Run a command; gives the exit status: 2 where it was given something that cannot be, else the command's own."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] in (["--help"], ["-h"]):
         print(usage())
@@ -28,11 +33,12 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"no command is given: choose one of {', '.join(COMMANDS)}")
         if argv[0] not in COMMANDS:
             raise ValueError(f"there is no command {argv[0]!r}: choose one of {', '.join(COMMANDS)}")
-        import_module(f"srlora_dist.commands.{argv[0]}").run(argv[1:])
+        return import_module(f"srlora_dist.commands.{argv[0]}").run(argv[1:]) or 0
     except (ValueError, OSError) as error:
+        if os.environ.get("SRLORA_DEBUG"):
+            raise
         print(f"srlora: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

@@ -337,14 +337,18 @@ class RunConfig:
         Path(path).write_text(yaml.safe_dump(asdict(self), sort_keys=False))
 
 
-def parse(argv: list[str] | None = None) -> RunConfig:
+def parse(argv: list[str] | None = None, prog: str = "srlora train") -> RunConfig:
     """Read ``--config FILE`` and ``--section.option value`` overrides into a :class:`RunConfig`.
+
+    Args:
+        argv: The words; None takes those of the process.
+        prog: The command that ``--help`` is printed for.
 
     Raises:
         ValueError: An option is unknown, of the wrong type or out of its range; the message names it.
     """
     check_files(argv, sections=[f.name for f in fields(RunConfig) if f.default_factory is not MISSING])
-    parser = jsonargparse.ArgumentParser(prog="train.py", exit_on_error=False)
+    parser = jsonargparse.ArgumentParser(prog=prog, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file of options.")
     parser.add_class_arguments(RunConfig)
     try:

@@ -59,7 +59,7 @@ def _require_same_run(checkpoint: Checkpoint, config: RunConfig) -> None:
     try:
         theirs = _options(checkpoint.state["extra"]["config"])
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{checkpoint.folder} is not a checkpoint of launch/train.py: it has no options") from error
+        raise ValueError(f"{checkpoint.folder} is not a checkpoint of srlora train: it has no options") from error
     ours = _options(asdict(config))
     for name in [*theirs, *ours]:
         if theirs.get(name) != ours.get(name):

@@ -89,6 +89,7 @@ class Directions:
             self.shares = False
         self.digests: list[int] = []  # of each site's W
         self.path: Path | None = None  # on rank 0
+        self.was_there = False  # the file, before prepare()
         self._original: OriginalWeights | None = None  # likewise
 
     @torch.no_grad()
@@ -102,7 +103,8 @@ class Directions:
         """
         fingerprint = self._fingerprint()
         found = self.storage.on_rank_0("look for a file of directions", lambda: self._find(fingerprint))
-        if self.storage.rank_0_says(bool(found)):
+        self.was_there = self.storage.rank_0_says(bool(found))
+        if self.was_there:
             return
         tensors = self._compute()
         self.storage.on_rank_0("write the directions (srlora.svd_cache)", lambda: self._write(tensors))

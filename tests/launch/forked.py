@@ -1,4 +1,4 @@
-"""Runs launch/train.py on several ranks that are forked after the imports, and kills one of them where it is told to.
+"""Runs ``srlora train`` on several ranks that are forked after the imports, and kills one of them where it is told to.
 
 What ``accelerate launch`` would put into the environment comes from Accelerate's own functions. There is no launcher to
 end the other ranks: whether they end by themselves is a part of the test.
@@ -15,7 +15,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +32,7 @@ class Order:
     Args:
         yaml: File of launch/accelerate.
         world_size: Ranks.
-        arguments: Of launch/train.py.
+        arguments: Of ``srlora train``.
         rank: The rank that is killed; None kills no one.
         seconds: After so many seconds from the start;
         place: or after a call of this function, ``module:name`` or ``module:Class.name``,
@@ -65,7 +65,7 @@ def environment(order: Order) -> dict[str, str]:
     return prepare_deepspeed_cmd_env(args)[1] if args.use_deepspeed else prepare_multi_gpu_env(args)
 
 
-def start(main: object, order: Order) -> dict[str, object]:
+def start(main: Callable[[list[str]], int], order: Order) -> dict[str, object]:
     """Fork the ranks, kill one, wait for the others; gives the exit statuses and what each printed on stderr."""
     shared = environment(order) if order.world_size > 1 else {}
     with socket.socket() as free:
@@ -96,7 +96,7 @@ def start(main: object, order: Order) -> dict[str, object]:
     return {"statuses": statuses, "stderr": texts, "seconds": seconds, "hung": hung}
 
 
-def _fork(main: object, order: Order, rank: int, shared: dict[str, str], errors: object) -> int:
+def _fork(main: Callable[[list[str]], int], order: Order, rank: int, shared: dict[str, str], errors: object) -> int:
     child = os.fork()
     if child:
         return child
@@ -108,13 +108,10 @@ def _fork(main: object, order: Order, rank: int, shared: dict[str, str], errors:
         if order.world_size > 1:
             sizes = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": order.world_size}
             os.environ.update({name: str(value) for name, value in sizes.items()})
-        main.__globals__["IS_MAIN"] = rank == 0
         if order.place is not None and rank == order.rank:
             _kill_at(order)
         exec(order.code, {})
-        sys.argv = ["launch/train.py", *order.arguments]
-        main()
-        status = 0
+        status = main(["train", *order.arguments])
     except BaseException:
         import traceback
 

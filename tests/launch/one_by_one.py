@@ -1,8 +1,8 @@
-"""Runs launch/train.py for each command line in a JSON file, each in a child that is forked after the imports."""
+"""Runs ``srlora train`` for each command line in a JSON file, each in a child that is forked after the imports."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
 import signal
@@ -10,15 +10,17 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
-SCRIPT = Path(__file__).parents[2] / "launch" / "train.py"
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
 LIMIT_SECONDS = 20
 LATER_IMPORTS = ("srlora_dist.tasks.text", "transformers.models.bert.modeling_bert")
 """What a run imports when it knows its task."""
 
 
-def run(main: object, arguments: list[str], environment: dict[str, str]) -> dict[str, object]:
+def run(main: Callable[[list[str]], int], arguments: list[str], environment: dict[str, str]) -> dict[str, object]:
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         began = time.perf_counter()
         child = os.fork()
@@ -26,12 +28,10 @@ def run(main: object, arguments: list[str], environment: dict[str, str]) -> dict
             signal.alarm(LIMIT_SECONDS)  # ends this child where it hangs
             os.dup2(out.fileno(), 1)
             os.dup2(err.fileno(), 2)
-            sys.argv = [str(SCRIPT), *arguments]
             os.environ.update(environment)
             status = 1
             try:
-                main()
-                status = 0
+                status = main(["train", *arguments])
             except SystemExit as leaving:
                 status = int(leaving.code or 0)
             except BaseException:
@@ -48,12 +48,16 @@ def run(main: object, arguments: list[str], environment: dict[str, str]) -> dict
         return {"returncode": status, "stdout": texts[0], "stderr": texts[1], "seconds": time.perf_counter() - began}
 
 
-def load_main() -> object:
-    spec = importlib.util.spec_from_file_location("launch_train", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.GRACE_SECONDS = 0  # there is no other rank to wait for
-    return module.main
+def load_main() -> Callable[[list[str]], int]:
+    """``srlora_dist.cli.main`` with what takes seconds to import, ready to be forked."""
+    from srlora_dist.cli import main
+    from srlora_dist.commands import train
+    from srlora_dist.process import prepare_process
+
+    prepare_process()
+    importlib.import_module("srlora_dist.trainer")
+    train.GRACE_SECONDS = 0  # there is no other rank to wait for
+    return main
 
 
 if __name__ == "__main__":

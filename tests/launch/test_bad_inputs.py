@@ -252,7 +252,7 @@ def assert_refused(run: Ended, *wanted: str) -> None:
     assert len(run.errors) == 1, run.stderr
     for text in wanted:
         assert text in run.errors[0]
-    assert 'launch/train.py", line' not in run.stderr
+    assert 'commands/train.py", line' not in run.stderr
 
 
 def test_fsdp_without_a_gpu_is_refused(bench: Bench) -> None:

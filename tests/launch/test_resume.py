@@ -253,8 +253,8 @@ def test_an_adapter_of_a_checkpoint_needs_no_model(bench: Bench, resumed: dict[s
     import sys
 
     run = bench.run_folder("resume another log")
-    command = [sys.executable, str(ROOT / "launch" / "export.py"), str(run / "checkpoints"), str(tmp_path / "adapter")]
-    environment = bench.environment() | {"HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "srlora_dist", "export", str(run / "checkpoints"), str(tmp_path / "adapter")]
+    environment = bench.environment() | {"PYTHONPATH": str(ROOT)}
     ended = subprocess.run(
         command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
     )

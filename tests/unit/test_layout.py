@@ -9,12 +9,14 @@ PACKAGE = Path(__file__).parents[2] / "srlora_dist"
 
 # A room may import from its own line and from the lines below it.
 LAYERS = [
+    ["__main__"],
     ["cli"],
     ["commands"],
     ["reproduce"],
     ["trainer"],
     ["keeper"],
     ["forecast"],
+    ["inspection"],
     ["figures", "runlog", "methods", "engine", "plan", "tasks", "precision", "resuming", "preemption", "earlier"]
     + ["evaluation", "summary", "random_state", "optimizers", "token_mean"],
     ["switcher"],
@@ -25,7 +27,7 @@ LAYERS = [
     ["storage"],
     ["pairs", "sites", "digest", "spans"],
     ["config"],
-    ["options_file", "ranges", "safefiles", "cache", "errors", "compiling", "paper"],
+    ["options_file", "ranges", "safefiles", "cache", "errors", "compiling", "paper", "process", "arguments"],
 ]
 
 
