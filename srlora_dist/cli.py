@@ -11,6 +11,7 @@ COMMANDS = {
     "svd": "compute the directions of a run ahead of it",
     "inspect": "show a checkpoint: sites, directions taken, schedule, score history",
     "export": "write a plain PEFT adapter from a checkpoint",
+    "merge": "make one plain checkpoint of a base and its adapter",
     "plan": "what a run will hold, send and wait for, before it is started",
     "plot": "the paper's Figures 3, 4 and 5 from the files of runs",
 }
