@@ -14,6 +14,7 @@ COMMANDS = {
     "merge": "make one plain checkpoint of a base and its adapter",
     "plan": "what a run will hold, send and wait for, before it is started",
     "plot": "the paper's Figures 3, 4 and 5 from the files of runs",
+    "doctor": "try on this machine what a run needs, and print what to fix",
 }
 
 

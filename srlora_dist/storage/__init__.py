@@ -12,6 +12,7 @@ from srlora_dist.storage.base import Piece, Run, Storage, by_site, local_part
 from srlora_dist.storage.lost import lost_ranks
 from srlora_dist.storage.moments import require_resettable
 from srlora_dist.storage.plain import PlainStorage
+from srlora_dist.storage.probe import quantised_error, try_process_group
 from srlora_dist.storage.rejoin import rejoin
 from srlora_dist.storage.zero3 import Zero3Storage
 from srlora_dist.storage.zero12 import Zero12Storage
@@ -24,9 +25,11 @@ __all__ = [
     "find_storage",
     "local_part",
     "lost_ranks",
+    "quantised_error",
     "rejoin",
     "release_gathered",
     "require_resettable",
+    "try_process_group",
 ]
 
 

@@ -16,7 +16,7 @@ LAYERS = [
     ["trainer"],
     ["keeper"],
     ["forecast"],
-    ["inspection", "merging"],
+    ["inspection", "merging", "health"],
     ["figures", "runlog", "methods", "engine", "plan", "tasks", "precision", "resuming", "preemption", "earlier"]
     + ["evaluation", "summary", "random_state", "optimizers", "token_mean"],
     ["switcher"],

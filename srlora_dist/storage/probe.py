@@ -1,0 +1,91 @@
+"""Tries on this machine what storages rest on: a process group, and quantised weights."""
+
+from __future__ import annotations
+
+import socket
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def try_process_group(num_processes: int, timeout: float) -> str | None:
+    """Start processes on this machine, and add up a number over them.
+
+    Args:
+        num_processes: On as many GPUs, or without GPUs on the CPU with gloo.
+        timeout: Seconds for all of it.
+
+    Returns:
+        What went wrong, or None.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = mp.start_processes(
+        _add_up, (num_processes, port, timeout), nprocs=num_processes, join=False, start_method="spawn"
+    )
+    try:
+        end = time.monotonic() + timeout
+        while not context.join(max(0.0, end - time.monotonic())):  # returns when any of them has ended
+            if time.monotonic() >= end:
+                return f"{num_processes} processes did not come together in {timeout:.0f} s"
+    except mp.ProcessRaisedException as error:
+        return str(error).strip().splitlines()[-1]
+    except mp.ProcessExitedException as error:
+        return str(error)
+    finally:
+        for process in context.processes:
+            process.kill()
+    return None
+
+
+def _add_up(rank: int, num_processes: int, port: int, timeout: float) -> None:
+    """What a process does. Collective: an all-reduce of a number."""
+    on_gpu = torch.accelerator.is_available()
+    if on_gpu:
+        torch.accelerator.set_device_index(rank)
+    device = torch.accelerator.current_accelerator().type if on_gpu else "cpu"
+    dist.init_process_group(
+        dist.get_default_backend_for_device(device),
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=num_processes,
+        timeout=timedelta(seconds=timeout),
+    )
+    total = torch.tensor([rank + 1.0], device=device)
+    dist.all_reduce(total)
+    if total.item() != num_processes * (num_processes + 1) / 2:
+        raise RuntimeError(f"the sum over {num_processes} processes is {total.item()}")
+    dist.destroy_process_group()
+
+
+def quantised_error(kind: str) -> tuple[float, float]:
+    """Quantise a small linear layer with bitsandbytes and call it.
+
+    Args:
+        kind: ``nf4`` or ``int8``.
+
+    Returns:
+        Relative errors: of the weight that comes back, and of the call against the product with that weight.
+    """
+    import bitsandbytes as bnb
+
+    device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(64, 128, generator=generator), torch.randn(8, 128, generator=generator).to(device)
+    if kind == "int8":
+        layer = bnb.nn.Linear8bitLt(128, 64, bias=False, has_fp16_weights=False)
+        layer.weight = bnb.nn.Int8Params(weight, requires_grad=False)
+        layer = layer.to(device)
+        back = bnb.functional.int8_vectorwise_dequant(layer.weight.data, layer.weight.SCB).float()
+    else:
+        layer = bnb.nn.Linear4bit(128, 64, bias=False, quant_type=kind, compute_dtype=torch.float32)
+        layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type=kind, module=layer)
+        layer = layer.to(device)
+        back = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+    called, product = layer.train()(x).float(), x @ back.T
+    stored = (back.cpu() - weight).norm() / weight.norm()
+    return stored.item(), ((called - product).norm() / product.norm()).item()
