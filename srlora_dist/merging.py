@@ -184,7 +184,7 @@ class Merger:
         num_labels = _num_labels(self.adapter, settings, auto_class)
         if num_labels is not None:
             settings.num_labels = num_labels
-        if settings.get_text_config().pad_token_id is None and not is_vision:
+        if not is_vision and settings.get_text_config().pad_token_id is None:
             ends = settings.get_text_config().eos_token_id  # as the tasks do; without one rows go one by one
             settings.get_text_config().pad_token_id = ends[0] if isinstance(ends, list) else ends
         return settings, auto_class

@@ -1,0 +1,165 @@
+"""``srlora merge``: what plain Transformers loads from the folder is base and adapter, with its head and tokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from srlora_dist.cli import main
+from srlora_dist.merging import StoredAs
+from tests.launch.conftest import write_decoder, write_model
+
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+TOKENS = {"input_ids": torch.tensor([[2, 7, 9, 4, 5, 3]]), "attention_mask": torch.ones(1, 6, dtype=torch.long)}
+
+
+def trained(base: torch.nn.Module, folder: Path, stored_as: str | None, **lora: object) -> PeftModel:
+    """Put an adapter of random pairs and a changed head on a model, saved as srlora_dist does."""
+    torch.manual_seed(1)
+    model = get_peft_model(base, LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", **lora)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder)
+    if stored_as is not None:
+        (folder / "README.md").write_text(f"trained on a model, the adapted weights in **{stored_as}**.\n")
+    return model
+
+
+def merge(capsys: pytest.CaptureFixture, *argv: str | Path) -> str:
+    capsys.readouterr()
+    status = main(["merge", *map(str, argv)])
+    captured = capsys.readouterr()
+    return captured.out if status == 0 else captured.err
+
+
+def difference(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((got - expected).norm() / expected.norm()).item()
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
+    """The adapter of a classifier of 3 classes, and its logits."""
+    folder = tmp_path_factory.mktemp("classifier")
+    write_model(folder / "model")
+    base = AutoModelForSequenceClassification.from_pretrained(folder / "model", num_labels=3)
+    model = trained(base, folder / "adapter", "float32", task_type="SEQ_CLS")
+    with torch.no_grad():
+        return folder / "adapter", model(**TOKENS).logits
+
+
+def test_a_classifier_keeps_its_head_and_its_tokenizer(classifier: tuple, tmp_path: Path, capsys) -> None:
+    adapter, expected = classifier
+    text = merge(capsys, adapter, tmp_path / "new" / "merged")
+    loaded, report = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "new" / "merged", output_loading_info=True
+    )
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert loaded.config.num_labels == 3
+    with torch.no_grad():
+        assert difference(loaded.eval()(**TOKENS).logits, expected) < 1e-5
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "new" / "merged")
+    assert tokenizer.decode(tokenizer("the cat sat").input_ids) == "[CLS] the cat sat [SEP]"
+    assert "merged in float32" in text
+    assert float(text.split("relative difference ")[1].split()[0]) < 1e-5
+
+
+def test_a_smaller_type_rounds_and_says_how_much(classifier: tuple, tmp_path: Path, capsys) -> None:
+    adapter, expected = classifier
+    text = merge(capsys, adapter, tmp_path, "--dtype", "bfloat16")
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype="auto")
+    assert loaded.dtype == torch.bfloat16
+    said = float(text.split("relative difference ")[1].split()[0])
+    assert 1e-4 < said < 0.1
+    with torch.no_grad():
+        assert difference(loaded(**TOKENS).logits.float(), expected) < 10 * said
+
+
+def test_a_quantised_base_is_dequantised(tmp_path: Path, capsys) -> None:
+    write_decoder(tmp_path / "model")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model", quantization_config=BitsAndBytesConfig(**NF4))
+    model = trained(base, tmp_path / "adapter", "nf4 computing in float32", task_type="CAUSAL_LM").train()
+    with torch.no_grad():
+        expected = model(**TOKENS).logits
+    text = merge(capsys, tmp_path / "adapter", tmp_path / "merged")
+    assert "nf4 computing in float32, which was dequantised" in text
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert not hasattr(loaded.config, "quantization_config")
+    assert type(loaded.model.layers[0].mlp.up_proj) is torch.nn.Linear
+    with torch.no_grad():
+        assert difference(loaded(**TOKENS).logits, expected) < 1e-5
+        # On the weights as they were before, the adapter gives something else.
+        merge(capsys, tmp_path / "adapter", tmp_path / "other", "--weights", "float32")
+        other = AutoModelForCausalLM.from_pretrained(tmp_path / "other")
+        assert difference(other(**TOKENS).logits, expected) > 1e-3
+
+
+def test_a_classifier_of_pictures_from_elsewhere(tmp_path: Path, capsys, caplog) -> None:
+    """Its adapter has neither a task type nor a README of ours; the base has another number of classes."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    settings = ViTConfig(image_size=8, patch_size=4, num_labels=7, **sizes)
+    ViTForImageClassification(settings).save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "preprocessor_config.json").write_text(json.dumps({"size": 8}))
+    base = AutoModelForImageClassification.from_pretrained(
+        tmp_path / "model", num_labels=4, ignore_mismatched_sizes=True
+    )
+    heads = {"modules_to_save": ["classifier"], "exclude_modules": ["classifier"]}
+    model = trained(base, tmp_path / "adapter", None, **heads)
+    (tmp_path / "adapter" / "README.md").unlink(missing_ok=True)
+    merge(capsys, tmp_path / "adapter", tmp_path / "merged")
+    assert "does not say which type of weights" in caplog.text
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "merged").eval()
+    pictures = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        assert difference(loaded(pictures).logits, model(pictures).logits) < 1e-5
+    assert (tmp_path / "merged" / "preprocessor_config.json").exists()
+
+
+def test_what_is_there_is_never_overwritten(classifier: tuple, tmp_path: Path, capsys) -> None:
+    (tmp_path / "mine.txt").write_text("keep me")
+    assert "is there already: choose a new folder" in merge(capsys, classifier[0], tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_merge_that_fails_leaves_nothing(classifier: tuple, tmp_path: Path, capsys) -> None:
+    """The second base has the configuration, and weights that make NaN."""
+    assert "give --base" in merge(capsys, classifier[0], tmp_path / "merged", "--base", tmp_path / "nowhere")
+    base = AutoModelForSequenceClassification.from_pretrained(classifier[0].parent / "model")
+    torch.nn.init.constant_(base.bert.embeddings.LayerNorm.weight, torch.inf)
+    base.save_pretrained(tmp_path / "base")
+    assert "NaN" in merge(capsys, classifier[0], tmp_path / "merged", "--base", tmp_path / "base")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+TYPES = {
+    "float32": StoredAs("float32"),
+    "int8": StoredAs("float32", "int8"),
+    "nf4 computing in bfloat16": StoredAs("bfloat16", "nf4"),
+    "fp4-double computing in float16": StoredAs("float16", "fp4", True),
+}
+
+
+@pytest.mark.parametrize("text", TYPES)
+def test_types_are_read_as_they_are_written(text: str) -> None:
+    assert StoredAs.parse(text) == TYPES[text]
+
+
+@pytest.mark.parametrize("text", ["", "int4", "float32 and bfloat16", "float32 computing in float32"])
+def test_a_type_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="give --weights as float32"):
+        StoredAs.parse(text)
