@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from srlora_dist.health import Found
 
 LIMIT_SECONDS = 240
 """For one run; the first one on DeepSpeed compiles."""
+END_SECONDS = 10
+"""For the ranks of a run that is stopped."""
 WORDS = ["the", "cat", "dog", "sat", "ran", "on", "a", "mat", "it", "was", "good", "bad", "not", "very", "we", "saw"]
 
 
@@ -101,12 +104,10 @@ def try_run(folder: Path, file: Path, engine: str | None, limit: float = LIMIT_S
     began = time.perf_counter()
     status, text = _start([*command, "train", *(f"--{name}={value}" for name, value in options.items())], limit)
     seconds, name = time.perf_counter() - began, engine or file.name
-    if status is None:
-        return Found(
-            "failed", f"{name}: not done after {limit:.0f} s", "SRLORA_DEBUG=1 srlora doctor shows where it waits"
-        )
-    if status:
-        return Found("failed", f"{name}: {_reason(text)}", "fix that first; SRLORA_DEBUG=1 shows all that was printed")
+    if status != 0:
+        late = f"not done after {limit:.0f} s: " if status is None else ""
+        remedy = "see what it waits for" if late else "fix that first"
+        return Found("failed", f"{name}: {late}{_reason(text)}", f"{remedy}; SRLORA_DEBUG=1 shows all that it printed")
     summary = json.loads((output / "summary.json").read_text())
     switches = {json.loads(line)["switch"] for line in (output / "switches.jsonl").read_text().splitlines()}
     text = f"{summary['world_size']} x {summary['storage']}: 3 steps, {len(switches) - 1} switch, {seconds:.0f} s"
@@ -120,23 +121,29 @@ def _start(command: list[str], limit: float) -> tuple[int | None, str]:
     package = str(Path(__file__).parents[2])  # it may not be installed
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
-    try:
-        text, _ = process.communicate(timeout=limit)
-        status = process.returncode
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        text, _ = process.communicate()
-        status = None
+    environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(END_SECONDS)
+    with tempfile.TemporaryFile("w+") as printed:  # a pipe would stay open as long as any rank
+        process = subprocess.Popen(command, env=environment, stdout=printed, stderr=subprocess.STDOUT)
+        try:
+            status = process.wait(timeout=limit)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # the launcher ends its ranks
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=3 * END_SECONDS)
+            status = None
+        finally:
+            process.kill()
+            process.wait()
+        printed.seek(0)
+        text = printed.read()
     if status != 0 and os.environ.get("SRLORA_DEBUG"):
         sys.stderr.write(text)
     return status, text
 
 
 def _reason(text: str) -> str:
-    """Our own line if there is one, and else the last that is no frame of the launcher."""
+    """Our own line if there is one, else the first that looks like an error, else the last."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     ours = [line.partition("srlora_dist: error: ")[2] for line in lines if "srlora_dist: error: " in line]
     errors = [line for line in lines if "Error" in line]
-    return (ours or errors or lines or ["it printed nothing"])[0]
+    return (ours or errors or lines[-1:] or ["it printed nothing"])[0]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 import time
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 
 def try_process_group(num_processes: int, timeout: float) -> str | None:
@@ -24,25 +25,23 @@ def try_process_group(num_processes: int, timeout: float) -> str | None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = mp.start_processes(
-        _add_up, (num_processes, port, timeout), nprocs=num_processes, join=False, start_method="spawn"
-    )
+    # This file alone, without the package and its seconds of imports.
+    command, end = [sys.executable, __file__, str(num_processes), str(port), str(timeout)], time.monotonic() + timeout
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen([*command, str(rank)], **pipes) for rank in range(num_processes)]
     try:
-        end = time.monotonic() + timeout
-        while not context.join(max(0.0, end - time.monotonic())):  # returns when any of them has ended
-            if time.monotonic() >= end:
-                return f"{num_processes} processes did not come together in {timeout:.0f} s"
-    except mp.ProcessRaisedException as error:
-        return str(error).strip().splitlines()[-1]
-    except mp.ProcessExitedException as error:
-        return str(error)
+        texts = [process.communicate(timeout=max(0.0, end - time.monotonic()))[1] for process in processes]
+    except subprocess.TimeoutExpired:
+        return f"{num_processes} processes did not come together in {timeout:g} s"
     finally:
-        for process in context.processes:
+        for process in processes:
             process.kill()
-    return None
+            process.wait()
+    failed = [text for process, text in zip(processes, texts, strict=True) if process.returncode]
+    return (failed[0].strip().splitlines() or ["it ended without a message"])[-1] if failed else None
 
 
-def _add_up(rank: int, num_processes: int, port: int, timeout: float) -> None:
+def _add_up(num_processes: int, port: int, timeout: float, rank: int) -> None:
     """What a process does. Collective: an all-reduce of a number."""
     on_gpu = torch.accelerator.is_available()
     if on_gpu:
@@ -89,3 +88,7 @@ def quantised_error(kind: str) -> tuple[float, float]:
     called, product = layer.train()(x).float(), x @ back.T
     stored = (back.cpu() - weight).norm() / weight.norm()
     return stored.item(), ((called - product).norm() / product.norm()).item()
+
+
+if __name__ == "__main__":
+    _add_up(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4]))

@@ -1,0 +1,79 @@
+"""``srlora doctor --quick``, and what it says of packages and of a machine that lack something."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from srlora_dist.cli import main
+from srlora_dist.health.machine import check_disks, check_quantisation
+from srlora_dist.health.packages import check_packages
+from srlora_dist.storage import quantised_error
+
+METADATA = """Metadata-Version: 2.1
+Name: srlora-dist
+Version: 9.9
+Requires-Dist: torch>=2
+Requires-Dist: scipy>=999
+Requires-Dist: no-such-package>=3
+Requires-Dist: no-such-extra; extra == "quant"
+Requires-Dist: no-such-tool; extra == "dev"
+"""
+
+
+def test_packages_are_compared_with_what_is_asked_for(tmp_path: Path, monkeypatch) -> None:
+    folder = tmp_path / "srlora_dist-9.9.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text(METADATA)
+    monkeypatch.syspath_prepend(tmp_path)
+    found = {line.what.split()[0]: line for line in check_packages()}
+    assert found["scipy"].status == "failed"
+    assert found["scipy"].remedy == "pip install 'scipy>=999'"
+    assert "not installed, asked for is >=3" in found["no-such-package"].what
+    assert found["no-such-extra"].status == "warning"
+    assert found["no-such-extra"].remedy == "pip install 'srlora-dist[quant]'"
+    assert "no-such-tool" not in found
+    assert f"srlora-dist 9.9, torch {torch.__version__}" in found["python"].what
+
+
+def test_a_machine_without_a_compiler_is_told_so(tmp_path: Path, monkeypatch, capsys) -> None:
+    pytest.importorskip("deepspeed")
+    monkeypatch.setenv("SRLORA_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    status = main(["doctor", "--quick"])
+    healthy = capsys.readouterr().out
+    assert (status, "0 failed" in healthy) == (0, True), healthy
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main(["doctor", "--quick"]) == 1
+    text = capsys.readouterr().out
+    assert "failed   ninja is not on the PATH\n         -> activate the environment" in text
+    assert "2 failed" in text
+
+
+def test_a_damaged_file_of_directions_is_named(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("SRLORA_CACHE", str(tmp_path))
+    (tmp_path / "svd").mkdir()
+    (tmp_path / "svd" / "abc.safetensors").write_bytes(b"cut")
+    found = [line for line in check_disks(tmp_path) if line.status == "warning" and "abc" in line.what]
+    assert len(found) == 1
+    assert "remove it" in found[0].remedy
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SRLORA_CACHE", str(tmp_path / "file"))
+    found = {line.status: line for line in check_disks(tmp_path / "file" / "runs") if line.status != "ok"}
+    assert str(tmp_path / "file") in found["failed"].what
+    assert "cannot be written" in found["warning"].what
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_quantised_weights_are_really_quantised(kind: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    stored, forward = quantised_error(kind)
+    low, high = {"nf4": (0.05, 0.15), "int8": (0.002, 0.02)}[kind]
+    assert low < stored < high
+    assert forward < 0.02
+    assert {line.status for line in check_quantisation()} == {"ok"}
