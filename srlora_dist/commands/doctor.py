@@ -26,9 +26,11 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--config_file", type=Path, help="try this Accelerate file, in place of ZeRO-2 and ZeRO-3")
     parser.add_argument("--quick", action="store_true", help="start no processes")
     options = parser.parse(argv)
-    if options.config_file is not None and not options.config_file.is_file():
-        raise ValueError(f"--config_file {options.config_file} is no file: give one of Accelerate")
     prepare_process()
+    if options.config_file is not None:
+        from srlora_dist.health.runs import num_launched
+
+        num_launched(options.config_file)
     count = {"ok": 0, "warning": 0, "failed": 0}
     for found in _findings(options.config_file, options.quick):
         count[found.status] += 1

@@ -25,7 +25,7 @@ WORDS = ["the", "cat", "dog", "sat", "ran", "on", "a", "mat", "it", "was", "good
 
 
 def write_files(folder: Path) -> None:
-    """A Llama of two layers with its tokenizer, and a text to train it on."""
+    """A Llama of one layer with its tokenizer, and a text to train it on."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
@@ -35,13 +35,13 @@ def write_files(folder: Path) -> None:
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": "[PAD]"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=32, **special).save_pretrained(folder)
     set_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=len(vocabulary), max_position_embeddings=32, **sizes)).save_pretrained(
         folder
     )
     draw = random.Random(0)
-    for name in ("train", "validation"):
-        lines = (" ".join(draw.choices(WORDS, k=draw.randint(4, 12))) for _ in range(64))
+    for name, count in (("train", 1024), ("validation", 8)):
+        lines = (" ".join(draw.choices(WORDS, k=draw.randint(4, 12))) for _ in range(count))
         (folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
 
 
@@ -72,6 +72,19 @@ def write_launch_file(folder: Path, engine: str, num_processes: int) -> Path:
     return file
 
 
+def num_launched(file: Path) -> int:
+    """The processes that an Accelerate file starts.
+
+    Raises:
+        ValueError: It cannot be read, or does not say.
+    """
+    try:
+        settings = yaml.safe_load(file.read_text())
+        return int(settings["num_processes"])
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+        raise ValueError(f"{file} is no file of Accelerate with num_processes ({error})") from error
+
+
 def try_run(folder: Path, file: Path, engine: str | None, limit: float = LIMIT_SECONDS) -> Found:
     """Three steps, of which the first is followed by a switch.
 
@@ -81,7 +94,7 @@ def try_run(folder: Path, file: Path, engine: str | None, limit: float = LIMIT_S
         engine: What has to run; None takes what the file gives.
         limit: Seconds.
     """
-    num_processes = int((yaml.safe_load(file.read_text()) or {}).get("num_processes", 1))
+    num_processes = num_launched(file)
     output = folder / f"run-{file.stem}"
     options = {
         "task.name": "lm",

@@ -150,7 +150,7 @@ REFUSED = {
     "there is no checkpoint in": ["inspect", "{empty}"],
     "give the checkpoints/ folder of a run": ["export", "{empty}", "{empty}/adapter"],
     "unrecognized arguments: --colour": ["doctor", "--colour"],
-    "is no file: give one of Accelerate": ["doctor", "--config-file", "{empty}/x.yaml"],
+    "x.yaml is no file of Accelerate with num_processes": ["doctor", "--config-file", "{empty}/x.yaml"],
     "is no adapter: it has no adapter_config.json": ["merge", "{empty}", "{empty}/merged"],
     "method lora needs no directions": ["svd", "--method", "lora"],
     "configuration: ": ["svd", "--srlora.target_rnk", "3"],
