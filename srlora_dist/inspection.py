@@ -138,10 +138,11 @@ def _sizes(checkpoint: Checkpoint) -> dict[str, int]:
 
 def _site(site: dict, switches: list[dict]) -> dict[str, object]:
     last = next((part for switch in reversed(switches) for part in switch["sites"] if part["site"] == site["name"]), {})
-    keys = ("name", "shape", "rank", "target_rank", "num_taken", "held")
+    keys = ("name", "shape", "rank", "target_rank", "num_taken")
+    held = site["held"] or [-1] * site["rank"]  # other methods take no directions
     num_first = min(site["rank"], site["target_rank"])
     fused = max(0, site["num_taken"] - num_first)
-    return {**{key: site[key] for key in keys}, "num_fused": fused, "last_slots": last.get("slots", [])}
+    return {**{key: site[key] for key in keys}, "held": held, "num_fused": fused, "last_slots": last.get("slots", [])}
 
 
 def _scores(switch: dict) -> dict[str, object]:

@@ -135,6 +135,14 @@ def test_inspect_knows_checkpoints_of_another_loop(tmp_path: Path, capsys) -> No
     assert "2 switches made, after steps not noted; the checkpoint does not say which are to come" in text
 
 
+def test_inspect_knows_methods_without_switches(bench: Bench, capsys) -> None:
+    assert main(["train", *bench.arguments("plain", method="lora", train__max_steps=1)]) == 0
+    assert "no switches: the method makes none" in shown(capsys, "inspect", bench.run_folder("plain"))
+    name = "bert.pooler.dense"
+    text = shown(capsys, "inspect", bench.run_folder("plain"), "--site", name)
+    assert text.startswith(f"{name}: 32 x 32, rank 4, scale 1, 0 of 0 directions taken")
+
+
 def test_export_writes_the_adapter_of_the_last_step(run: dict, tmp_path: Path, capsys) -> None:
     text = shown(capsys, "export", run["folder"] / "checkpoints", tmp_path / "adapter")
     assert text == f"adapter of step 6: {tmp_path / 'adapter'}\n"
