@@ -15,12 +15,12 @@ from tests.launch.forks import assert_same_results
 
 OPTIONS = {
     "train__timeout": 120,
-    "train__max_steps": 240,
-    "train__eval_every": 60,
+    "train__max_steps": 120,
+    "train__eval_every": 40,
     "train__log_every": 5,
     "train__accumulation_steps": 1,
     "train__warmup_ratio": 0.1,
-    "checkpoint__every": 60,
+    "checkpoint__every": 40,
     "model__dropout": 0.1,
 }
 """Long enough to be stopped on the way; random numbers are drawn, so that a wrong state would show."""

@@ -34,11 +34,12 @@ SlurmdParameters=config_overrides
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SchedulerParameters=sched_interval=2
-KillWait=30
+# Between SIGTERM and SIGKILL; 30 s by default, which a busy machine may need for the way to the next step.
+KillWait=120
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 {nodes}
-PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime=120
+PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime=240
 PartitionName=high Nodes=ALL PriorityTier=2
 """
 
