@@ -1,6 +1,7 @@
 # make demo: train SRLoRA on two CPU processes on real sentences for a few minutes, from nothing but Python, pip, make
 # and a compiler.
 # make test: lint and every test that needs no GPU, two files at a time.
+# make cluster: many nodes on one machine, see docs/multi-node.md; needs root, iproute2, slurm-wlm and munge.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +10,7 @@ BIN = $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo lint test clean
+.PHONY: install demo lint test cluster clean
 
 install: $(VENV)/.installed
 
@@ -29,6 +30,9 @@ lint: install
 
 test: lint
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+cluster: install
+	$(BIN)/pytest tests/cluster -rs
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

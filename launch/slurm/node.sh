@@ -5,6 +5,9 @@
 set -u
 cd "$SLURM_SUBMIT_DIR" || exit 2  # a container may start elsewhere
 
+# When a run is stopped the first node's launcher ends before the others, which print their lost connections as C++ stacks.
+export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
+
 num_processes=${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
 options=(
     --config_file "${CONFIG:-launch/accelerate/ddp.yaml}"

@@ -12,6 +12,8 @@ from pathlib import Path
 
 NETWORK = "10.231.0"
 """Of the cable; nobody outside sees it."""
+INTERFACE = "hsn0"
+"""Both ends of the cable, called as on a Slingshot network."""
 
 
 class Host:
@@ -34,10 +36,10 @@ class Host:
         names = [f"{NETWORK}.{number} node{number}" for number in range(1, num_hosts + 1)]
         (self.files / "hosts").write_text("\n".join(["127.0.0.1 localhost", *names]) + "\n")
 
-    def plug(self, interface: str) -> None:
+    def plug(self) -> None:
         """Give this end of the cable the address."""
-        ip("-n", self.namespace, "addr", "add", f"{self.address}/24", "dev", interface)
-        ip("-n", self.namespace, "link", "set", interface, "up")
+        ip("-n", self.namespace, "addr", "add", f"{self.address}/24", "dev", INTERFACE)
+        ip("-n", self.namespace, "link", "set", INTERFACE, "up")
 
     def command(self, *words: object) -> list[str]:
         """The words as a command on this host."""
@@ -76,11 +78,10 @@ def connect(hosts: list[Host]) -> None:
     """
     for host in hosts:
         host.add(len(hosts))
-    ends = [f"cable{os.getpid() % 100000}{letter}" for letter in "ab"]
     first, second = (host.namespace for host in hosts)
-    ip("link", "add", ends[0], "netns", first, "type", "veth", "peer", "name", ends[1], "netns", second)
-    for host, end in zip(hosts, ends, strict=True):
-        host.plug(end)
+    ip("link", "add", INTERFACE, "netns", first, "type", "veth", "peer", "name", INTERFACE, "netns", second)
+    for host in hosts:
+        host.plug()
 
 
 def ip(*words: str, check: bool = True) -> str:

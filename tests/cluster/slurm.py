@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import subprocess
 import time
@@ -28,6 +27,8 @@ SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd-%n.log
 ProctrackType={proctrack}
 TaskPlugin=task/none
+# Counted alone: there are none.
+GresTypes=gpu
 MpiDefault=none
 ReturnToService=2
 SlurmdParameters=config_overrides
@@ -52,20 +53,24 @@ class Slurm:
         folder: For configuration, state and logs.
         proctrack: SLURM's way of finding the processes of a task. ``proctrack/pgid`` signals a task's process group
             alone, ``proctrack/linuxproc`` all its descendants, as cgroups do on most clusters.
+        environment: Of all daemons and commands.
     """
 
-    def __init__(self, hosts: list[Host], folder: Path, proctrack: str) -> None:
+    def __init__(self, hosts: list[Host], folder: Path, proctrack: str, environment: dict[str, str]) -> None:
         self.hosts, self.folder, self.proctrack = hosts, folder, proctrack.split("/")[1]
         self.daemons: list[subprocess.Popen] = []
-        nodes = "\n".join(f"NodeName={host.name} NodeAddr={host.address} CPUs=2 State=UNKNOWN" for host in hosts)
+        nodes = "\n".join(
+            f"NodeName={host.name} NodeAddr={host.address} CPUs=2 Gres=gpu:8 State=UNKNOWN" for host in hosts
+        )
         head = {"head": hosts[0].name, "address": hosts[0].address}
         text = CONFIGURATION.format(folder=folder, nodes=nodes, proctrack=proctrack, **head)
         (folder / "slurm.conf").write_text(text)
         # In a namespace /sys has no cgroups, which slurmd would look for to choose.
         (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
+        (folder / "gres.conf").write_text("Name=gpu Count=8\n")
         for name in ("state", *(f"spool-{host.name}" for host in hosts)):
             (folder / name).mkdir()
-        self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
+        self.environment = environment | {"SLURM_CONF": str(folder / "slurm.conf")}
 
     def start(self) -> None:
         """Start the daemons and wait for the nodes.

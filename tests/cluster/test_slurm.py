@@ -22,12 +22,13 @@ pytestmark = pytest.mark.timeout(900)
 
 @pytest.fixture(scope="module", params=["pgid", "linuxproc"])
 def slurm(
-    request: pytest.FixtureRequest, hosts: list[Host], tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, hosts: list[Host], cluster: Cluster, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Slurm]:
     missing = [name for name in PROGRAMS if not shutil.which(name, path="/usr/bin:/usr/sbin")]
     if missing:
         pytest.skip(f"{', '.join(missing)} missing: apt install slurm-wlm munge")
-    slurm = Slurm(hosts, tmp_path_factory.mktemp(request.param), f"proctrack/{request.param}")
+    environment = cluster.environment() | {"CONFIG": "launch/accelerate/cpu2.yaml"}
+    slurm = Slurm(hosts, tmp_path_factory.mktemp(request.param), f"proctrack/{request.param}", environment)
     try:
         slurm.start()
         yield slurm
@@ -35,16 +36,17 @@ def slurm(
         slurm.stop()
 
 
-def submit(slurm: Slurm, cluster: Cluster, name: str, *options: str) -> str:
+def submit(
+    slurm: Slurm, cluster: Cluster, name: str, script: str = "train", sbatch: tuple = (), **options: object
+) -> str:
     """Submit the run as a user would; gives the number of the job."""
-    slurm.environment = cluster.environment() | {
-        "SLURM_CONF": slurm.environment["SLURM_CONF"],
-        "CONFIG": "launch/accelerate/cpu2.yaml",
-    }
-    log = f"--output={cluster.folder}/{name}.log"
-    arguments = cluster.arguments(name, **OPTIONS)
-    script = ("launch/slurm/train.sbatch", *arguments)
-    return slurm.run("sbatch", "--parsable", "--nodes=2", log, *options, *script, folder=ROOT)
+    arguments = cluster.arguments(name, **OPTIONS | options)
+    words = [*sbatch, f"--output={cluster.folder}/{name}.log", f"launch/slurm/{script}.sbatch", *arguments]
+    return slurm.run("sbatch", "--parsable", *words, folder=ROOT)
+
+
+def has_ended(slurm: Slurm, job: str) -> bool:
+    return slurm.job(job)["JobState"] not in ("RUNNING", "COMPLETING", "PENDING", "CONFIGURING")
 
 
 def wait_for(what: str, condition: Callable[[], object], log: Path, seconds: float = 300) -> None:
@@ -80,7 +82,7 @@ def test_a_job_that_is_stopped_goes_on(
     wait_for("training", lambda: metrics.exists() and lines(metrics)[-1]["step"] > 50, log)
     stop(slurm, job)
     wait_for("the second start", lambda: "start 2, on node[1-2]" in log.read_text(), log)
-    wait_for("the end", lambda: slurm.job(job)["JobState"] not in ("RUNNING", "COMPLETING", "PENDING"), log)
+    wait_for("the end", lambda: has_ended(slurm, job), log)
     found = slurm.job(job)
     assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1"), log.read_text()
     summary = json.loads((cluster.run_folder(name) / "summary.json").read_text())
@@ -90,3 +92,30 @@ def test_a_job_that_is_stopped_goes_on(
     assert [str(step) for step in summary["resumed_after"]] == stopped_after
     assert len(stopped_after) == 1
     cluster.assert_as_on_one_machine(name)
+
+
+@pytest.mark.parametrize("script", ["mi250x", "a100"])
+def test_the_variants_run_without_their_gpus(script: str, slurm: Slurm, cluster: Cluster) -> None:
+    """On SLURM's word that there are GPUs; the interface of Slingshot is there."""
+    if slurm.proctrack != "linuxproc":
+        pytest.skip("once is enough")
+    name = f"variant-{script}"
+    log = cluster.folder / f"{name}.log"
+    variables = "ALL,PROCESSES_PER_NODE=1,CPU_MASKS=1,CONTAINER=env INSIDE=yes,GLOO_SOCKET_IFNAME=hsn0"
+    sbatch = ("--cpus-per-task=2", f"--export={variables}")
+    job = submit(slurm, cluster, name, script, sbatch, train__max_steps=2, train__eval_every=2)
+    wait_for("the end", lambda: has_ended(slurm, job), log)
+    assert slurm.job(job)["JobState"] == "COMPLETED", log.read_text()
+    assert json.loads((cluster.run_folder(name) / "summary.json").read_text())["world_size"] == 2
+
+
+def test_a_job_that_fails_is_not_put_back(slurm: Slurm, cluster: Cluster) -> None:
+    if slurm.proctrack != "linuxproc":
+        pytest.skip("once is enough")
+    log = cluster.folder / "fails.log"
+    job = submit(slurm, cluster, "fails", train__batch_size=3)
+    wait_for("the end", lambda: has_ended(slurm, job), log)
+    found = slurm.job(job)
+    assert (found["JobState"], found["Restarts"]) == ("FAILED", "0"), log.read_text()
+    assert "0: srlora_dist: error: train.batch_size 3 is not a multiple of" in log.read_text()
+    assert "so the job is not put back into the queue" in log.read_text()
