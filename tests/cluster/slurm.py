@@ -27,7 +27,7 @@ SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd-%n.log
 ProctrackType={proctrack}
 TaskPlugin=task/none
-# Counted alone: there are none.
+# Plain files that SLURM takes for eight GPUs.
 GresTypes=gpu
 MpiDefault=none
 ReturnToService=2
@@ -67,7 +67,9 @@ class Slurm:
         (folder / "slurm.conf").write_text(text)
         # In a namespace /sys has no cgroups, which slurmd would look for to choose.
         (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
-        (folder / "gres.conf").write_text("Name=gpu Count=8\n")
+        (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-7]\n")
+        for number in range(8):
+            (folder / f"gpu{number}").touch()
         for name in ("state", *(f"spool-{host.name}" for host in hosts)):
             (folder / name).mkdir()
         self.environment = environment | {"SLURM_CONF": str(folder / "slurm.conf")}
