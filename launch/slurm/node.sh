@@ -1,11 +1,11 @@
 #!/bin/bash
-# What srun starts once on each node of a job of launch/slurm/train.sbatch: accelerate launch with the processes of this
-# node. Ends with 75 if it was asked to stop, by which the batch script tells that from a failure.
+# What srun starts once on each node of a job of launch/slurm/train.sbatch: accelerate launch for the processes of this
+# node. It takes this shell's place, so that SIGTERM comes to it; it passes that on and waits for its processes.
 
 set -u
 cd "$SLURM_SUBMIT_DIR" || exit 2  # a container may start elsewhere
 
-# When a run is stopped the first node's launcher ends before the others, which print their lost connections as C++ stacks.
+# When a run is stopped one launcher ends before the others, which print their lost connections as C++ stacks.
 export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 
 num_processes=${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
@@ -28,18 +28,4 @@ program=(launch/train.py)
 # CPU_MASKS binds each process to the cores beside its GPU; srun could only bind the one task of the node.
 [ -n "${CPU_MASKS:-}" ] && program=(--no_python launch/slurm/bind.sh launch/train.py)
 
-asked_to_stop=
-# From the shell of the batch script or from --signal. The launcher would die of it without a word to its processes: it
-# ignores it, and gets SIGTERM, which it passes on.
-trap 'asked_to_stop=yes; kill -TERM $launcher' USR1
-# From SLURM, at a preemption. The launcher has got it as well, and a second one would end its patience.
-trap 'asked_to_stop=yes' TERM
-(trap '' USR1; exec accelerate launch "${options[@]}" "${program[@]}" "$@") &
-launcher=$!
-status=0
-while kill -0 $launcher 2>/dev/null; do  # a trap ends wait as well
-    wait $launcher
-    status=$?
-done
-[ $status -ne 0 ] && [ -n "$asked_to_stop" ] && exit 75
-exit $status
+exec accelerate launch "${options[@]}" "${program[@]}" "$@"
