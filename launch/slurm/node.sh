@@ -8,6 +8,9 @@ cd "$SLURM_SUBMIT_DIR" || exit 2  # a container may start elsewhere
 # When a run is stopped one launcher ends before the others, which print their lost connections as C++ stacks.
 export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 
+rdzv_backend=${RDZV_BACKEND:-c10d}
+# On one node Accelerate gives c10d no address, so that all jobs there would meet at its default port.
+[ "$SLURM_NNODES" -eq 1 ] && rdzv_backend=static
 num_processes=${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
 options=(
     --config_file "${CONFIG:-launch/accelerate/ddp.yaml}"
@@ -18,7 +21,7 @@ options=(
     --main_process_ip "$HEAD_ADDRESS"
     --main_process_port "$HEAD_PORT"
     # No --same_network: Accelerate would then give static rendezvous' options, and c10d would wait on localhost.
-    --rdzv_backend "${RDZV_BACKEND:-c10d}"
+    --rdzv_backend "$rdzv_backend"
     # The first node keeps the store, said outright: c10d compares names otherwise, and on many clusters none is it.
     --rdzv_conf "is_host=$((SLURM_NODEID == 0)),join_timeout=600"
     # For DeepSpeed. Without it Accelerate starts pdsh, which logs in to the other nodes by ssh.
