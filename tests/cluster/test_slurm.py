@@ -20,7 +20,7 @@ from tests.launch.forks import lines
 pytestmark = pytest.mark.timeout(900)
 
 
-@pytest.fixture(scope="module", params=["pgid", "linuxproc"])
+@pytest.fixture(scope="module")
 def slurm(
     request: pytest.FixtureRequest, hosts: list[Host], cluster: Cluster, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Slurm]:
@@ -72,7 +72,16 @@ def requeued(slurm: Slurm, job: str) -> None:
     slurm.run("scontrol", "requeue", job)
 
 
-@pytest.mark.parametrize("stop", [near_the_end_of_its_time, preempted, requeued])
+@pytest.mark.parametrize(
+    ("slurm", "stop"),
+    [
+        ("pgid", preempted),
+        ("linuxproc", preempted),
+        ("linuxproc", near_the_end_of_its_time),
+        ("linuxproc", requeued),
+    ],
+    indirect=["slurm"],
+)
 def test_a_job_that_is_stopped_goes_on(
     stop: Callable[[Slurm, str], None], slurm: Slurm, cluster: Cluster, on_one_machine: None
 ) -> None:
@@ -94,11 +103,10 @@ def test_a_job_that_is_stopped_goes_on(
     cluster.assert_as_on_one_machine(name)
 
 
+@pytest.mark.parametrize("slurm", ["linuxproc"], indirect=True)
 @pytest.mark.parametrize(("script", "backend"), [("mi250x", "c10d"), ("a100", "static")])
 def test_the_variants_run_without_their_gpus(script: str, backend: str, slurm: Slurm, cluster: Cluster) -> None:
     """On SLURM's word that there are GPUs; the interface of Slingshot is there."""
-    if slurm.proctrack != "linuxproc":
-        pytest.skip("once is enough")
     name = f"variant-{script}"
     log = cluster.folder / f"{name}.log"
     variables = "PROCESSES_PER_NODE=1,CPU_MASKS=1,CONTAINER=env INSIDE=yes,GLOO_SOCKET_IFNAME=hsn0"
@@ -109,10 +117,9 @@ def test_the_variants_run_without_their_gpus(script: str, backend: str, slurm: S
     assert json.loads((cluster.run_folder(name) / "summary.json").read_text())["world_size"] == 2
 
 
+@pytest.mark.parametrize("slurm", ["linuxproc"], indirect=True)
 def test_a_job_that_fails_is_not_put_back(slurm: Slurm, cluster: Cluster) -> None:
     """On one node of two; the other waits for it, until srun asks it to stop after a minute."""
-    if slurm.proctrack != "linuxproc":
-        pytest.skip("once is enough")
     broken = cluster.folder / "broken.sh"
     broken.write_text('[ "$SLURM_NODEID" = 1 ] && exit 3\nexec "$@"\n')
     log = cluster.folder / "fails.log"
