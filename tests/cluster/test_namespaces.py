@@ -13,7 +13,7 @@ from tests.cluster.hosts import Host
 from tests.launch.conftest import ROOT
 from tests.launch.forks import lines
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(900)
 
 
 def launch(hosts: list[Host], cluster: Cluster, name: str, config: str, backend: str) -> None:
@@ -31,7 +31,7 @@ def launch(hosts: list[Host], cluster: Cluster, name: str, config: str, backend:
         log = cluster.folder / f"{name}-{host.name}.log"
         processes.append(host.start(*words, log=log, environment=cluster.environment(), folder=ROOT))
     try:
-        statuses = [process.wait(400) for process in processes]
+        statuses = [process.wait(600) for process in processes]
     except subprocess.TimeoutExpired:
         statuses = None
     finally:
