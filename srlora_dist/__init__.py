@@ -6,14 +6,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from srlora_dist.callback import SRLoRACallback
     from srlora_dist.config import SRLoRAConfig
     from srlora_dist.ledger import SiteSwitch, SwitchReport
     from srlora_dist.switcher import Switcher
 
-__all__ = ["SRLoRAConfig", "SiteSwitch", "SwitchReport", "Switcher"]
+__all__ = ["SRLoRACallback", "SRLoRAConfig", "SiteSwitch", "SwitchReport", "Switcher"]
 
 # Imported when they are asked for: a command sets what torch reads at its import, and --help does without torch.
-_PLACES = {"SRLoRAConfig": "config", "SiteSwitch": "ledger", "SwitchReport": "ledger", "Switcher": "switcher"}
+_PLACES = {"SRLoRACallback": "callback", "SRLoRAConfig": "config", "Switcher": "switcher"}
+_PLACES |= {"SiteSwitch": "ledger", "SwitchReport": "ledger"}
 
 
 def __getattr__(name: str) -> object:

@@ -46,22 +46,23 @@ class Switcher:
     Args:
         model: A PEFT model with LoRA layers, not yet prepared; it gets the second adapter where one is needed.
         config: Options.
-        num_training_steps: Optimizer steps of the whole run (N_all of Eq. 14).
+        num_training_steps: Optimizer steps of the whole run (N_all of Eq. 14); None where that is known only later, see
+            :meth:`plan`.
 
     Raises:
         ValueError: The model or the options cannot be worked with; the message names the remedy.
     """
 
-    def __init__(self, model: nn.Module, config: SRLoRAConfig, num_training_steps: int) -> None:
+    def __init__(self, model: nn.Module, config: SRLoRAConfig, num_training_steps: int | None = None) -> None:
         self.config = config
         self.sites = find_sites(model, config.adapter_name)
         clamp_target_ranks(self.sites, config.target_rank)
         warn_of_adapted_heads(model, self.sites, config.adapter_name)
         keep_payloads_(model)
-        ranks = [(site.rank, site.target_rank) for site in self.sites]
-        self.due_steps = due_steps(num_training_steps, ranks, config.fusion_ratio)
+        self.num_training_steps: int | None = None
+        if num_training_steps is not None:
+            self.plan(num_training_steps)
         add_second_adapters_(self.sites, config.fusion, config.fused_rank)
-        self.num_training_steps = num_training_steps
         self.window = window_length(config.importance_window, config.beta1, config.beta2)
         self.num_steps = 0
         self.num_switches = 0
@@ -73,6 +74,16 @@ class Switcher:
         self.resumed: dict[str, object] | None = None
         self._stepped: set[int] = set()
         self._warned_of_nothing = False
+
+    def plan(self, num_training_steps: int) -> None:
+        """Share the switches out over a run of so many optimizer steps, before ``bind``.
+
+        Raises:
+            ValueError: There are more switches than steps.
+        """
+        ranks = [(site.rank, site.target_rank) for site in self.sites]
+        self.due_steps = due_steps(num_training_steps, ranks, self.config.fusion_ratio)
+        self.num_training_steps = num_training_steps
 
     def bind(
         self, model: nn.Module, optimizer: object, resume_from: str | Path | Checkpoint | None = None
@@ -96,6 +107,8 @@ class Switcher:
             ValueError: The storage is not supported, the adapter has been trained already, or the checkpoint does not
                 fit.
         """
+        if self.num_training_steps is None:
+            raise RuntimeError("give Switcher() the number of optimizer steps, or call switcher.plan() before bind()")
         release_gathered(model)
         self.sites = self._find_same_sites(model)
         self.storage = storage = find_storage(model, optimizer, self.sites)

@@ -1,0 +1,288 @@
+"""The door for ``transformers.Trainer`` and TRL's ``SFTTrainer``: a callback that makes a LoRA run an SRLoRA run.
+
+The Trainer keeps its loop, its engine and its checkpoints. What it does not save, what was fused above all, the
+callback writes into a folder of each ``checkpoint-N``; it resumes from there, and exports the adapter at the end.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from pathlib import Path
+from types import MethodType
+
+from peft import PeftModel
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from typing_extensions import override
+
+from srlora_dist.checkpoint import Checkpoint, checkpoint_folders
+from srlora_dist.config import SRLoRAConfig
+from srlora_dist.engine import together
+from srlora_dist.export import export_checkpoint
+from srlora_dist.ledger import SwitchReport
+from srlora_dist.sites import find_peft_model
+from srlora_dist.switcher import Switcher
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "srlora"
+"""In each ``checkpoint-N``: what the Trainer does not save."""
+
+WITH_REFERENCE = ("DPOConfig", "GRPOConfig", "KTOConfig", "RLOOConfig")
+"""Of TRL: with ``beta`` above 0 they take the model without its adapter for the one that training began with."""
+
+
+class SRLoRACallback(TrainerCallback):
+    """Does in a Trainer what :class:`Switcher` does in a loop of one's own; give it to ``Trainer(callbacks=[...])``.
+
+    It switches after the optimizer steps that are due; adds ``checkpoint-N/srlora`` to the Trainer's checkpoints, and
+    goes on from there with ``train(resume_from_checkpoint=...)``; notes each switch in ``trainer.state.log_history``;
+    and at the end of training exports the adapter to ``<output_dir>/adapter``, and that of the best checkpoint to
+    ``<output_dir>/adapter_best`` if ``metric_for_best_model`` is set.
+
+    What the Trainer itself saves as an adapter are the live pairs without what was fused. It needs them to resume; so
+    that nobody serves them, their ``adapter_config.json`` gets another name, and a note lies beside them.
+
+    Args:
+        config: Options.
+        resume_from: The ``checkpoint-N`` that is resumed, where the callback cannot know it: it looks in
+            ``args.resume_from_checkpoint`` and in ``args.output_dir``, for a callback is not told what ``train()`` got.
+
+    Attributes:
+        switcher: What does the work; None before the Trainer is built.
+
+    Collective: every rank runs the Trainer; see :class:`Switcher` for what is sent.
+
+    Raises:
+        ValueError: While the Trainer is built, or when training begins: the model, the options or the arguments of the
+            Trainer cannot be worked with, or a resumed checkpoint holds nothing of SRLoRA. Raised on every rank.
+    """
+
+    def __init__(self, config: SRLoRAConfig | None = None, resume_from: str | Path | None = None) -> None:
+        self.config = config or SRLoRAConfig()
+        self.resume_from = resume_from
+        self.switcher: Switcher | None = None
+        self._run = uuid.uuid4().hex
+
+    @override
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: object,
+    ) -> None:
+        """Give quantised layers their second adapter, for which it is too late once the model is prepared."""
+        _refuse(args)
+        if args.push_to_hub:
+            logger.warning(
+                "push_to_hub uploads the live pairs, which nobody can use without what was fused: upload the exported "
+                "adapter from %s instead",
+                Path(args.output_dir) / "adapter",
+            )
+        self.switcher = Switcher(model, self.config)
+        self._peft_model = find_peft_model(model)
+
+    @override
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        optimizer: object = None,
+        **kwargs: object,
+    ) -> None:
+        """Perform switch 0 on the prepared model, or resume."""
+        self._require_fresh(state, model)
+        self.switcher.plan(state.max_steps)
+        resumes = state.global_step > 0
+        source = together(lambda: self._find_checkpoint(args, state) if resumes and args.process_index == 0 else None)
+        report = self.switcher.bind(model, optimizer, source)
+        if resumes:
+            self._require_same_run(state)
+        self._note(state, report)
+        _mark_saves_(self._peft_model, self.config.adapter_name)
+
+    @override
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Count the optimizer step, if a loss scaler did not skip it, and switch if that is due."""
+        self._note(state, self.switcher.step())
+
+    @override
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        """Write beside what the Trainer has just saved; its ``save_total_limit`` removes both."""
+        parent = _checkpoint_of(args, state.global_step) / FOLDER
+        self.switcher.save_checkpoint(parent, {"run": self._run}, state.global_step)
+
+    @override
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Export the adapter of the last step, and that of the best checkpoint if the Trainer knows one."""
+        folder = Path(args.output_dir)
+        self.export(folder / "adapter")
+        if state.best_model_checkpoint is not None:
+            saved = checkpoint_folders(Path(state.best_model_checkpoint) / FOLDER)
+            best = folder / "adapter_best"
+            what = f"export the best checkpoint to {best}"
+            self.switcher.storage.on_rank_0(what, lambda: export_checkpoint(Checkpoint(saved[-1]), best))
+
+    def export(self, folder: str | Path, max_rank: int | None = None) -> None:
+        """Write a plain PEFT adapter that gives the trained model's outputs on the untouched base.
+
+        Args:
+            folder: Where to write.
+            max_rank: Truncate each site to this rank by SVD and log the relative error; None keeps it exact.
+
+        Collective: see :meth:`Switcher.export`.
+
+        Raises:
+            RuntimeError: Training has not begun.
+        """
+        if self.switcher is None or self.switcher.storage is None:
+            raise RuntimeError("there is nothing to export yet: call trainer.train() first")
+        self.switcher.export(folder, max_rank)
+
+    def _require_fresh(self, state: TrainerState, model: nn.Module) -> None:
+        """Stop where the model is not the untouched one of ``on_init_end``."""
+        if self.switcher is None:
+            raise ValueError(
+                "SRLoRACallback came after the Trainer was built: pass it as Trainer(..., callbacks=[SRLoRACallback()])"
+            )
+        if self.switcher.storage is not None:
+            raise ValueError(
+                "train() was called before, and SRLoRA has edited the weights of this model since: load the model anew "
+                "and build a new Trainer with a new SRLoRACallback; it can resume from the checkpoints of this one"
+            )
+        if state.is_hyper_param_search or find_peft_model(model) is not self._peft_model:
+            raise ValueError(
+                "the Trainer trains another model than it was built with, as model_init and hyperparameter_search make "
+                "it do: pass model=..., and build a Trainer for each run"
+            )
+
+    def _find_checkpoint(self, args: TrainingArguments, state: TrainerState) -> Checkpoint:
+        """Where the Trainer resumes, and is not said to a callback."""
+        name = f"step-{state.global_step}"
+        given = [place for place in (self.resume_from, args.resume_from_checkpoint) if isinstance(place, (str, Path))]
+        places = [Path(place) for place in (*given, _checkpoint_of(args, state.global_step))]
+        for place in places:
+            if (place / FOLDER / name).is_dir():
+                return Checkpoint(place / FOLDER / name)
+        usable = [found.parent.parent for found in Path(args.output_dir).glob(f"checkpoint-*/{FOLDER}/step-*")]
+        usable.sort(key=lambda folder: int(folder.name.rpartition("-")[2]))
+        raise ValueError(
+            f"the Trainer resumes after step {state.global_step}, but {' and '.join(map(str, places))} hold no "
+            f"{FOLDER}/{name}: what was fused would be lost. A checkpoint that was saved without SRLoRACallback, or "
+            f"cut off while it was saved, cannot be resumed: take {usable[-1] if usable else 'none, and start anew'}; "
+            "or name the folder in SRLoRACallback(resume_from=...) if it lies elsewhere"
+        )
+
+    def _require_same_run(self, state: TrainerState) -> None:
+        """The Trainer and the Switcher have to have resumed the same checkpoint."""
+        theirs = next((entry["srlora_run"] for entry in state.log_history if "srlora_run" in entry), None)
+        self._run = self.switcher.resumed["extra"].get("run")
+        if self._run != theirs:
+            raise ValueError(
+                f"the Trainer resumed a checkpoint of another run than the one found in its output_dir (run {theirs} "
+                f"and run {self._run}): name the folder that is resumed in SRLoRACallback(resume_from=...)"
+            )
+
+    def _note(self, state: TrainerState, report: SwitchReport | None) -> None:
+        if report is None:
+            return
+        num_pairs = sum(len(site.slots) for site in report.sites)
+        what = "undone" if report.undone else f"{num_pairs} pairs of {len(report.sites)} sites restarted"
+        logger.info("step %d: switch %d, %s", state.global_step, report.switch, what)
+        entry = {"step": state.global_step, "epoch": state.epoch or 0.0, "srlora_switch": report.switch}
+        entry |= {"srlora_pairs": 0 if report.undone else num_pairs}
+        state.log_history.append(entry | ({"srlora_run": self._run} if report.switch == 0 else {}))
+
+
+def _checkpoint_of(args: TrainingArguments, step: int) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{step}"
+
+
+def _refuse(args: TrainingArguments) -> None:
+    """Stop before anything is done where an argument of the Trainer would go wrong later, or in silence.
+
+    Raises:
+        ValueError: With the argument and the remedy.
+    """
+    kinds = {kind.__name__ for kind in type(args).__mro__}
+    by_itself = args.fp16 and args.deepspeed_plugin is None and args.optim == "adamw_torch_fused"
+    checks = (
+        (
+            args.load_best_model_at_end,
+            "load_best_model_at_end would load the best pairs onto the last weights",
+            "set it to False and keep metric_for_best_model: the best adapter is then exported to adapter_best/",
+        ),
+        (
+            args.auto_find_batch_size,
+            "auto_find_batch_size starts training again on weights that SRLoRA has edited",
+            "set per_device_train_batch_size yourself",
+        ),
+        (
+            args.enable_jit_checkpoint,
+            "enable_jit_checkpoint saves without telling callbacks, so that what was fused would be lost",
+            "set it to False, and save_steps to what you can afford to lose",
+        ),
+        (
+            by_itself,
+            "optim adamw_torch_fused unscales fp16 gradients itself, so that they cannot be observed",
+            "set optim='adamw_torch', or bf16=True",
+        ),
+        (
+            "8bit" in str(args.optim) and str(args.save_strategy) != "no",
+            f"optim {args.optim} keeps moments that a checkpoint cannot hold",
+            "set optim='adamw_torch', or save_strategy='no'",
+        ),
+        (
+            args.n_gpu > 1,
+            f"this process trains on {args.n_gpu} GPUs with nn.DataParallel, which is not supported",
+            "start with accelerate launch or torchrun, or set CUDA_VISIBLE_DEVICES=0",
+        ),
+        (
+            bool(kinds.intersection(WITH_REFERENCE)) and getattr(args, "beta", 0.0) != 0,
+            f"{type(args).__name__} compares with the model without its adapter, whose weights SRLoRA edits",
+            "set beta=0 where the method allows it, or train with SFTTrainer",
+        ),
+    )
+    for holds, what, remedy in checks:
+        if holds:
+            raise ValueError(f"SRLoRA cannot work like this: {what}; {remedy}")
+
+
+NOTE = """The adapter file here is not for use: it holds the live pairs of an SRLoRA run without what was fused into the
+pretrained weights. The Trainer needs it to resume; adapter_config.json was renamed so that nothing else loads it.
+
+The adapter that gives the trained model's outputs on the untouched base is written at the end of training to
+`adapter/` in the output folder of the run, and by `callback.export(folder)`. That of a checkpoint:
+
+    srlora export checkpoint-N/srlora folder
+"""
+
+
+def _mark_saves_(model: PeftModel, adapter_name: str) -> None:
+    """From now on, keep what ``model.save_pretrained`` writes from being taken for the trained adapter."""
+
+    def save_pretrained(self: PeftModel, save_directory: str, *args: object, **kwargs: object) -> None:
+        type(self).save_pretrained(self, save_directory, *args, **kwargs)
+        folder = Path(save_directory) / (adapter_name if adapter_name != "default" else "")
+        config = folder / "adapter_config.json"
+        if not kwargs.get("is_main_process", True) or not config.exists():
+            return
+        config.replace(folder / "adapter_config.live_pairs.json")
+        (folder / "LIVE_PAIRS.md").write_text(NOTE)
+        if not Path(save_directory).name.startswith("checkpoint-"):
+            logger.warning(
+                "%s holds the live pairs without what was fused, so it was made not to load: the adapter is in "
+                "adapter/ of the output folder after training, or write it with callback.export(folder)",
+                save_directory,
+            )
+
+    model.save_pretrained = MethodType(save_pretrained, model)

@@ -1,0 +1,100 @@
+"""The Trainer's callback on real engines: the choices of one process, and a stop and resume in the middle."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import PartialState
+from accelerate.state import AcceleratorState, GradientState
+from peft import PeftModel
+
+from srlora_dist.training_state import trained_parameters
+from tests.ranks.hf_trainer import ACCUMULATION, BATCH, CLIP, Judged, make_trainer, samples, switches
+from tests.ranks.world import run_ranks
+
+
+def train(rank: int, world_size: int, engine: str, folder: str) -> dict:
+    """A whole run that saves after step 6, and one that resumes there."""
+    results = [_run(engine, world_size, Path(folder), resume_from) for resume_from in (None, f"{folder}/checkpoint-6")]
+    return {"whole": results[0], "resumed": results[1]}
+
+
+def _run(engine: str, world_size: int, folder: Path, resume_from: str | None) -> dict:
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
+    changes = {"save_strategy": "steps", "save_steps": 6, "per_device_train_batch_size": BATCH // world_size}
+    changes |= on_engine(engine)
+    trainer, callback = make_trainer(folder, **changes)
+    try:
+        trainer.train(resume_from_checkpoint=resume_from)
+    finally:
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+    storage = callback.switcher.storage
+    assert storage.name == engine, "another engine ran"
+    storage.settle()
+    named = trained_parameters(trainer.model)
+    x = torch.stack([sample["x"] for sample in samples(8)])
+    trainer.model.eval()
+    return {
+        "switches": switches(trainer),
+        "slots": [site.held for site in storage.sites],
+        "weights": [storage.digest_weight(number) for number in range(len(storage.sites))],
+        "trained": [whole.float().clone() for whole in storage.gather_parameters(list(named.values()))],
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "answers": trainer.model_wrapped(x)["logits"].detach().float(),
+    }
+
+
+def on_engine(engine: str) -> dict:
+    """Arguments of the Trainer for an engine without a GPU."""
+    if engine == "ddp":
+        return {"ddp_backend": "gloo"}
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    PartialState(backend="gloo")
+    stage = {"stage": int(engine[-1]), "stage3_param_persistence_threshold": 0}
+    config = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": ACCUMULATION,
+        "gradient_clipping": CLIP,
+        "zero_optimization": stage,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    return {"deepspeed": config, "accelerator_config": {"use_configured_state": True}, "use_cpu": False}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> dict:
+    """One process, the same data: what the engines are compared with."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    trainer, callback = make_trainer(folder)
+    trainer.train()
+    return {
+        "switches": switches(trainer),
+        "slots": [site.held for site in callback.switcher.storage.sites],
+        "trained": [parameter.detach().clone() for parameter in trained_parameters(trainer.model).values()],
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+    }
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
+def test_the_choices_of_one_process_and_a_resume_that_changes_nothing(engine: str, alone: dict, tmp_path: Path) -> None:
+    ranks = run_ranks(train, 2, engine, str(tmp_path / "run"), timeout=180, last=engine == "zero3")
+    for result in ranks:
+        for run in result.values():
+            assert run["switches"] == alone["switches"] == [0, 4, 8]
+            assert run["slots"] == alone["slots"]
+            for theirs, ours in zip(run["trained"], alone["trained"], strict=True):
+                torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(run["losses"], alone["losses"], rtol=1e-3, atol=1e-4)
+    whole, resumed = ranks[0]["whole"], ranks[0]["resumed"]
+    if engine != "ddp":  # which adds gradients in another order after its first two passes
+        assert resumed["weights"] == whole["weights"]
+        assert all(torch.equal(a, b) for a, b in zip(resumed["trained"], whole["trained"], strict=True))
+    torch.manual_seed(0)
+    served = PeftModel.from_pretrained(Judged(), tmp_path / "run/adapter").eval()
+    x = torch.stack([sample["x"] for sample in samples(8)])
+    torch.testing.assert_close(served(x)["logits"], resumed["answers"], rtol=1e-4, atol=1e-5)
