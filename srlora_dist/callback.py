@@ -237,8 +237,8 @@ def _refuse(args: TrainingArguments) -> None:
             "set optim='adamw_torch', or bf16=True",
         ),
         (
-            "8bit" in str(args.optim) and str(args.save_strategy) != "no",
-            f"optim {args.optim} keeps moments that a checkpoint cannot hold",
+            "8bit" in args.optim and args.save_strategy != "no",
+            f"optim {args.optim.value} keeps moments that a checkpoint cannot hold",
             "set optim='adamw_torch', or save_strategy='no'",
         ),
         (

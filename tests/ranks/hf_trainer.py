@@ -31,7 +31,7 @@ class Judged(Net):
 
 
 def make_model(**lora: object) -> nn.Module:
-    return make_net(base=Judged, **lora)
+    return make_net(**{"base": Judged, **lora})
 
 
 def samples(count: int = NUM_STEPS * ACCUMULATION * BATCH) -> list[dict[str, Tensor]]:
@@ -48,7 +48,6 @@ def make_arguments(folder: Path, **changes: object) -> TrainingArguments:
         "num_train_epochs": 1,
         "max_grad_norm": CLIP,
         "learning_rate": RATE,
-        "optim": "adamw_torch",
         "train_sampling_strategy": "sequential",
         "save_strategy": "no",
         "logging_steps": 1,

@@ -1,0 +1,273 @@
+"""The Trainer's callback in one process: the choices of a plain loop, stop and resume, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, get_linear_schedule_with_warmup
+
+from srlora_dist import SRLoRACallback, SRLoRAConfig, Switcher
+from srlora_dist.sites import keep_payloads_
+from srlora_dist.training_state import trained_parameters
+from tests.ranks.engines import quantised
+from tests.ranks.hf_trainer import (
+    ACCUMULATION,
+    BATCH,
+    CLIP,
+    NUM_STEPS,
+    OPTIONS,
+    RATE,
+    Judged,
+    make_arguments,
+    make_model,
+    make_trainer,
+    samples,
+    switches,
+)
+
+
+class StopAt(TrainerCallback):
+    """Somebody presses Ctrl-C."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def everything(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def require_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def answers(model: nn.Module) -> torch.Tensor:
+    model.eval()
+    return model(torch.stack([sample["x"] for sample in samples(8)]))["logits"].detach()
+
+
+def base(make: type[nn.Module] = Judged) -> nn.Module:
+    torch.manual_seed(0)
+    return make()
+
+
+def served(folder: Path, make: type[nn.Module] = Judged) -> torch.Tensor:
+    model = PeftModel.from_pretrained(base(make), str(folder))
+    keep_payloads_(model)
+    return answers(model)
+
+
+@pytest.fixture(scope="module")
+def by_loop(tmp_path_factory) -> dict:
+    """What a plain loop with a Switcher makes of the same data."""
+    model = make_model()
+    switcher = Switcher(model, SRLoRAConfig(svd_cache=str(tmp_path_factory.mktemp("loop")), **OPTIONS), NUM_STEPS)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=RATE, weight_decay=0, fused=True
+    )
+    scheduler = get_linear_schedule_with_warmup(optimizer, 0, NUM_STEPS)
+    switcher.bind(model, optimizer)
+    slots = []
+    for number, batch in enumerate(DataLoader(samples(), batch_size=BATCH)):
+        (model(**batch)["loss"] / ACCUMULATION).backward()
+        if (number + 1) % ACCUMULATION:
+            continue
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        scheduler.step()
+        report = switcher.step()
+        slots += [(report.step, site.site, site.slots) for site in report.sites] if report is not None else []
+        optimizer.zero_grad()
+    return {"state": everything(model), "slots": slots, "answers": answers(model)}
+
+
+def test_the_trainer_makes_the_choices_of_a_plain_loop(by_loop: dict, tmp_path: Path) -> None:
+    trainer, callback = make_trainer(tmp_path / "run")
+    reports = []
+    step = callback.switcher.step
+    callback.switcher.step = lambda: reports.append(step()) or reports[-1]
+    trainer.train()
+    slots = [(r.step, site.site, site.slots) for r in reports if r is not None for site in r.sites]
+    assert slots == by_loop["slots"]
+    assert [step for step, site, _ in slots if site == "first"] == [4, 8]
+    assert switches(trainer) == [0, 4, 8]
+    require_equal(everything(trainer.model), by_loop["state"])
+    torch.testing.assert_close(served(tmp_path / "run/adapter"), by_loop["answers"])
+
+
+def test_stopped_and_resumed_is_never_stopped(by_loop: dict, tmp_path: Path) -> None:
+    saves = {"save_strategy": "steps", "save_steps": 3, "save_total_limit": 1}
+    trainer, _ = make_trainer(tmp_path / "run", callbacks=(StopAt(7),), **saves)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-6"]  # and nothing of ours elsewhere
+    with pytest.raises(ValueError, match="train.. was called before.*load the model anew"):
+        trainer.train(resume_from_checkpoint=True)
+    trainer, callback = make_trainer(tmp_path / "run", **saves)
+    trainer.train(resume_from_checkpoint=True)
+    assert callback.switcher.resumed["step"] == 6
+    assert switches(trainer) == [0, 4, 8]
+    require_equal(everything(trainer.model), by_loop["state"])
+    torch.testing.assert_close(served(tmp_path / "run/adapter"), by_loop["answers"])
+
+
+class InFourBits(Judged):
+    """The adapted layers in NF4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (quantised(layer, "nf4") for layer in (self.first, self.second))
+        self.is_loaded_in_4bit = True
+
+
+def test_a_quantised_base_gets_its_second_adapter_in_time_and_resumes(tmp_path: Path) -> None:
+    saves = {"save_strategy": "steps", "save_steps": 6, "eval_strategy": "steps", "eval_steps": 5}
+    trainer, _ = make_trainer(tmp_path / "run", make_model(base=InFourBits), **saves)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before
+    live = everything(trainer.model)
+    assert any("srlora_fused" in name for name in live)
+    torch.testing.assert_close(served(tmp_path / "run/adapter", InFourBits), answers(trainer.model))
+    trainer, _ = make_trainer(tmp_path / "run", make_model(base=InFourBits), **saves)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-6"))
+    require_equal(everything(trainer.model), live)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """The output folder of a run with checkpoints 6 and 12, of which the loss calls one the best."""
+    folder = tmp_path_factory.mktemp("saved") / "run"
+    best = {"eval_strategy": "steps", "eval_steps": 6, "metric_for_best_model": "eval_loss"}
+    trainer, _ = make_trainer(folder, save_strategy="steps", save_steps=6, **best)
+    trainer.train()
+    trainer.save_model(str(folder / "by_hand"))
+    return folder
+
+
+def test_the_best_checkpoint_is_exported(saved: Path) -> None:
+    state = json.loads((saved / "checkpoint-12/trainer_state.json").read_text())
+    best = Path(state["best_model_checkpoint"]).name
+    losses = {f"checkpoint-{e['step']}": e["eval_loss"] for e in state["log_history"] if "eval_loss" in e}
+    assert best == min(losses, key=losses.get)
+    labels = torch.stack([sample["labels"] for sample in samples(8)])
+    loss = (served(saved / "adapter_best") - labels).square().mean()
+    assert float(loss) == pytest.approx(losses[best], rel=1e-4)
+
+
+@pytest.mark.parametrize("folder", ["checkpoint-6", "by_hand"])
+def test_the_live_pairs_alone_do_not_load(folder: str, saved: Path) -> None:
+    with pytest.raises(ValueError, match="adapter_config.json"):
+        PeftModel.from_pretrained(base(), str(saved / folder))
+    assert "srlora export" in (saved / folder / "LIVE_PAIRS.md").read_text()
+
+
+def copy_of(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "run"))
+
+
+def test_a_checkpoint_without_its_state_is_refused(saved: Path, tmp_path: Path) -> None:
+    folder = copy_of(saved, tmp_path)
+    shutil.rmtree(folder / "checkpoint-12/srlora")
+    trainer, _ = make_trainer(folder)
+    with pytest.raises(ValueError, match="no srlora/step-12.*take .*checkpoint-6; or name the folder"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_that_lies_elsewhere_is_resumed_if_it_is_named(saved: Path, tmp_path: Path) -> None:
+    there = str(saved / "checkpoint-6")
+    trainer, _ = make_trainer(tmp_path / "run")
+    with pytest.raises(ValueError, match="resume_from"):
+        trainer.train(resume_from_checkpoint=there)
+    trainer, callback = make_trainer(tmp_path / "run")
+    callback.resume_from = there
+    trainer.train(resume_from_checkpoint=there)
+    assert switches(trainer) == [0, 4, 8]
+
+
+def test_the_checkpoint_of_another_run_is_not_taken_for_it(saved: Path, tmp_path: Path) -> None:
+    folder = copy_of(saved, tmp_path)
+    state = folder / "checkpoint-6/srlora/step-6/state.json"
+    other = tmp_path / "other"
+    trainer, _ = make_trainer(other, save_strategy="steps", save_steps=6)
+    trainer.train()
+    assert json.loads(state.read_text())["extra"]["run"]
+    trainer, _ = make_trainer(folder)
+    with pytest.raises(ValueError, match="another run.*resume_from"):
+        trainer.train(resume_from_checkpoint=str(other / "checkpoint-6"))
+
+
+ARGUMENTS = {
+    "load_best_model_at_end": ({"eval_strategy": "steps", "save_strategy": "steps"}, True, "adapter_best"),
+    "auto_find_batch_size": ({}, True, "per_device_train_batch_size"),
+    "enable_jit_checkpoint": ({}, True, "save_steps"),
+    "optim": ({"save_strategy": "steps"}, "adamw_bnb_8bit", "adamw_torch.*save_strategy"),
+}
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_an_argument_that_would_lose_something_is_refused_at_once(name: str, tmp_path: Path) -> None:
+    more, value, remedy = ARGUMENTS[name]
+    with pytest.raises(ValueError, match=f"{name}.*{remedy}"):
+        make_trainer(tmp_path / "run", **{name: value, **more})
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"), [({"lora_dropout": 0.1}, "lora_dropout=0"), ({"rank": 11}, "target_rank 10 is below")]
+)
+def test_a_model_that_cannot_be_worked_on_is_refused_at_once(lora: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path / "run", make_model(**lora))
+
+
+def test_a_model_without_an_adapter_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no LoRA layers.*get_peft_model"):
+        make_trainer(tmp_path / "run", Judged())
+
+
+def test_an_optimizer_without_the_pairs_is_refused(tmp_path: Path) -> None:
+    model = make_model()
+    head = [parameter for name, parameter in trained_parameters(model).items() if "head" in name]
+    trainer, _ = make_trainer(tmp_path / "run", model)
+    trainer.optimizer = torch.optim.AdamW(head)
+    with pytest.raises(ValueError, match="does not hold the LoRA parameters of first"):
+        trainer.train()
+
+
+def test_another_model_or_a_late_callback_is_refused(tmp_path: Path) -> None:
+    about = {"args": make_arguments(tmp_path / "run"), "train_dataset": samples()}
+    trainer = Trainer(model_init=lambda: make_model(), callbacks=[SRLoRACallback(SRLoRAConfig(**OPTIONS))], **about)
+    with pytest.raises(ValueError, match="model_init"):
+        trainer.train()
+    trainer = Trainer(model=make_model(), **about)
+    callback = SRLoRACallback(SRLoRAConfig(**OPTIONS))
+    trainer.add_callback(callback)
+    with pytest.raises(ValueError, match=r"Trainer\(..., callbacks="):
+        trainer.train()
+    with pytest.raises(RuntimeError, match="trainer.train"):
+        callback.export(tmp_path / "adapter")
+
+
+def test_too_few_steps_for_the_switches_are_refused(tmp_path: Path) -> None:
+    trainer, _ = make_trainer(tmp_path / "run", max_steps=2)
+    with pytest.raises(ValueError, match="3 switches in 2 steps"):
+        trainer.train()
+
+
+def test_max_steps_beyond_an_epoch_set_the_pace(tmp_path: Path) -> None:
+    trainer, callback = make_trainer(tmp_path / "run", max_steps=18)
+    trainer.train()
+    assert switches(trainer) == [0, *callback.switcher.due_steps] == [0, 6, 12]
