@@ -101,6 +101,7 @@ class SRLoRACallback(TrainerCallback):
         resumes = state.global_step > 0
         source = together(lambda: self._find_checkpoint(args, state) if resumes and args.process_index == 0 else None)
         report = self.switcher.bind(model, optimizer, source)
+        _require_engine(args, self.switcher.storage.name)
         if resumes:
             self._require_same_run(state)
         self._note(state, report)
@@ -255,6 +256,21 @@ def _refuse(args: TrainingArguments) -> None:
     for holds, what, remedy in checks:
         if holds:
             raise ValueError(f"SRLoRA cannot work like this: {what}; {remedy}")
+
+
+def _require_engine(args: TrainingArguments, got: str) -> None:
+    """Stop where the launch asks for an engine and Accelerate has dropped it in silence.
+
+    Raises:
+        ValueError: With both names.
+    """
+    engines = ("DeepSpeed", args.deepspeed_plugin is not None, "zero"), ("FSDP", args.fsdp, "fsdp")
+    for asked, is_asked, prefix in engines:
+        if is_asked and not got.startswith(prefix):
+            raise ValueError(
+                f"the launch asks for {asked}, but the Trainer runs on {got}: Accelerate drops {asked} without a GPU; "
+                "leave it out there, or see docs/trainer.md for DeepSpeed on a CPU"
+            )
 
 
 NOTE = """The adapter file here is not for use: it holds the live pairs of an SRLoRA run without what was fused into the

@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedType
 from peft import PeftModel
 
 from srlora_dist.training_state import trained_parameters
@@ -31,7 +32,8 @@ def _run(engine: str, world_size: int, folder: Path, resume_from: str | None) ->
     try:
         trainer.train(resume_from_checkpoint=resume_from)
     finally:
-        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+        for variable in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
+            os.environ.pop(variable, None)
     storage = callback.switcher.storage
     assert storage.name == engine, "another engine ran"
     storage.settle()
@@ -52,6 +54,11 @@ def on_engine(engine: str) -> dict:
     """Arguments of the Trainer for an engine without a GPU."""
     if engine == "ddp":
         return {"ddp_backend": "gloo"}
+    if engine == "fsdp2":
+        PartialState(cpu=True, backend="gloo")
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU  # Accelerate drops FSDP on CPUs
+        about = {"version": 2, "auto_wrap_policy": "NO_WRAP"}
+        return {"fsdp": True, "fsdp_config": about, "accelerator_config": {"use_configured_state": True}}
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     PartialState(backend="gloo")
     stage = {"stage": int(engine[-1]), "stage3_param_persistence_threshold": 0}
@@ -80,7 +87,7 @@ def alone(tmp_path_factory) -> dict:
 
 
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2", "zero3"])
 def test_the_choices_of_one_process_and_a_resume_that_changes_nothing(engine: str, alone: dict, tmp_path: Path) -> None:
     ranks = run_ranks(train, 2, engine, str(tmp_path / "run"), timeout=180, last=engine == "zero3")
     for result in ranks:
