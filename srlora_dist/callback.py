@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import uuid
+from functools import partial
 from pathlib import Path
 from types import MethodType
 
@@ -83,7 +84,9 @@ class SRLoRACallback(TrainerCallback):
                 Path(args.output_dir) / "adapter",
             )
         self.switcher = Switcher(model, self.config)
-        self._peft_model = find_peft_model(model)
+        self._peft_model = peft_model = find_peft_model(model)
+        # Else a resuming Trainer turns 16-bit pairs into float32, TRL's of a quantised model above all.
+        peft_model.load_adapter = partial(peft_model.load_adapter, autocast_adapter_dtype=False)
 
     @override
     def on_train_begin(

@@ -89,7 +89,7 @@ def alone(tmp_path_factory) -> dict:
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2", "zero3"])
 def test_the_choices_of_one_process_and_a_resume_that_changes_nothing(engine: str, alone: dict, tmp_path: Path) -> None:
-    ranks = run_ranks(train, 2, engine, str(tmp_path / "run"), timeout=180, last=engine == "zero3")
+    ranks = run_ranks(train, 2, engine, str(tmp_path / "run"), timeout=180)
     for result in ranks:
         for run in result.values():
             assert run["switches"] == alone["switches"] == [0, 4, 8]
@@ -105,3 +105,23 @@ def test_the_choices_of_one_process_and_a_resume_that_changes_nothing(engine: st
     served = PeftModel.from_pretrained(Judged(), tmp_path / "run/adapter").eval()
     x = torch.stack([sample["x"] for sample in samples(8)])
     torch.testing.assert_close(served(x)["logits"], resumed["answers"], rtol=1e-4, atol=1e-5)
+
+
+def drop_deepspeed(rank: int, world_size: int, folder: str) -> dict:
+    """As a script does that says ``use_cpu`` where the launch says DeepSpeed."""
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
+    trainer, _ = make_trainer(Path(folder), **(on_engine("zero2") | {"use_cpu": True, "ddp_backend": "gloo"}))
+    try:
+        trainer.train()
+    except ValueError as error:
+        return {"message": str(error)}
+    finally:
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+    return {"message": ""}
+
+
+@pytest.mark.timeout(200)
+def test_an_engine_that_was_dropped_in_silence_is_noticed(tmp_path: Path) -> None:
+    for result in run_ranks(drop_deepspeed, 2, str(tmp_path / "run"), timeout=180, last=True):
+        assert "asks for DeepSpeed, but the Trainer runs on ddp" in result["message"]
