@@ -65,6 +65,7 @@ class SRLoRACallback(TrainerCallback):
         self.resume_from = resume_from
         self.switcher: Switcher | None = None
         self._run = uuid.uuid4().hex
+        self._has_evaluated = False
 
     @override
     def on_init_end(
@@ -99,7 +100,7 @@ class SRLoRACallback(TrainerCallback):
         **kwargs: object,
     ) -> None:
         """Perform switch 0 on the prepared model, or resume."""
-        self._require_fresh(state, model)
+        self._require_fresh(args, state, model)
         self.switcher.plan(state.max_steps)
         resumes = state.global_step > 0
         source = together(lambda: self._find_checkpoint(args, state) if resumes and args.process_index == 0 else None)
@@ -109,6 +110,13 @@ class SRLoRACallback(TrainerCallback):
             self._require_same_run(state)
         self._note(state, report)
         _mark_saves_(self._peft_model, self.config.adapter_name)
+
+    @override
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Remember that the Trainer has prepared the model for an evaluation."""
+        self._has_evaluated = True
 
     @override
     def on_step_end(
@@ -152,8 +160,8 @@ class SRLoRACallback(TrainerCallback):
             raise RuntimeError("there is nothing to export yet: call trainer.train() first")
         self.switcher.export(folder, max_rank)
 
-    def _require_fresh(self, state: TrainerState, model: nn.Module) -> None:
-        """Stop where the model is not the untouched one of ``on_init_end``."""
+    def _require_fresh(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
+        """Stop where the model is not the untouched one of ``on_init_end``, prepared for training."""
         if self.switcher is None:
             raise ValueError(
                 "SRLoRACallback came after the Trainer was built: pass it as Trainer(..., callbacks=[SRLoRACallback()])"
@@ -162,6 +170,11 @@ class SRLoRACallback(TrainerCallback):
             raise ValueError(
                 "train() was called before, and SRLoRA has edited the weights of this model since: load the model anew "
                 "and build a new Trainer with a new SRLoRACallback; it can resume from the checkpoints of this one"
+            )
+        if self._has_evaluated and (args.world_size > 1 or args.deepspeed_plugin is not None):
+            raise ValueError(
+                "evaluate() or predict() was called before train(), after which the Trainer trains without its engine, "
+                "each process by itself: set eval_on_start=True instead, or evaluate after training"
             )
         if state.is_hyper_param_search or find_peft_model(model) is not self._peft_model:
             raise ValueError(

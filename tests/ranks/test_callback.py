@@ -27,7 +27,7 @@ def _run(engine: str, world_size: int, folder: Path, resume_from: str | None) ->
     for state in (AcceleratorState, PartialState, GradientState):
         state._reset_state()
     changes = {"save_strategy": "steps", "save_steps": 6, "per_device_train_batch_size": BATCH // world_size}
-    changes |= on_engine(engine)
+    changes |= {"eval_on_start": True, "eval_strategy": "steps", "eval_steps": 5, **on_engine(engine)}
     trainer, callback = make_trainer(folder, **changes)
     try:
         trainer.train(resume_from_checkpoint=resume_from)
@@ -107,21 +107,27 @@ def test_the_choices_of_one_process_and_a_resume_that_changes_nothing(engine: st
     torch.testing.assert_close(served(x)["logits"], resumed["answers"], rtol=1e-4, atol=1e-5)
 
 
-def drop_deepspeed(rank: int, world_size: int, folder: str) -> dict:
-    """As a script does that says ``use_cpu`` where the launch says DeepSpeed."""
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._reset_state()
-    trainer, _ = make_trainer(Path(folder), **(on_engine("zero2") | {"use_cpu": True, "ddp_backend": "gloo"}))
-    try:
-        trainer.train()
-    except ValueError as error:
-        return {"message": str(error)}
-    finally:
+def go_wrong(rank: int, world_size: int, folder: str) -> dict:
+    """What two misused Trainers say."""
+    messages = {}
+    for what in ("dropped", "evaluated"):
+        # The first as in a script that says use_cpu where the launch says DeepSpeed.
+        changes = {"deepspeed": on_engine("zero2")["deepspeed"]} if what == "dropped" else {}
+        for state in (AcceleratorState, PartialState, GradientState):
+            state._reset_state()
+        trainer, _ = make_trainer(Path(folder), **changes, ddp_backend="gloo")
+        try:
+            if what == "evaluated":
+                trainer.evaluate()
+            trainer.train()
+        except ValueError as error:
+            messages[what] = str(error)
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
-    return {"message": ""}
+    return messages
 
 
 @pytest.mark.timeout(200)
-def test_an_engine_that_was_dropped_in_silence_is_noticed(tmp_path: Path) -> None:
-    for result in run_ranks(drop_deepspeed, 2, str(tmp_path / "run"), timeout=180, last=True):
-        assert "asks for DeepSpeed, but the Trainer runs on ddp" in result["message"]
+def test_a_trainer_without_its_engine_is_noticed_on_every_rank(tmp_path: Path) -> None:
+    for messages in run_ranks(go_wrong, 2, str(tmp_path / "run"), timeout=180, last=True):
+        assert "asks for DeepSpeed, but the Trainer runs on ddp" in messages["dropped"]
+        assert "eval_on_start=True instead" in messages["evaluated"]
