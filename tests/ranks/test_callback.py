@@ -111,8 +111,8 @@ def go_wrong(rank: int, world_size: int, folder: str) -> dict:
     """What two misused Trainers say."""
     messages = {}
     for what in ("dropped", "evaluated"):
-        # The first as in a script that says use_cpu where the launch says DeepSpeed.
-        changes = {"deepspeed": on_engine("zero2")["deepspeed"]} if what == "dropped" else {}
+        # Accelerate drops FSDP on CPUs.
+        changes = {"fsdp": True, "fsdp_config": {"auto_wrap_policy": "NO_WRAP"}} if what == "dropped" else {}
         for state in (AcceleratorState, PartialState, GradientState):
             state._reset_state()
         trainer, _ = make_trainer(Path(folder), **changes, ddp_backend="gloo")
@@ -122,12 +122,12 @@ def go_wrong(rank: int, world_size: int, folder: str) -> dict:
             trainer.train()
         except ValueError as error:
             messages[what] = str(error)
-        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+        os.environ.pop("ACCELERATE_USE_FSDP", None)
     return messages
 
 
 @pytest.mark.timeout(200)
 def test_a_trainer_without_its_engine_is_noticed_on_every_rank(tmp_path: Path) -> None:
     for messages in run_ranks(go_wrong, 2, str(tmp_path / "run"), timeout=180, last=True):
-        assert "asks for DeepSpeed, but the Trainer runs on ddp" in messages["dropped"]
+        assert "asks for FSDP, but the Trainer runs on ddp" in messages["dropped"]
         assert "eval_on_start=True instead" in messages["evaluated"]

@@ -199,6 +199,11 @@ def test_an_argument_that_would_lose_something_is_refused_at_once(name: str, tmp
         make_trainer(tmp_path / "run", **{name: value, **more})
 
 
+def test_a_fused_optimizer_with_a_loss_scaler_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="adamw_torch_fused unscales.*optim='adamw_torch'"):
+        SRLoRACallback().on_init_end(make_arguments(tmp_path, fp16=True), None, None)
+
+
 @pytest.mark.parametrize(
     ("lora", "message"), [({"lora_dropout": 0.1}, "lora_dropout=0"), ({"rank": 11}, "target_rank 10 is below")]
 )

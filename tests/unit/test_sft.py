@@ -93,3 +93,9 @@ def test_sft_on_four_bits_switches_resumes_and_exports(tmp_path: Path) -> None:
     live = trainer.model.eval()(tokens).logits.detach()
     # TRL keeps the pairs of a quantised model in bfloat16, in which two adapters round otherwise than one.
     torch.testing.assert_close(served.eval()(tokens).logits.detach().float(), live.float(), rtol=3e-2, atol=3e-2)
+
+
+def test_a_reference_that_would_be_edited_is_refused(tmp_path: Path) -> None:
+    arguments = trl.DPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[])
+    with pytest.raises(ValueError, match="DPOConfig compares with the model without its adapter.*beta=0"):
+        SRLoRACallback().on_init_end(arguments, None, None)
