@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from types import MethodType
 
+from accelerate.utils import parse_flag_from_env
 from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -280,8 +281,8 @@ def _require_engine(args: TrainingArguments, got: str) -> None:
     Raises:
         ValueError: With both names.
     """
-    engines = ("DeepSpeed", args.deepspeed_plugin is not None, "zero"), ("FSDP", args.fsdp, "fsdp")
-    for asked, is_asked, prefix in engines:
+    fsdp = bool(args.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
+    for asked, is_asked, prefix in (("DeepSpeed", args.deepspeed_plugin is not None, "zero"), ("FSDP", fsdp, "fsdp")):
         if is_asked and not got.startswith(prefix):
             raise ValueError(
                 f"the launch asks for {asked}, but the Trainer runs on {got}: Accelerate drops {asked} without a GPU; "
