@@ -1,4 +1,4 @@
-"""Runs every benchmark and writes RESULTS.md, its plots, and the table of the README.
+"""Runs every benchmark and writes RESULTS.md, its plots, and the table of docs/speed.md.
 
     python benchmarks/run.py [--quick] [--only tracking traffic] [--write]
 
@@ -146,14 +146,14 @@ def section(on_gpu: bool) -> tuple[list[str], list[Row]]:
 
 
 def write() -> list[Row]:
-    """RESULTS.md and the table of the README; gives the rows of the CPU."""
+    """RESULTS.md and the table of docs/speed.md; gives the rows of the CPU."""
     FIGURES.mkdir(exist_ok=True)
     mpl.use("Agg")
     on_cpu, rows = section(False)
     on_gpu, gpu_rows = section(True)
     (ROOT / "benchmarks" / "RESULTS.md").write_text("\n".join([HEAD, *on_cpu, *on_gpu]))
-    readme = ROOT / "README.md"
-    text = readme.read_text()
+    page = ROOT / "docs" / "speed.md"
+    text = page.read_text()
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
     short = sum(row.is_met is False for row in rows)
@@ -164,7 +164,7 @@ def write() -> list[Row]:
         f"{judged - short} of {judged} rows reach their target: {sizes} sizes, {about['hardware']}, {about['date']}. "
     )
     summary += f"Times are medians of few rounds, counts are exact. On GPUs: {gpu}."
-    readme.write_text("\n".join([before + BEGIN, "", *short_table(rows), "", summary, "", END]) + after)
+    page.write_text("\n".join([before + BEGIN, "", *short_table(rows), "", summary, "", END]) + after)
     return rows
 
 

@@ -1,6 +1,6 @@
-"""Write the README's matrix of engines and precisions from the results of the tests that compare them.
+"""Write docs/support.md's matrix of engines and precisions from the results of the tests that compare them.
 
-Runs ``tests/ranks/test_engines.py`` and puts a table between the two marks in the README: each cell is a test that
+Runs ``tests/ranks/test_engines.py`` and puts a table between the two marks in that page: each cell is a test that
 passed, failed, or was skipped with its reason; an empty one has no test.
 
     python benchmarks/support_matrix.py
@@ -54,12 +54,12 @@ def make_table(cells: dict[tuple[str, str], str]) -> str:
 
 
 def main() -> None:
-    """Run the tests and rewrite the README."""
+    """Run the tests and rewrite the page."""
     table = make_table(run_tests())
-    readme = ROOT / "README.md"
-    before, _, rest = readme.read_text().partition(MARKS[0])
+    page = ROOT / "docs" / "support.md"
+    before, _, rest = page.read_text().partition(MARKS[0])
     _, _, after = rest.partition(MARKS[1])
-    readme.write_text(f"{before}{MARKS[0]}\n\n{table}\n\n{MARKS[1]}{after}")
+    page.write_text(f"{before}{MARKS[0]}\n\n{table}\n\n{MARKS[1]}{after}")
     print(table)
 
 

@@ -1,6 +1,6 @@
 """Every engine in every precision against tests/reference.py, around each switch and at the end, and rank against rank.
 
-Each test is a cell of the README's matrix, which benchmarks/support_matrix.py writes from their results.
+Each test is a cell of the matrix in docs/support.md, which benchmarks/support_matrix.py writes from their results.
 """
 
 from __future__ import annotations
