@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from srlora_dist.health import Found
+from srlora_dist.tasks.models import quiet
 
 LIMIT_SECONDS = 240
 """For one run; the first one on DeepSpeed compiles."""
@@ -36,9 +37,9 @@ def write_files(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=32, **special).save_pretrained(folder)
     set_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(vocabulary), max_position_embeddings=32, **sizes)).save_pretrained(
-        folder
-    )
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(vocabulary), max_position_embeddings=32, **sizes))
+    with quiet():
+        model.save_pretrained(folder)
     draw = random.Random(0)
     for name, count in (("train", 1024), ("validation", 8)):
         lines = (" ".join(draw.choices(WORDS, k=draw.randint(4, 12))) for _ in range(count))
