@@ -292,7 +292,7 @@ class RunConfig:
     method: Literal["lora", "pissa", "srlora", "adalora"] = "srlora"
     output_dir: str | None = None
     seed: int = 0
-    engine: Literal["auto", "plain", "ddp", "zero1", "zero2", "zero3", "fsdp2"] = "auto"
+    engine: Literal["auto", "plain", "ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2"] = "auto"
     model: ModelOptions = field(default_factory=ModelOptions)
     task: TaskOptions = field(default_factory=TaskOptions)
     lora: LoRAOptions = field(default_factory=LoRAOptions)

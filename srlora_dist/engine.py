@@ -6,25 +6,27 @@ environment that ``accelerate launch`` made is read first, and what came of it i
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 from typing import TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import (
     DataLoaderConfiguration,
+    DeepSpeedPlugin,
     DistributedType,
+    FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     gather_object,
 )
+from torch import nn
 
 from srlora_dist.compiling import wait_for_locks
 from srlora_dist.config import RunConfig
+from srlora_dist.deepspeed_file import fill, read_settings, require_nvme, zero_stage
 from srlora_dist.precision import mixed_precision
 from srlora_dist.storage import rejoin
 
@@ -32,7 +34,7 @@ T = TypeVar("T")
 
 
 def launched_engine() -> str:
-    """The engine that the environment asks for: ``plain``, ``ddp``, ``zero1``, ``zero2``, ``zero3`` or ``fsdp2``.
+    """The engine that the environment asks for: ``plain``, ``ddp``, ``zero0`` to ``zero3``, or ``fsdp2``.
 
     Raises:
         ValueError: The launch asks for something that is not supported; the message says what to use instead.
@@ -47,7 +49,7 @@ def launched_engine() -> str:
                 "use launch/accelerate/ddp.yaml or zero1.yaml, zero2.yaml, zero3.yaml there"
             )
     if _flag("ACCELERATE_USE_DEEPSPEED"):
-        return f"zero{_zero_stage(_deepspeed_file())}"
+        return f"zero{zero_stage(read_settings())}"
     if _flag("ACCELERATE_USE_FSDP"):
         return _fsdp_engine()
     if _flag("ACCELERATE_USE_CPU") and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
@@ -92,12 +94,14 @@ def build_accelerator(config: RunConfig) -> tuple[Accelerator, str]:
         raise ValueError(f"method adalora needs whole gradients, which {asked} does not keep: use plain or ddp")
     without_gpu = _without_gpu()
     launched_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    settings = _deepspeed_file() if asked.startswith("zero") else None
+    settings, plugin = read_settings() if asked.startswith("zero") else None, None
     precision = mixed_precision(config.model, asked, launched_precision, settings, has_gpu=not without_gpu)
-    if settings is not None:
-        _fill(dict(settings), config, num_processes)  # before DeepSpeed is imported and the processes connect
-    else:
+    if settings is None:
         _require_accumulation(config)
+    elif settings:  # before the processes connect, and before Accelerate copies it for zero.Init
+        filled = fill(settings, config, num_processes)
+        require_nvme(filled)
+        plugin = DeepSpeedPlugin(hf_ds_config=filled)
     handlers, timeout = [], timedelta(seconds=config.train.timeout)
     if asked != "plain":
         backend = {"backend": "gloo"} if without_gpu else {}
@@ -112,6 +116,7 @@ def build_accelerator(config: RunConfig) -> tuple[Accelerator, str]:
             # Under DeepSpeed cpu=True would turn DeepSpeed off.
             cpu=without_gpu and not asked.startswith("zero"),
             mixed_precision=precision,
+            deepspeed_plugin=plugin,
             dataloader_config=DataLoaderConfiguration(split_batches=True),
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.train.accumulation_steps),
             kwargs_handlers=handlers,
@@ -123,10 +128,13 @@ def build_accelerator(config: RunConfig) -> tuple[Accelerator, str]:
             f"the {os.environ.get('WORLD_SIZE')} processes of the launch did not come together within train.timeout "
             f"{config.train.timeout} s ({error}): look at what the others print, or set train.timeout higher"
         ) from error
+    if asked == "fsdp2" and without_gpu:
+        _shard_on_cpu(accelerator)
     require_engine(asked, _accelerated_engine(accelerator), "Accelerate set up")
     _require_divisible(config, accelerator.num_processes)
     if asked.startswith("zero"):
-        _fill_deepspeed(accelerator, config)
+        made = accelerator.state.deepspeed_plugin.deepspeed_config
+        made.update(fill(made, config, accelerator.num_processes))
     return accelerator, asked
 
 
@@ -138,12 +146,29 @@ def require_engine(asked: str, got: str, who: str) -> None:
     """
     if asked in ("auto", got):
         return
-    files = {"plain": "cpu1.yaml or single.yaml", "ddp": "cpu2.yaml or ddp.yaml", "fsdp2": "fsdp2.yaml"}
+    files = {"plain": "cpu1.yaml or single.yaml", "ddp": "cpu2.yaml or ddp.yaml"}
     remedy = files.get(asked, f"{asked}_cpu.yaml or {asked}.yaml, with use_cpu false")
     raise ValueError(
         f"the engine asked for is {asked}, but {who} {got}: "
         f"use accelerate launch --config_file launch/accelerate/{remedy}"
     )
+
+
+def choose_layers_to_shard(accelerator: Accelerator, model: nn.Module) -> None:
+    """Make FSDP2 cut a model into its layers, where the launch does not name them.
+
+    Accelerate (1.15.0) takes every class that Transformers says not to split, and the input embeddings again by
+    themselves. Encoders such as BERT hold these in a class of the list, and a weight can be in one group alone.
+
+    Args:
+        accelerator: On FSDP2.
+        model: Before it is prepared.
+    """
+    plugin, embeddings = accelerator.state.fsdp_plugin, model.get_input_embeddings()
+    if plugin.transformer_cls_names_to_wrap is None:
+        whole = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
+        layers = [module for module in whole if all(part is not embeddings for part in module.modules())]
+        plugin.transformer_cls_names_to_wrap = sorted({type(module).__name__ for module in layers})
 
 
 def together(work: Callable[[], T]) -> T:
@@ -182,6 +207,20 @@ def _accelerated_engine(accelerator: Accelerator) -> str:
     return "ddp" if multi_device else accelerator.distributed_type.value.lower()
 
 
+def _shard_on_cpu(accelerator: Accelerator) -> None:
+    """Make several processes without a GPU FSDP ones, as AcceleratorState does with those of every kind of GPU.
+
+    It leaves MULTI_CPU out of its list (``accelerate/state.py``, 1.15.0), although FSDP2 itself works there.
+    """
+    state = accelerator.state
+    if state.distributed_type != DistributedType.MULTI_CPU:
+        return
+    state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    if accelerator.mixed_precision != "no":
+        state.fsdp_plugin.set_mixed_precision(accelerator.mixed_precision)
+    state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+
 def _flag(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() in ("true", "1", "yes")
 
@@ -200,49 +239,12 @@ def _without_gpu() -> bool:
     return _flag("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 
-def _deepspeed_file() -> dict[str, object]:
-    """The content of the DeepSpeed file; empty where the launch names none."""
-    path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-    if path == "none":
-        return {}
-    try:
-        settings = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"deepspeed_config_file {path} cannot be read ({error}): start from the root of the repository"
-        ) from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"deepspeed_config_file {path} is not a JSON object: see ds_configs for examples")
-    for section in ("zero_optimization", "bf16", "fp16"):
-        if not isinstance(settings.get(section, {}), dict):
-            raise ValueError(
-                f"deepspeed_config_file {path} has {section} {json.dumps(settings[section])}, where DeepSpeed wants an "
-                "object: see ds_configs for examples"
-            )
-    return settings
-
-
-def _zero_stage(settings: dict[str, object]) -> int:
-    """The stage in the DeepSpeed file, or without one that on the command line of ``accelerate launch``."""
-    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-    if settings:
-        stage = settings.get("zero_optimization", {}).get("stage", 0)
-    if str(stage) not in ("1", "2", "3"):
-        raise ValueError(f"DeepSpeed ZeRO stage {stage} is not supported: choose 1, 2 or 3, or DDP without DeepSpeed")
-    return int(stage)
-
-
 def _fsdp_engine() -> str:
     version = os.environ.get("FSDP_VERSION", "1")
     if version != "2":
         raise ValueError(
             f"the launch asks for FSDP version {version}, which is not supported: set fsdp_version: 2 in the "
             "Accelerate file, as in launch/accelerate/fsdp2.yaml"
-        )
-    if _without_gpu():
-        raise ValueError(
-            "the launch asks for FSDP2 without a GPU, where Accelerate starts processes that do not talk to each "
-            "other: use launch/accelerate/cpu2.yaml or zero3_cpu.yaml there"
         )
     return "fsdp2"
 
@@ -269,29 +271,3 @@ def _require_accumulation(config: RunConfig) -> None:
             f"the launch asks for {theirs} gradient accumulation steps, but train.accumulation_steps is {ours}: "
             "leave it out of the launch"
         )
-
-
-def _fill_deepspeed(accelerator: Accelerator, config: RunConfig) -> None:
-    """Give DeepSpeed our batch size, accumulation and clipping; Accelerate would clip at 1.0 whatever we ask for."""
-    settings = accelerator.state.deepspeed_plugin.deepspeed_config
-    _fill(settings, config, accelerator.num_processes)
-    if config.train.optimizer != "adamw":
-        settings["zero_force_ds_cpu_optimizer"] = False  # with offload Accelerate makes Adam of any optimizer
-
-
-def _fill(settings: dict[str, object], config: RunConfig, num_processes: int) -> None:
-    train = config.train
-    micro_batch_size = train.batch_size // train.accumulation_steps // num_processes
-    for key, option, value in (
-        ("train_batch_size", "train.batch_size", train.batch_size),
-        ("train_micro_batch_size_per_gpu", "the share of train.batch_size of a rank", micro_batch_size),
-        ("gradient_accumulation_steps", "train.accumulation_steps", train.accumulation_steps),
-        ("gradient_clipping", "train.max_grad_norm", train.max_grad_norm),
-    ):
-        theirs = settings.get(key, "auto")
-        if theirs not in ("auto", value):
-            raise ValueError(
-                f"the DeepSpeed configuration has {key} {theirs}, but {option} is {value}: "
-                f'set {key} to "auto" or make them equal'
-            )
-        settings[key] = value

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from srlora_dist.checkpoint import Checkpoint
 from srlora_dist.config import RunConfig
 from srlora_dist.diagnostics import Finding, LossWatch, worse_than_start
-from srlora_dist.engine import build_accelerator, require_engine, together
+from srlora_dist.engine import build_accelerator, choose_layers_to_shard, require_engine, together
 from srlora_dist.errors import RunStoppedError, StoppedBySignalError
 from srlora_dist.evaluation import evaluate
 from srlora_dist.export import export_checkpoint
@@ -34,6 +34,7 @@ from srlora_dist.preemption import StopRequest
 from srlora_dist.resuming import choose_checkpoint
 from srlora_dist.runlog import RunLog, Window
 from srlora_dist.sites import keep_payloads_
+from srlora_dist.storage import leave_out_bad_steps_
 from srlora_dist.summary import num_trainable, peak_memory, pretrained_bytes, versions
 from srlora_dist.tasks import Task, check_task, load_task
 from srlora_dist.token_mean import TokenMean
@@ -159,6 +160,10 @@ class Trainer:
         model = self.method.model
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = build_optimizer(trainable, options)
+        if self.config.engine == "zero0" and self.config.model.dtype == "float32":
+            leave_out_bad_steps_(optimizer)
+        if self.config.engine == "fsdp2":
+            choose_layers_to_shard(accelerator, model)
         scheduler = LambdaLR(optimizer, warm_up_and_decay(self.num_steps, options.warmup_ratio, options.schedule))
         self.model, self.optimizer, self.train_loader, self.eval_loader, self.scheduler = accelerator.prepare(
             model, optimizer, train_loader, eval_loader, scheduler

@@ -53,7 +53,7 @@ def _prepare(config: RunConfig, accelerator: Accelerator) -> Directions:
     from srlora_dist.tasks import load_task
 
     task = load_task(config)
-    model = adapt(config, task.model, task.peft_type)
+    model = adapt(config, task.model, task.peft_type, task.heads)
     keep_payloads_(model)
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
     model, optimizer = accelerator.prepare(model, optimizer)

@@ -14,7 +14,8 @@ from srlora_dist.storage.moments import require_resettable
 from srlora_dist.storage.plain import PlainStorage
 from srlora_dist.storage.probe import quantised_error, try_process_group
 from srlora_dist.storage.rejoin import rejoin
-from srlora_dist.storage.zero3 import Zero3Storage
+from srlora_dist.storage.zero0 import Zero0Storage, leave_out_bad_steps_
+from srlora_dist.storage.zero3 import Zero3Storage, require_async_io
 from srlora_dist.storage.zero12 import Zero12Storage
 
 __all__ = [
@@ -23,11 +24,13 @@ __all__ = [
     "Storage",
     "by_site",
     "find_storage",
+    "leave_out_bad_steps_",
     "local_part",
     "lost_ranks",
     "quantised_error",
     "rejoin",
     "release_gathered",
+    "require_async_io",
     "require_resettable",
     "try_process_group",
 ]
@@ -57,11 +60,15 @@ def find_storage(model: nn.Module, optimizer: object, sites: list[Site]) -> Stor
             return Zero3Storage(innermost, sites, layer)
         if _is_a(layer, "deepspeed.runtime.zero.stage_1_and_2", "DeepSpeedZeroOptimizer"):
             return Zero12Storage(innermost, sites, layer)
+        if _is_a(layer, "deepspeed.runtime.fp16.unfused_optimizer", "FP16_UnfusedOptimizer"):
+            return Zero0Storage(innermost, sites, layer)
         if layer is not innermost and type(layer).__module__.startswith("deepspeed."):
             raise ValueError(
-                f"DeepSpeed's {type(layer).__name__} is not supported: use ZeRO stage 1, 2 or 3, and leave "
-                "data_types.grad_accum_dtype out"
+                f"DeepSpeed's {type(layer).__name__} is not supported: use ZeRO stage 1, 2 or 3, or stage 0 with "
+                "torch.optim.AdamW, and leave data_types.grad_accum_dtype out"
             )
+    if _is_a(model, "deepspeed.runtime.engine", "DeepSpeedEngine"):  # it leaves the optimizer as it is
+        return Zero0Storage(innermost, sites, None)
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
         raise ValueError("FSDP1 is not supported: set fsdp_version to 2, or use torch.distributed.fsdp.fully_shard")
     sharded = _sharded_modules(model)

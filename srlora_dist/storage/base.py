@@ -74,7 +74,7 @@ class Storage(Ranks, ABC):
     """How the ranks hold the weights, factors, gradients and moments of the sites.
 
     Attributes:
-        name: ``plain``, ``ddp``, ``zero1``, ``zero2``, ``zero3`` or ``fsdp2``.
+        name: ``plain``, ``ddp``, ``zero0``, ``zero1``, ``zero2``, ``zero3`` or ``fsdp2``.
         optimizer: The innermost torch optimizer, the one place that sees the gradients that are applied.
         gathers: Whether :meth:`gather_parameters` makes copies, because a rank holds only a part.
         cuts_optimizer: Whether a rank's optimizer holds only a part of what is trained.

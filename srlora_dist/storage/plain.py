@@ -1,4 +1,4 @@
-"""Every rank holds every weight and factor whole: one process, DDP, or DeepSpeed without ZeRO."""
+"""Every rank holds every weight and factor whole: one process, or DDP."""
 
 from __future__ import annotations
 
@@ -48,17 +48,22 @@ class PlainStorage(WholeWeights):
     def __init__(self, optimizer: Optimizer, sites: list[Site]) -> None:
         super().__init__(optimizer, sites)
         self.name = "ddp" if self.world_size > 1 else "plain"
-        self._stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        self._owners = self.find_owners()
         self._map_factors()
         self.tracked = [run for run in self.held if self.dealt_to[run.site] == self.rank]
 
+    def find_owners(self) -> dict[int, Tensor]:
+        """What the optimizer steps for each trained parameter, by the parameter's ``id``."""
+        return {id(parameter): parameter for group in self.optimizer.param_groups for parameter in group["params"]}
+
     def stepped(self, parameter: nn.Parameter) -> Piece:
-        if id(parameter) not in self._stepped:
+        if id(parameter) not in self._owners:
             raise not_stepped(self.sites, parameter)
-        return Piece(parameter, 0, *whole(parameter.numel()))
+        return Piece(self._owners[id(parameter)], 0, *whole(parameter.numel()))
 
     def copies(self, parameters: Iterable[nn.Parameter]) -> Iterator[Tensor]:
         for parameter in parameters:
-            yield parameter.detach()
-            state = self.optimizer.state.get(parameter, {})
+            owner = self._owners[id(parameter)]
+            yield from (tensor.detach() for tensor in ((parameter,) if owner is parameter else (parameter, owner)))
+            state = self.optimizer.state.get(owner, {})
             yield from (state[key] for key in sorted(state) if torch.is_tensor(state[key]))

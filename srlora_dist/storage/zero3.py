@@ -112,6 +112,18 @@ class Zero3Storage(CutWeights):
         return [self.parameter_run(parameter), *whole]
 
 
+def require_async_io() -> None:
+    """Stop where DeepSpeed cannot make the extension that reads and writes NVMe.
+
+    Raises:
+        ValueError: What it is made from is missing.
+    """
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise ValueError("parameters on NVMe need libaio: install libaio-dev (Debian) or libaio-devel (Fedora)")
+
+
 def _offsets(parameters: list[nn.Parameter]) -> list[int]:
     """Where each parameter's run begins in the flat tensor of its sub-group."""
     offsets = [0]

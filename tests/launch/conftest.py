@@ -139,18 +139,18 @@ def undisturbed(bench: Bench, forks: Forks) -> dict[str, float]:
     return seconds
 
 
-def write_model(folder: Path) -> None:
-    """Two layers, hidden 32, no dropout, so that every engine has the same losses."""
+def write_model(folder: Path, num_layers: int = 2, width: int = 32, inner_width: int = 64) -> None:
+    """A BERT without dropout, so that every engine has the same losses."""
     from transformers import BertConfig, BertModel, set_seed
 
     vocab_size = write_tokenizer(folder, single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1")
     set_seed(0)
     config = BertConfig(
         vocab_size=vocab_size,
-        hidden_size=32,
-        num_hidden_layers=2,
+        hidden_size=width,
+        num_hidden_layers=num_layers,
         num_attention_heads=2,
-        intermediate_size=64,
+        intermediate_size=inner_width,
         max_position_embeddings=32,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,

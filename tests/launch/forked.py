@@ -54,20 +54,27 @@ class Order:
     limit: float = 60
 
 
-def environment(order: Order) -> dict[str, str]:
+def launch_environment(yaml: str, *flags: str) -> dict[str, str]:
+    """What ``accelerate launch --config_file ... [flags]`` puts into the environment of a process."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+    from accelerate.utils.launch import (
+        prepare_deepspeed_cmd_env,
+        prepare_multi_gpu_env,
+        prepare_simple_launcher_cmd_env,
+    )
 
-    file = str(ROOT / "launch" / "accelerate" / f"{order.yaml}.yaml")
-    args = launch_command_parser().parse_args(["--config_file", file, "launch/train.py"])
+    file = str(ROOT / "launch" / "accelerate" / f"{yaml}.yaml")
+    args = launch_command_parser().parse_args(["--config_file", file, *flags, "launch/train.py"])
     args, _, _ = _validate_launch_command(args)
     args.deepspeed_fields_from_accelerate_config = ""
-    return prepare_deepspeed_cmd_env(args)[1] if args.use_deepspeed else prepare_multi_gpu_env(args)
+    if args.use_deepspeed:
+        return prepare_deepspeed_cmd_env(args)[1]
+    return prepare_multi_gpu_env(args) if args.multi_gpu or args.use_fsdp else prepare_simple_launcher_cmd_env(args)[1]
 
 
 def start(main: Callable[[list[str]], int], order: Order) -> dict[str, object]:
     """Fork the ranks, kill one, wait for the others; gives the exit statuses and what each printed on stderr."""
-    shared = environment(order) if order.world_size > 1 else {}
+    shared = launch_environment(order.yaml) if order.world_size > 1 else {}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
@@ -107,6 +114,7 @@ def _fork(main: Callable[[list[str]], int], order: Order, rank: int, shared: dic
         os.environ.update(shared)
         if order.world_size > 1:
             sizes = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": order.world_size}
+            sizes["LOCAL_WORLD_SIZE"] = order.world_size
             os.environ.update({name: str(value) for name, value in sizes.items()})
         if order.place is not None and rank == order.rank:
             _kill_at(order)

@@ -203,7 +203,13 @@ CASES = {
     "binary DeepSpeed file": (deepspeed("{binary}"), "bad/binary cannot be read"),
     "broken DeepSpeed file": (deepspeed("{broken.json}"), "broken.json cannot be read"),
     "DeepSpeed list": (deepspeed("{list.json}"), "list.json is not a JSON object"),
-    "DeepSpeed without ZeRO": (deepspeed("{stage0.json}"), "ZeRO stage 0 is not supported"),
+    "a stage that there is not": (deepspeed("{stage4.json}"), "ZeRO stage 4 is not supported"),
+    "no stage": (deepspeed("{no_stage.json}"), "ZeRO stage None is not supported"),
+    "NVMe without a folder": (deepspeed("{nvme.json}"), "names no folder: set ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_NVME"),
+    "NVMe nowhere": (
+        {**deepspeed("{nvme.json}"), "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_NVME_PATH": "/no/such"},
+        "/no/such is no folder that can be written",
+    ),
     "stage in words": (deepspeed("{stage.json}"), "ZeRO stage two is not supported"),
     "stage out of place": (deepspeed("{flat.json}"), "has zero_optimization 2, where"),
     "stage of the launch in words": (deepspeed("none", ACCELERATE_DEEPSPEED_ZERO_STAGE="x"), "ZeRO stage x"),
@@ -253,10 +259,6 @@ def assert_refused(run: Ended, *wanted: str) -> None:
     for text in wanted:
         assert text in run.errors[0]
     assert 'commands/train.py", line' not in run.stderr
-
-
-def test_fsdp_without_a_gpu_is_refused(bench: Bench) -> None:
-    assert_refused(bench.launch_yaml("fsdp2", *bench.arguments("fsdp")), "FSDP2 without a GPU", "cpu2.yaml")
 
 
 def test_two_ranks_that_fail_alike_print_once(bench: Bench) -> None:

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-ENGINES = ("plain", "ddp", "zero1", "zero2", "zero3", "fsdp2")
+ENGINES = ("plain", "ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2")
 BATCH = 12  # divides by 1, 2, 3 and 4 ranks
 
 

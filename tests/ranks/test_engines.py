@@ -133,7 +133,7 @@ def state_of(switcher: Switcher) -> dict:
             for run in storage.held:
                 if (run.site, run.factor) == (number, f):
                     whole[run.start : run.start + run.numel] = run.of(storage.optimizer.state[run.owner]["exp_avg_sq"])
-            if storage.name.startswith("zero") or is_cut:
+            if storage.cuts_optimizer:
                 torch.distributed.all_reduce(whole)
             moments[f"{name}.{f}"] = whole
     return {
@@ -150,6 +150,8 @@ ENGINES = {  # engine, ranks, zero_optimization, accumulation steps
     "plain": ("plain", 1, {}, 1),
     "ddp, 2 ranks": ("ddp", 2, {}, 1),
     "ddp, 4 ranks, more than sites": ("ddp", 4, {}, 1),
+    "zero0, 2 ranks": ("zero0", 2, {}, 1),
+    "zero0, 3 ranks, accumulation": ("zero0", 3, {}, 2),
     "zero1, 2 ranks": ("zero1", 2, {}, 1),
     "zero2, 2 ranks": ("zero2", 2, {}, 1),
     "zero2, 2 ranks, accumulation": ("zero2", 2, {}, 2),

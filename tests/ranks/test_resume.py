@@ -75,7 +75,8 @@ def warm_up(engine: Engine, dtype: torch.dtype) -> None:
 
 EXACT = [
     *(("plain", "fp32"), ("ddp, 4 ranks, more than sites", "fp32"), ("ddp, 2 ranks", "bf16"), ("ddp, 2 ranks", "nf4")),
-    *(("zero1, 2 ranks", "fp32"), ("zero2, 3 ranks, uneven", "fp32"), ("zero2, 3 ranks, uneven", "bf16")),
+    *(("zero0, 2 ranks", "bf16"), ("zero1, 2 ranks", "fp32")),
+    *(("zero2, 3 ranks, uneven", "fp32"), ("zero2, 3 ranks, uneven", "bf16")),
     *(("zero2, 2 ranks, optimizer on the CPU", "fp32"), ("zero3, 2 ranks, optimizer on the CPU", "fp32")),
     *(("zero3, 2 ranks, parameters on the CPU", "fp32"), ("zero3, 3 ranks, uneven", "fp32"), ("zero3, 2 ranks", "nf4")),
     *(("zero3, 4 ranks, mixed", "fp32"), ("zero3, 4 ranks, mixed", "bf16"), ("fsdp2, 4 ranks, empty shards", "fp32")),

@@ -1,0 +1,81 @@
+"""DeepSpeed without ZeRO: whole weights, gradients and moments on every rank, as under DDP.
+
+In float32 the optimizer steps the model's own parameters, whatever their gradients are. In 16 bits DeepSpeed gives it a
+float32 copy of each, from which the parameter is rebuilt after a step, so a written pair must go to both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from srlora_dist.sites import Site
+from srlora_dist.storage.plain import PlainStorage
+
+
+class Zero0Storage(PlainStorage):
+    """Plain storage with the float32 copies of DeepSpeed's wrapper, if there is one."""
+
+    def __init__(self, optimizer: Optimizer, sites: list[Site], wrapper: object | None) -> None:
+        self._wrapper = wrapper
+        if wrapper is not None:
+            _undo_trial_step_(optimizer, wrapper)
+            self.loss_scaler = wrapper.loss_scale_config
+        super().__init__(optimizer, sites)
+        self.name = "zero0"
+
+    @override
+    def find_owners(self) -> dict[int, Tensor]:
+        if self._wrapper is None:
+            return super().find_owners()
+        return {id(parameter): copy for parameter, copy in _pairs(self._wrapper)}
+
+    @override
+    def on_optimizer_step(self, hook: Callable[[list[Tensor]], None]) -> None:
+        # A step that leave_out_bad_steps_ turned into nothing did not happen.
+        super().on_optimizer_step(lambda owners: None if getattr(self.optimizer, "overflow", False) else hook(owners))
+
+
+def leave_out_bad_steps_(optimizer: Optimizer) -> None:
+    """Make steps with a NaN or infinite gradient do nothing, as DeepSpeed's own wrappers do; it has none for float32.
+
+    The gradients have been averaged, so every rank sees the same. ``overflow`` is where DeepSpeed and Accelerate look
+    for a step that was left out.
+
+    Args:
+        optimizer: Before it is prepared, and before anything else observes its steps.
+    """
+    optimizer.overflow = False
+
+    def pre_hook(optimizer: Optimizer, *_: object) -> None:
+        stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in stepped if p.grad is not None])
+        optimizer.overflow = not bool(norm.isfinite())
+        if optimizer.overflow:
+            for parameter in stepped:
+                parameter.grad = None
+
+    optimizer.register_step_pre_hook(pre_hook)
+
+
+def _pairs(wrapper: object) -> list[tuple[Tensor, Tensor]]:
+    """Each trained parameter with its float32 copy."""
+    groups = zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)
+    return [pair for parameters, copies in groups for pair in zip(parameters, copies, strict=True)]
+
+
+def _undo_trial_step_(optimizer: Optimizer, wrapper: object) -> None:
+    """Take back the step without a gradient by which DeepSpeed makes the moments: it counts, and it decays the copies.
+
+    Once something was trained there are moments other than 0, and nothing is done.
+    """
+    moments = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    if any(bool(moment.any()) for moment in moments if moment.dim()):
+        return
+    optimizer.state.clear()
+    for parameter, copy in _pairs(wrapper):
+        copy.detach().copy_(parameter.detach())
