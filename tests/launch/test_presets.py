@@ -151,6 +151,28 @@ def test_trains(name: str, dtype: str, bench: Bench, forks: Forks, request: pyte
         torch.testing.assert_close(losses(bench, run), losses(bench, reference), rtol=FORMS[dtype], atol=1e-6)
 
 
+POISON = """
+from srlora_dist.trainer import Trainer
+original = Trainer._micro_step
+def poisoned(trainer, batch):
+    if trainer.progress.done != 0:
+        return original(trainer, batch)
+    hook = trainer.trainable[0].register_hook(lambda gradient: gradient * float("nan"))
+    result = original(trainer, batch)
+    hook.remove()
+    return result
+Trainer._micro_step = poisoned
+"""
+
+
+def test_without_zero_a_step_with_nan_is_left_out(bench: Bench, forks: Forks) -> None:
+    """In float32 DeepSpeed would take it."""
+    ended = forks.start(yaml="zero0_cpu", arguments=options(bench, "poisoned"), code=POISON, limit=200)
+    assert ended["statuses"] == {"0": 0, "1": 0}, ended["stderr"][0][-3000:]
+    assert summary_of(bench, "poisoned")["skipped_steps"] == 1
+    assert losses(bench, "poisoned").isfinite().all()
+
+
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
