@@ -89,8 +89,13 @@ def cells() -> list[object]:
 
 
 def options(bench: Bench, name: str, **more: object) -> list[str]:
-    """The command line of a run of three steps with a switch after the second."""
-    chosen = {"train__max_steps": NUM_STEPS, "train__eval_every": NUM_STEPS, "checkpoint__every": 0}
+    """The command line of a run of three steps with a switch on the way."""
+    chosen = {
+        "train__learning_rate": 0.001,
+        "train__max_steps": NUM_STEPS,
+        "train__eval_every": NUM_STEPS,
+        "checkpoint__every": 0,
+    }
     return bench.arguments(name, **chosen | more)
 
 
