@@ -1,6 +1,6 @@
 # make demo: train SRLoRA on two CPU processes on real sentences for a few minutes, from nothing but Python, pip, make
 # and a compiler.
-# make test: lint and every test that needs no GPU, two files at a time.
+# make test: lint and every test that needs no GPU, three files at a time, for ranks wait for each other.
 # make cluster: many nodes on one machine, see docs/multi-node.md; needs root, iproute2, slurm-wlm and munge.
 
 PYTHON ?= python3
@@ -29,7 +29,7 @@ lint: install
 	$(BIN)/ruff format --check .
 
 test: lint
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 cluster: install
 	$(BIN)/pytest tests/cluster -rs

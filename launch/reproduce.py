@@ -20,10 +20,10 @@ from srlora_dist.reproduce.results import Results  # noqa: E402
 from srlora_dist.reproduce.running import command, run_grid  # noqa: E402
 
 
-def main() -> int:
+def main(argv: list[str]) -> int:
     """Run the grid and report; the exit status is 1 if a run failed, 2 for wrong options and 75 if asked to stop."""
     try:
-        grid = build_grid(sys.argv[1:], LAUNCH / "paper")
+        grid = build_grid(argv, LAUNCH / "paper")
         train = LAUNCH / "train.py"
         if grid.dry_run:
             _say(grid, train)
@@ -50,4 +50,4 @@ def _say(grid: Grid, train: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

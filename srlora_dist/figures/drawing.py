@@ -7,6 +7,7 @@ from pathlib import Path
 from srlora_dist.figures.intervals import draw_lengths, draw_site, find_site, why_no_intervals
 from srlora_dist.figures.loss import compare_losses, draw_loss
 from srlora_dist.figures.runs import Run
+from srlora_dist.runlog import read_lines
 
 
 def draw(folder: str | Path, summary: dict[str, object]) -> list[Path]:
@@ -18,8 +19,10 @@ def draw(folder: str | Path, summary: dict[str, object]) -> list[Path]:
 
     Returns:
         The PNG files, in ``figures/``: ``loss.png`` and, after at least one switch, ``active_intervals.png`` and
-        ``interval_lengths.png``.
+        ``interval_lengths.png``; none where nothing was logged, as in a run that is resumed after its last step.
     """
+    if not read_lines(Path(folder) / "metrics.jsonl"):
+        return []
     return compare([Run.read(folder, summary)], Path(folder) / "figures")[0]
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from tests.launch.conftest import Bench, Case, Ended
+from tests.launch.forks import Forks
 from tests.launch.test_engines import losses
 
 
@@ -71,10 +72,10 @@ ENGINES = {
 
 
 @pytest.mark.parametrize("name", ENGINES)
-def test_two_ranks_judge_by_the_mean_over_all_tokens(name: str, bench: Bench) -> None:
+def test_two_ranks_judge_by_the_mean_over_all_tokens(name: str, bench: Bench, forks: Forks) -> None:
     yaml, options, tolerance = ENGINES[name]
-    run = bench.launch_yaml(yaml, *decoder(bench, name, **options))
-    assert run.returncode == 0, run.stderr[-3000:]
+    run = forks.start(yaml=yaml, arguments=decoder(bench, name, **options))
+    assert run["statuses"] == {"0": 0, "1": 0}, run["stderr"][0][-3000:]
     folder = bench.run_folder(name)
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["storage"], summary["world_size"]) == (name.split()[0], 2)
@@ -110,13 +111,13 @@ def token_mean(bench: Bench, adapter: Path) -> float:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_new_head_trains_with_16_bit_weights_under_zero3(dtype: str, bench: Bench) -> None:
+def test_a_new_head_trains_with_16_bit_weights_under_zero3(dtype: str, bench: Bench, forks: Forks) -> None:
     """DeepSpeed wants all that is trained in one type, and PEFT holds the pairs in another than the head."""
     options = bench.arguments(dtype, model__dtype=dtype, train__max_steps=4, srlora__target_rank=8)
-    run = bench.launch_yaml("zero3_cpu", *options)
-    assert run.returncode == 0, run.stderr[-3000:]
+    run = forks.start(yaml="zero3_cpu", arguments=options)
+    assert run["statuses"] == {"0": 0, "1": 0}, run["stderr"][0][-3000:]
     summary = json.loads((bench.run_folder(dtype) / "summary.json").read_text())
     assert (summary["storage"], summary["weights"]) == ("zero3", dtype)
     assert summary["extra_memory_bytes"]["residual"] > 0
     assert f"weights in **{dtype}**" in (bench.run_folder(dtype) / "adapter" / "README.md").read_text()
-    assert "this rank holds" in run.stderr
+    assert "this rank holds" in run["stderr"][0]

@@ -71,8 +71,9 @@ def without_async_io() -> bool:
 
 
 by_hand = pytest.mark.skipif("SRLORA_TEST_PRESETS" not in os.environ, reason="left out: SRLORA_TEST_PRESETS=all")
-FLOAT16 = ("zero0_cpu", "zero3_offload_cpu")
-"""Where it is tested each time: two wrappers of the optimizer that no other test has in this type."""
+EACH_TIME = {"bfloat16": ("zero0_cpu", "zero2_offload_cpu", "zero3_offload_cpu", "fsdp2_cpu")}
+EACH_TIME |= {"float32": tuple(PRESETS), "float16": ("zero0_cpu", "zero3_offload_cpu")}
+"""What is run each time: every file in float32, and in 16 bits where tests/ranks does not do the same."""
 
 
 def cells() -> list[object]:
@@ -82,7 +83,7 @@ def cells() -> list[object]:
     for name, preset in PRESETS.items():
         for dtype in FORMS:
             marks = [slow] if preset.model == "wide" else []
-            marks += [by_hand] if dtype == "float16" and name not in FLOAT16 else []
+            marks += [by_hand] if name not in EACH_TIME[dtype] else []
             if dtype != "float16" or preset.engine.startswith("zero"):
                 found.append(pytest.param(name, dtype, id=f"{name} {dtype}", marks=marks))
     return found
@@ -222,6 +223,8 @@ def test_two_nodes_train_together(name: str, flags: tuple[str, ...], bench: Benc
 
 def test_every_file_is_tested() -> None:
     assert {path.stem for path in LAUNCH.iterdir()} == {*TWINS, *TWINS.values()}
+    for path in LAUNCH.iterdir():
+        assert path.read_text().startswith(f"# accelerate launch --config_file launch/accelerate/{path.name} ")
     used = {
         yaml.safe_load(path.read_text()).get("deepspeed_config", {}).get("deepspeed_config_file")
         for path in LAUNCH.iterdir()
