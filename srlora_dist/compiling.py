@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from torch.utils.cpp_extension import get_default_build_root
@@ -17,16 +17,17 @@ PATIENCE_SECONDS = 120.0
 """A lock that no process of this machine holds open may be that of another one, with the same home folder."""
 
 
-def wait_for_locks(patience: float = PATIENCE_SECONDS) -> None:
-    """Wait until no operator is being compiled, and remove the locks of processes that are gone.
+def wait_for_locks(operators: Iterable[str], patience: float = PATIENCE_SECONDS) -> None:
+    """Wait until none of these operators is being compiled, and remove the locks of processes that are gone.
 
     Torch itself waits for a lock for ever, so that after a kill no run would start again.
 
     Args:
+        operators: Those that a run uses, as DeepSpeed names their folders.
         patience: Seconds from when a lock was made, after which it is removed if no process here holds it.
     """
     began, told = time.monotonic(), False
-    while locks := [path for path in _locks() if path.exists()]:
+    while locks := [path for path in _locks(set(operators)) if path.exists()]:
         for path in locks:
             age = _age(path)
             if age is not None and age > patience and not _is_open(path):
@@ -38,9 +39,10 @@ def wait_for_locks(patience: float = PATIENCE_SECONDS) -> None:
         time.sleep(0.2)
 
 
-def _locks() -> Iterator[Path]:
+def _locks(operators: set[str]) -> Iterator[Path]:
     chosen = os.environ.get("TORCH_EXTENSIONS_DIR")
-    yield from Path(chosen).glob("*/lock") if chosen else Path(get_default_build_root()).glob("*/*/lock")
+    locks = Path(chosen).glob("*/lock") if chosen else Path(get_default_build_root()).glob("*/*/lock")
+    yield from (path for path in locks if path.parent.name in operators)
 
 
 def _age(path: Path) -> float | None:

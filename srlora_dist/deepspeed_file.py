@@ -90,6 +90,16 @@ def fill(settings: dict[str, object], config: RunConfig, num_processes: int) -> 
     return settings
 
 
+def compiled_operators(settings: dict[str, object]) -> list[str]:
+    """Operators that DeepSpeed compiles for such a run when they are first used, by the names of their folders."""
+    zero = settings.get("zero_optimization", {})
+    devices = {(zero.get(f"offload_{what}") or {}).get("device", "none") for what in ("optimizer", "param")}
+    operators = ["deepspeed_shm_comm"]
+    if devices != {"none"}:
+        operators += ["cpu_adam", "pin_memory"]
+    return operators + ["async_io"] * ("nvme" in devices)
+
+
 def require_nvme(settings: dict[str, object]) -> None:
     """Stop where parameters are to go to an NVMe disk that is not there or that DeepSpeed cannot use.
 

@@ -26,7 +26,7 @@ from torch import nn
 
 from srlora_dist.compiling import wait_for_locks
 from srlora_dist.config import RunConfig
-from srlora_dist.deepspeed_file import fill, read_settings, require_nvme, zero_stage
+from srlora_dist.deepspeed_file import compiled_operators, fill, read_settings, require_nvme, zero_stage
 from srlora_dist.precision import mixed_precision
 from srlora_dist.storage import rejoin
 
@@ -108,7 +108,7 @@ def build_accelerator(config: RunConfig) -> tuple[Accelerator, str]:
         # DeepSpeed's own limit is 10 minutes, less than rank 0 may need to factor a large weight.
         handlers.append(InitProcessGroupKwargs(timeout=timeout, **backend))
     if asked.startswith("zero"):
-        wait_for_locks()
+        wait_for_locks(compiled_operators(settings))
     try:
         if asked != "plain":
             rejoin("cpu" if without_gpu else torch.accelerator.current_accelerator().type, timeout)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from srlora_dist.config import RunConfig, TrainOptions
-from srlora_dist.deepspeed_file import fill
+from srlora_dist.deepspeed_file import compiled_operators, fill
+from tests.launch.conftest import ROOT
 
 
 def filled(optimizer: str = "adamw", **theirs: object) -> dict[str, object]:
@@ -36,3 +39,16 @@ def test_offload_leaves_another_optimizer_than_adam_alone() -> None:
 def test_deepspeed_that_would_do_something_else_is_refused(theirs: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         filled(**theirs)
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("zero3", []),
+        ("zero2_offload", ["cpu_adam", "pin_memory"]),
+        ("zero3_nvme", ["cpu_adam", "pin_memory", "async_io"]),
+    ],
+)
+def test_a_run_waits_for_the_operators_that_it_uses(name: str, more: list[str]) -> None:
+    settings = json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
+    assert compiled_operators(settings) == ["deepspeed_shm_comm", *more]
