@@ -1,6 +1,6 @@
 # make demo: train SRLoRA on two CPU processes on real sentences for a few minutes, from nothing but Python, pip, make
 # and a compiler.
-# make test: lint and every test that needs no GPU, three files at a time, for ranks wait for each other.
+# make test: lint and every test that needs no GPU, two files at a time; make test-all adds the slow ones.
 # make cluster: many nodes on one machine, see docs/multi-node.md; needs root, iproute2, slurm-wlm and munge.
 
 PYTHON ?= python3
@@ -10,7 +10,7 @@ BIN = $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo lint test cluster clean
+.PHONY: install demo lint test test-all cluster clean
 
 install: $(VENV)/.installed
 
@@ -29,7 +29,10 @@ lint: install
 	$(BIN)/ruff format --check .
 
 test: lint
-	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-all: lint
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m ""
 
 cluster: install
 	$(BIN)/pytest tests/cluster -rs

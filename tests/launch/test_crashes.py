@@ -89,6 +89,7 @@ PLACES = {  # where, after which call, in which rank
 
 
 @pytest.mark.timeout(400)
+@pytest.mark.slow
 def test_killed_at_places(bench: Bench, forks: Forks, undisturbed: dict[str, float]) -> None:
     """Each kill is in a run of its own; the engines take turns."""
     assert undisturbed

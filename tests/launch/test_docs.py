@@ -22,6 +22,7 @@ from tests.unit.test_images import write_classes, write_idx, write_vit
 from tests.unit.test_instruct import write_jsonl
 from tests.unit.test_instruct import write_model as write_chat_model
 
+pytestmark = pytest.mark.slow
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 ELSEWHERE = {
     "make test": "it is what runs this",

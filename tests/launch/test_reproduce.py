@@ -9,10 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from srlora_dist.reproduce.grid import build_grid
 from srlora_dist.reproduce.running import START, run_grid
 from tests.launch.conftest import ROOT, Bench
 
+pytestmark = pytest.mark.slow
 TRAIN = ROOT / "launch" / "train.py"
 
 
