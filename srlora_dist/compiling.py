@@ -31,8 +31,10 @@ def wait_for_locks(operators: Iterable[str], patience: float = PATIENCE_SECONDS)
         for path in locks:
             age = _age(path)
             if age is not None and age > patience and not _is_open(path):
-                logger.warning("removing %s: the process that was compiling there is gone", path)
-                path.unlink(missing_ok=True)
+                time.sleep(0.2)  # torch closes a lock before it removes it
+                if path.exists():
+                    logger.warning("removing %s: the process that was compiling there is gone", path)
+                    path.unlink(missing_ok=True)
         if not told and time.monotonic() - began > SILENT_SECONDS:
             logger.warning("waiting for %s: another process compiles an operator, or was killed in it", locks[0])
             told = True
