@@ -10,10 +10,8 @@ import logging
 import uuid
 from functools import partial
 from pathlib import Path
-from types import MethodType
 
 from accelerate.utils import parse_flag_from_env
-from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from typing_extensions import override
@@ -23,6 +21,7 @@ from srlora_dist.config import SRLoRAConfig
 from srlora_dist.engine import together
 from srlora_dist.export import export_checkpoint
 from srlora_dist.ledger import SwitchReport
+from srlora_dist.live_pairs import mark_saves_
 from srlora_dist.sites import find_peft_model
 from srlora_dist.switcher import Switcher
 
@@ -110,7 +109,7 @@ class SRLoRACallback(TrainerCallback):
         if resumes:
             self._require_same_run(state)
         self._note(state, report)
-        _mark_saves_(self._peft_model, self.config.adapter_name)
+        mark_saves_(self._peft_model, self.config.adapter_name)
 
     @override
     def on_prediction_step(
@@ -288,34 +287,3 @@ def _require_engine(args: TrainingArguments, got: str) -> None:
                 f"the launch asks for {asked}, but the Trainer runs on {got}: Accelerate drops {asked} without a GPU; "
                 "leave it out there, or see docs/trainer.md for DeepSpeed on a CPU"
             )
-
-
-NOTE = """The adapter file here is not for use: it holds the live pairs of an SRLoRA run without what was fused into the
-pretrained weights. The Trainer needs it to resume; adapter_config.json was renamed so that nothing else loads it.
-
-The adapter that gives the trained model's outputs on the untouched base is written at the end of training to
-`adapter/` in the output folder of the run, and by `callback.export(folder)`. That of a checkpoint:
-
-    srlora export checkpoint-N/srlora folder
-"""
-
-
-def _mark_saves_(model: PeftModel, adapter_name: str) -> None:
-    """From now on, keep what ``model.save_pretrained`` writes from being taken for the trained adapter."""
-
-    def save_pretrained(self: PeftModel, save_directory: str, *args: object, **kwargs: object) -> None:
-        type(self).save_pretrained(self, save_directory, *args, **kwargs)
-        folder = Path(save_directory) / (adapter_name if adapter_name != "default" else "")
-        config = folder / "adapter_config.json"
-        if not kwargs.get("is_main_process", True) or not config.exists():
-            return
-        config.replace(folder / "adapter_config.live_pairs.json")
-        (folder / "LIVE_PAIRS.md").write_text(NOTE)
-        if not Path(save_directory).name.startswith("checkpoint-"):
-            logger.warning(
-                "%s holds the live pairs without what was fused, so it was made not to load: the adapter is in "
-                "adapter/ of the output folder after training, or write it with callback.export(folder)",
-                save_directory,
-            )
-
-    model.save_pretrained = MethodType(save_pretrained, model)

@@ -98,17 +98,13 @@ def build_accelerator(config: RunConfig) -> tuple[Accelerator, str]:
     precision = mixed_precision(config.model, asked, launched_precision, settings, has_gpu=not without_gpu)
     if settings is None:
         _require_accumulation(config)
-    elif settings:  # before the processes connect, and before Accelerate copies it for zero.Init
-        filled = fill(settings, config, num_processes)
-        require_nvme(filled)
-        plugin = DeepSpeedPlugin(hf_ds_config=filled)
+    else:
+        plugin = _deepspeed_plugin(settings, config, num_processes)
     handlers, timeout = [], timedelta(seconds=config.train.timeout)
     if asked != "plain":
         backend = {"backend": "gloo"} if without_gpu else {}
         # DeepSpeed's own limit is 10 minutes, less than rank 0 may need to factor a large weight.
         handlers.append(InitProcessGroupKwargs(timeout=timeout, **backend))
-    if asked.startswith("zero"):
-        wait_for_locks(compiled_operators(settings))
     try:
         if asked != "plain":
             rejoin("cpu" if without_gpu else torch.accelerator.current_accelerator().type, timeout)
@@ -136,6 +132,20 @@ def build_accelerator(config: RunConfig) -> tuple[Accelerator, str]:
         made = accelerator.state.deepspeed_plugin.deepspeed_config
         made.update(fill(made, config, accelerator.num_processes))
     return accelerator, asked
+
+
+def _deepspeed_plugin(settings: dict[str, object], config: RunConfig, num_processes: int) -> DeepSpeedPlugin | None:
+    """The filled settings for Accelerate, before the processes connect and before it copies them for zero.Init.
+
+    None where the launch names no file; then Accelerate makes them, and they are filled afterwards.
+    """
+    plugin = None
+    if settings:
+        filled = fill(settings, config, num_processes)
+        require_nvme(filled)
+        plugin = DeepSpeedPlugin(hf_ds_config=filled)
+    wait_for_locks(compiled_operators(settings))
+    return plugin
 
 
 def require_engine(asked: str, got: str, who: str) -> None:

@@ -28,7 +28,7 @@ def make_plan(
     persistence_threshold: int | None,
     device: str,
 ) -> dict[str, object]:
-    """Everything that ``srlora plan`` prints, in bytes and seconds; the options are those of ``cli.PlanOptions``.
+    """All that ``srlora plan`` prints, in bytes and seconds; the options are those of ``commands.plan.PlanOptions``.
 
     Raises:
         ValueError: The model is not known, or an option does not fit it.

@@ -7,6 +7,29 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+SPLITS = ("train", "validation")
+
+
+def split_files(data_dir: str, ending: str, content: str) -> list[Path]:
+    """The files of both splits in ``task.data_dir``.
+
+    Args:
+        data_dir: The folder.
+        ending: Of their names, ``txt`` or ``jsonl``.
+        content: What is in them, for the message.
+
+    Raises:
+        ValueError: One is missing.
+    """
+    files = [Path(data_dir).expanduser() / f"{split}.{ending}" for split in SPLITS]
+    for file in files:
+        if not file.is_file():
+            raise ValueError(
+                f"task.data_dir is {data_dir!r}, but there is no file {file}: give a folder with train.{ending} and "
+                f"validation.{ending}, {content}"
+            )
+    return files
+
 
 def read_lines(path: Path) -> list[str]:
     """The lines of a UTF-8 file, with or without a byte-order mark; only a line feed ends one.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from srlora_dist.config import RunConfig
-from srlora_dist.tasks.files import read_lines
+from srlora_dist.tasks.files import read_lines, split_files
 
 if TYPE_CHECKING:
     import datasets
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from srlora_dist.tasks import Task
 
-SPLITS = ("train", "validation")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MARKS_ANSWERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """What a chat template has around an answer if it says itself where answers are."""
@@ -190,14 +189,8 @@ def _tokenise(tokenizer: PreTrainedTokenizerBase, pieces: list[tuple[str, bool]]
 def _files(data_dir: str | None) -> list[Path]:
     if data_dir is None:
         raise ValueError("task instruct needs task.data_dir: a folder with train.jsonl and validation.jsonl")
-    files = [Path(data_dir).expanduser() / f"{split}.jsonl" for split in SPLITS]
-    for file in files:
-        if not file.is_file():
-            raise ValueError(
-                f"task.data_dir is {data_dir!r}, but there is no file {file}: give a folder with train.jsonl and "
-                'validation.jsonl, of lines {"messages": [...]} or {"prompt": ..., "completion": ...}'
-            )
-    return files
+    lines = 'of lines {"messages": [...]} or {"prompt": ..., "completion": ...}'
+    return split_files(data_dir, "jsonl", lines)
 
 
 def _read_sample(line: str, where: str) -> dict[str, object]:

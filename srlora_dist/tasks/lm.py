@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from srlora_dist.config import RunConfig
-from srlora_dist.tasks.files import read_lines
+from srlora_dist.tasks.files import SPLITS, read_lines, split_files
 
 if TYPE_CHECKING:
     from srlora_dist.tasks import Task
-
-SPLITS = ("train", "validation")
 
 
 def check(config: RunConfig) -> None:
@@ -41,14 +39,7 @@ def load(config: RunConfig) -> Task:
 
 
 def _files(data_dir: str) -> list[Path]:
-    files = [Path(data_dir).expanduser() / f"{split}.txt" for split in SPLITS]
-    for file in files:
-        if not file.is_file():
-            raise ValueError(
-                f"task.data_dir is {data_dir!r}, but there is no file {file}: give a folder with train.txt and "
-                "validation.txt, one document a line"
-            )
-    return files
+    return split_files(data_dir, "txt", "one document a line")
 
 
 def _read_documents(path: Path) -> list[str]:

@@ -117,6 +117,7 @@ def places(bench: Bench, forks: Forks) -> dict[str, str]:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.stem)
 def test_the_commands_of_a_page_run(page: Path, bench: Bench, forks: Forks, places: dict[str, str]) -> None:
+    problems = {}
     for command in commands(page):
         if is_elsewhere(command):
             continue
@@ -129,8 +130,9 @@ def test_the_commands_of_a_page_run(page: Path, bench: Bench, forks: Forks, plac
             command = command.replace(place, taken)
         try:
             run(shlex.split(command), bench, forks)
-        except BaseException as error:
-            raise AssertionError(f"{page.name} shows: {command}") from error
+        except Exception as error:
+            problems[command] = str(error)
+    assert problems == {}
 
 
 def run(words: list[str], bench: Bench, forks: Forks) -> None:

@@ -27,7 +27,8 @@ LAYERS = [
     ["storage"],
     ["pairs", "sites", "digest", "spans"],
     ["config"],
-    ["options_file", "ranges", "safefiles", "cache", "errors", "compiling", "paper", "process", "arguments"],
+    ["options_file", "ranges", "safefiles", "cache", "errors", "compiling", "paper", "process", "arguments"]
+    + ["live_pairs"],
 ]
 
 
