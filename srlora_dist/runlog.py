@@ -91,7 +91,7 @@ class RunLog:
         """Append one line to ``metrics.jsonl`` and the same figures to TensorBoard."""
         self._append("metrics.jsonl", record)
         for name, value in record.items():
-            if name not in ("step", "split"):
+            if name not in ("step", "split", "epoch"):
                 self._writer.add_scalar(f"{record['split']}/{name}", value, record["step"])
 
     def switch(self, step: int, report: SwitchReport) -> None:
