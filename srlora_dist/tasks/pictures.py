@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import datasets
     import numpy as np
+    from PIL import Image
     from torch import Tensor
     from transformers import BaseImageProcessor
 
@@ -95,13 +96,19 @@ def _open(picture: object) -> object:
     """A picture in RGB, from a path, the content of a file, or one that is open already."""
     from PIL import Image
 
-    if isinstance(picture, Image.Image):
-        return picture.convert("RGB")
     try:
+        if isinstance(picture, Image.Image):
+            return _in_rgb(picture)
         with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as opened:
-            return opened.convert("RGB")
+            return _in_rgb(opened)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{picture} is no picture that can be read ({error}): replace or remove it") from error
+
+
+def _in_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith(("I", "F")):  # PIL would cut off what is above 255, and make 0 of fractions
+        raise ValueError(f"mode {picture.mode} has more than 8 bits a value")
+    return picture.convert("RGB")
 
 
 def _idx_file(root: Path, name: str, this: str) -> Path:

@@ -186,6 +186,19 @@ def test_a_broken_picture_is_named_when_it_is_opened(vit: str, tmp_path: Path) -
         task.collate([task.train[k] for k in range(12)])
 
 
+@pytest.mark.parametrize("values", ["uint16", "int32", "float32"])
+def test_more_than_8_bits_a_value_are_refused(values: str, vit: str, tmp_path: Path) -> None:
+    """PIL makes 255 of all that is above, so that such a picture would be white."""
+    folder = write_classes(tmp_path / "pictures")
+    deep = Image.fromarray(np.full((9, 14), 300).astype(values))
+    deep.save(folder / "train" / "ant" / "0.tif")
+    task = load_task(run_config(vit, folder))
+    with pytest.raises(ValueError, match=r"ant/0.tif is no picture that can be read \(mode .* has more than 8 bits"):
+        task.collate([task.train[k] for k in range(13)])
+    with pytest.raises(ValueError, match="has more than 8 bits"):
+        task.collate([{"picture": deep, "labels": 0}])  # as the hub gives them
+
+
 def test_another_size_than_the_model_has_positions_for_is_refused(tmp_path: Path) -> None:
     config = run_config(write_vit(tmp_path / "vit", size=12, made=16), write_idx(tmp_path / "idx"))
     with pytest.raises(ValueError, match="takes pictures of 12 x 12, but its preprocessor_config.json makes 16 x 16"):
