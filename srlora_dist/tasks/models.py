@@ -299,5 +299,6 @@ def _ensure_padding_(name: str, model: PreTrainedModel, tokenizer: PreTrainedTok
                 f"the tokenizer of {name!r} has neither a padding nor an end token: choose another model.name_or_path"
             )
         tokenizer.pad_token = tokenizer.eos_token
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    # A classifier that looks for the last token which is not padding has to know the same one.
+    for settings in (model.config, model.config.get_text_config()):
+        settings.pad_token_id = tokenizer.pad_token_id

@@ -340,6 +340,19 @@ def test_a_model_without_padding_pads_with_its_end(glue_dir, tiny_bert, tmp_path
     assert torch.isfinite(task.model(**batch).loss)
 
 
+def test_a_classifier_finds_the_end_of_a_text_that_is_padded(glue_dir, tiny_bert, tmp_path):
+    """Where its configuration names another padding token than the tokenizer pads with."""
+    transformers.AutoTokenizer.from_pretrained(tiny_bert, pad_token="[SEP]").save_pretrained(tmp_path / "gpt")
+    sizes = {"vocab_size": 18, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 130, "pad_token_id": 0}
+    transformers.GPT2Model(transformers.GPT2Config(**sizes)).save_pretrained(tmp_path / "gpt")
+    task = load_task(run_config(tmp_path / "gpt", glue_dir))
+    row = dict(task.train[0])
+    longer = {name: 2 * value if isinstance(value, list) else value for name, value in row.items()}
+    with torch.no_grad():
+        alone, padded = (task.model.eval()(**task.collate(rows)).logits for rows in ([row], [row, longer]))
+    torch.testing.assert_close(padded[:1], alone)
+
+
 # --- plain text
 
 
