@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MARKS_ANSWERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """What a chat template has around an answer if it says itself where answers are."""
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+"""A surrogate without its other half, which JSON can write and no tokenizer reads."""
 
 
 class Encoded(NamedTuple):
@@ -47,8 +49,8 @@ def load(config: RunConfig) -> Task:
     """
     from transformers import AutoModelForCausalLM
 
-    from srlora_dist.tasks.models import check_length, check_tokens, load_model, quiet, require_decoder
-    from srlora_dist.tasks.tokens import token_task
+    from srlora_dist.tasks.models import check_length, check_tokens, load_model, quiet
+    from srlora_dist.tasks.tokens import require_decoder, token_task
 
     options, splits = config.task, []
     with quiet():
@@ -115,7 +117,8 @@ def encode_sample(sample: dict[str, object], tokenizer: PreTrainedTokenizerBase,
     if "messages" not in sample:
         pieces = [(sample["prompt"], False), (sample["completion"], True)]
         tokens, is_answer = _tokenise(tokenizer, pieces, begins=True)
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        has_end = tokenizer.eos_token_id is None or tokens[-1:] == [tokenizer.eos_token_id]
+        end = [] if has_end else [tokenizer.eos_token_id]
         return Encoded(tokens + end, is_answer + [True] * len(end))
     messages, template = sample["messages"], tokenizer.chat_template
     if template is None:
@@ -170,9 +173,7 @@ def _tokenise(tokenizer: PreTrainedTokenizerBase, pieces: list[tuple[str, bool]]
 
     def tokens_of(text: str, special: bool) -> list[int]:
         tokens = list(tokenizer(text, add_special_tokens=special)["input_ids"])
-        while special and tokens and tokens[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id):
-            tokens.pop()  # an end that the tokenizer puts after any text
-        return tokens
+        return tokens[: len(tokens) - _num_added_after(tokenizer)] if special else tokens
 
     texts = [piece for piece, _ in pieces]
     upto = [tokens_of("".join(texts[: k + 1]), begins) for k in range(len(texts))]
@@ -184,6 +185,13 @@ def _tokenise(tokenizer: PreTrainedTokenizerBase, pieces: list[tuple[str, bool]]
         parts = [tokens_of(text, begins and k == 0) for k, text in enumerate(texts)]
     tokens = [token for part in parts for token in part]
     return Encoded(tokens, [flag for part, (_, flag) in zip(parts, pieces, strict=True) for _ in part])
+
+
+def _num_added_after(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many special tokens the tokenizer puts after any text, such as an end."""
+    plain, whole = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (False, True))
+    ends = (len(whole) - number for number in range(len(whole)))
+    return next((len(whole) - end for end in ends if whole[:end][-len(plain) :] == plain), 0)
 
 
 def _files(data_dir: str | None) -> list[Path]:
@@ -198,6 +206,8 @@ def _read_sample(line: str, where: str) -> dict[str, object]:
         sample = json.loads(line)
     except ValueError as error:
         raise ValueError(f"{where} is not JSON ({error}): write one object a line") from error
+    if HALF_CHARACTER.search(json.dumps(sample, ensure_ascii=False)):
+        raise ValueError(f"{where} has half of a character, such as of an emoji that was cut: remove it")
     if isinstance(sample, dict) and isinstance(sample.get("messages"), list):
         _require_messages(sample["messages"], where)
         return sample

@@ -19,7 +19,6 @@ import transformers
 from filelock import FileLock
 from torch import nn
 from transformers import (
-    MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoImageProcessor,
     AutoTokenizer,
@@ -195,19 +194,6 @@ def check_tokens(
         raise ValueError(
             f"the tokenizer of {base_model(config)[0]!r} gives token {highest}, but the model has embeddings for "
             f"{most}: put the model's own tokenizer into its folder"
-        )
-
-
-def require_decoder(config: RunConfig, model: PreTrainedModel) -> None:
-    """Stop where Transformers would let an encoder predict the next token, which it sees.
-
-    Raises:
-        ValueError: The model is an encoder.
-    """
-    if type(model.config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(model.config, "is_decoder", True):
-        raise ValueError(
-            f"model.name_or_path is {base_model(config)[0]!r}, which is not a decoder ({model.config.model_type}): "
-            f"task {config.task.name} needs one, such as a Llama or a GPT-2"
         )
 
 

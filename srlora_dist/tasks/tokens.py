@@ -11,14 +11,22 @@ import datasets
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import MODEL_FOR_MASKED_LM_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from srlora_dist.config import RunConfig
 from srlora_dist.tasks import Task
+from srlora_dist.tasks.packaged import base_model
 
 IGNORED = -100
 """The label that Transformers leaves out of a loss."""
+UNSHIFTED = {
+    *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "cpmant", "marian", "mbart", "mvp", "pegasus"),
+    *("plbart", "prophetnet", "trocr", "whisper", "xlm", "xlnet"),
+}
+"""Models whose loss compares what a token predicts with that token itself (Transformers 5.23)."""
+MASKED_LAYERS = {"full_attention", "sliding_attention"}
+"""What Transformers calls the layers in which a token sees what the mask shows, and nothing else."""
 
 
 def token_task(
@@ -34,7 +42,8 @@ def token_task(
         config: The run; ``config.task.packing`` packs the training rows.
         model: A decoder.
         tokenizer: Its tokenizer.
-        train: Columns ``input_ids`` and ``labels``; what is not learnt is ``IGNORED``, the first token always.
+        train: Columns ``input_ids`` and ``labels``; what is not learnt is ``IGNORED``. The first token never is:
+            nothing before it predicts it.
         evaluation: The same for evaluation.
 
     Raises:
@@ -56,8 +65,24 @@ def token_task(
         metrics=perplexity,
         main_metric="perplexity",
         peft_type="CAUSAL_LM",
-        num_targets=[sum(label != IGNORED for label in labels) for labels in train["labels"]],
+        num_targets=[sum(label != IGNORED for label in labels[1:]) for labels in train["labels"]],
     )
+
+
+def require_decoder(config: RunConfig, model: PreTrainedModel) -> None:
+    """Stop where a model would learn to predict a token that it sees.
+
+    Raises:
+        ValueError: The model is an encoder, or its loss is that of the tokens where they are.
+    """
+    kind = model.config.model_type
+    is_encoder = type(model.config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(model.config, "is_decoder", True)
+    if is_encoder or kind in UNSHIFTED:
+        reason = "is not a decoder" if is_encoder else "does not shift the labels of its loss to the next token"
+        raise ValueError(
+            f"model.name_or_path is {base_model(config)[0]!r}, which {reason} ({kind}): "
+            f"task {config.task.name} needs a decoder, such as a Llama or a GPT-2"
+        )
 
 
 def require_packable(config: RunConfig, model: PreTrainedModel) -> None:
@@ -66,17 +91,17 @@ def require_packable(config: RunConfig, model: PreTrainedModel) -> None:
     Raises:
         ValueError: With the reason.
     """
-    settings, longest = model.config, config.task.max_length
+    settings, longest = model.config.get_text_config(), config.task.max_length
     kinds = getattr(settings, "layer_types", None) or ()
     window = getattr(settings, "sliding_window", None)
     slides = window is not None and (not kinds or any("sliding" in kind for kind in kinds))
-    attention = settings._attn_implementation
+    attention, others = model.config._attn_implementation, sorted({*kinds} - MASKED_LAYERS)
     reasons = {
         "it keeps a state from token to token": getattr(model, "_is_stateful", False),
+        f"it has layers of the kind {', '.join(others)}, which may look past a mask": others,
         f"its attention is {attention}, which takes no mask of blocks": attention not in ("eager", "sdpa"),
         "it takes no position_ids": "position_ids" not in inspect.signature(model.forward).parameters,
         f"its window of {window} tokens is shorter than task.max_length {longest}": slides and window < longest,
-        "it attends in chunks": any("chunked" in kind for kind in kinds),
     }
     for reason, holds in reasons.items():
         if holds:
@@ -106,7 +131,7 @@ def pack(rows: datasets.Dataset, max_length: int) -> datasets.Dataset:
         name: [np.fromiter(chain.from_iterable(values[k] for k in samples), np.int32) for samples in bins]
         for name, values in {
             "input_ids": rows["input_ids"][:],
-            "labels": rows["labels"][:],
+            "labels": [[IGNORED, *labels[1:]] for labels in rows["labels"]],
             "position_ids": [range(length) for length in lengths],
         }.items()
     }

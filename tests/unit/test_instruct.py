@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
@@ -16,7 +16,7 @@ from srlora_dist.config import ModelOptions, RunConfig, TaskOptions
 from srlora_dist.plan import SampleOrder
 from srlora_dist.tasks import check_task, load_task
 from srlora_dist.tasks.instruct import encode_sample
-from srlora_dist.tasks.tokens import IGNORED, pack, require_packable
+from srlora_dist.tasks.tokens import IGNORED, pack, require_decoder, require_packable, token_task
 from srlora_dist.token_mean import TokenMean
 
 PLAIN = (
@@ -48,8 +48,8 @@ SAMPLES = [
 ]
 
 
-def make_tokenizer(template: str | None = PLAIN, **options: object) -> PreTrainedTokenizerFast:
-    """Byte-level pairs that were learnt on a few words, so that tokens join letters."""
+def make_tokenizer(template: str | None = PLAIN, ends: bool = False, **options: object) -> PreTrainedTokenizerFast:
+    """Byte-level pairs that were learnt on a few words, so that tokens join letters; perhaps with both ends added."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -59,6 +59,9 @@ def make_tokenizer(template: str | None = PLAIN, **options: object) -> PreTraine
         vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(["one two three and it is more than that abab"] * 9, trainer)
+    if ends:
+        both = [(token, tokenizer.token_to_id(token)) for token in ("<s>", "</s>")]
+        tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=both)
     names = {"pad_token": "<pad>", "eos_token": "</s>", **options}
     made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **names)
     made.chat_template = template
@@ -69,6 +72,7 @@ def configuration(kind: str, vocabulary: int, **more: object) -> transformers.Pr
     if kind == "gpt2":
         return transformers.GPT2Config(vocab_size=vocabulary, n_embd=16, n_layer=2, n_head=2, n_positions=64, **more)
     kinds = {
+        "lfm2": transformers.Lfm2Config,
         "llama": transformers.LlamaConfig,
         "qwen3": transformers.Qwen3Config,
         "mistral": transformers.MistralConfig,
@@ -128,6 +132,15 @@ def test_of_a_prompt_and_its_completion_the_completion_is_learnt() -> None:
     encoded = encode_sample(SAMPLES[1], tokenizer, "here")
     assert learnt(encoded, tokenizer) == [" three, and that is more than two</s>"]
     assert tokenizer.decode(encoded.tokens) == SAMPLES[1]["prompt"] + SAMPLES[1]["completion"] + "</s>"
+
+
+def test_an_end_that_is_written_out_stays_where_it_is() -> None:
+    """It is the end that a tokenizer puts after any text which is taken away, and a sample has one of its own."""
+    for adds_ends in (False, True):
+        tokenizer = make_tokenizer(ends=adds_ends)
+        encoded = encode_sample({"prompt": "one</s>", "completion": " two</s>"}, tokenizer, "here")
+        assert learnt(encoded, tokenizer) == [" two</s>"]
+        assert tokenizer.decode(encoded.tokens) == "<s>one</s> two</s>" if adds_ends else "one</s> two</s>"
 
 
 def test_no_token_lies_across_the_boundary() -> None:
@@ -195,6 +208,7 @@ BAD_LINES = {
     '{"prompt": "a", "completion": 3}': 'line 3 has neither a list "messages" nor two texts',
     '{"messages": [{"role": "bot", "content": "a"}]}': "line 3: message 1 has the role 'bot': choose one of system",
     '{"messages": [{"role": "user", "content": ["a"]}]}': "line 3: message 1 has no content that is text",
+    '{"prompt": "a \\ud83d", "completion": "b"}': "line 3 has half of a character",
     '{"messages": [{"role": "user", "content": "a"}]}': "line 3 has no message of the role assistant",
 }
 
@@ -216,6 +230,25 @@ def test_a_line_that_is_not_as_it_should_be_is_named(line: str, llama: str, tmp_
 def test_a_template_that_does_not_fit_is_refused(template: str | None, message: str) -> None:
     with pytest.raises(ValueError, match=f"data.jsonl, line 7.*{message}"):
         encode_sample({"messages": CHAT}, make_tokenizer(template), "data.jsonl, line 7")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        transformers.BartConfig(
+            vocab_size=9, d_model=8, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=8, encoder_layers=1
+        ),
+        transformers.XLNetConfig(vocab_size=9, d_model=8, n_layer=1, n_head=2, d_inner=8),
+    ],
+    ids=lambda settings: settings.model_type,
+)
+def test_a_loss_of_tokens_that_are_seen_is_refused(settings: transformers.PretrainedConfig, tmp_path: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_config(settings)
+    tokens = torch.tensor([[3, 4]])
+    first = torch.tensor([[3, IGNORED]])
+    assert torch.isfinite(model(input_ids=tokens, labels=first).loss), "a loss of the first token"
+    with pytest.raises(ValueError, match="does not shift the labels of its loss to the next token"):
+        require_decoder(run_config("any", tmp_path), model)
 
 
 def test_the_files_are_looked_for_first(llama: str, tmp_path: Path) -> None:
@@ -255,6 +288,24 @@ def test_packed_losses_are_those_of_samples_alone(kind: str, attention: str, tmp
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_first_token_is_never_learnt_whatever_its_label(packing: bool, llama: str, tmp_path: Path) -> None:
+    """As in a task of one's own that takes the tokens for labels."""
+    config = run_config(llama, write_jsonl(tmp_path / "data", SAMPLES), completion_only=False)
+    task = load_task(config)
+    rows = task.train.select_columns("input_ids").map(lambda tokens: {"labels": tokens}, input_columns="input_ids")
+    config.task.packing = packing
+    own = token_task(config, task.model, task.tokenizer, rows, rows)
+    assert sum(own.num_targets) == sum(task.num_targets)
+    sums = []
+    for each in (task, own):
+        batch = each.collate(list(each.train))
+        with torch.no_grad():
+            loss = each.model.eval()(**batch).loss
+        sums.append(loss.item() * sum(each.num_targets))
+    assert sums[1] == pytest.approx(sums[0], rel=1e-5)
+
+
 def test_packing_fills_rows_and_cuts_nothing(llama: str, tmp_path: Path) -> None:
     task = load_task(run_config(llama, write_jsonl(tmp_path / "data", SAMPLES * 4)))
     rows = pack(task.train, 64)
@@ -284,6 +335,7 @@ def test_plain_text_can_be_packed(llama: str, tmp_path: Path) -> None:
     [
         (transformers.BloomConfig(vocab_size=9, hidden_size=8, n_layer=1, n_head=2), "it takes no position_ids"),
         (transformers.MambaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1), "it keeps a state"),
+        (configuration("lfm2", 9, layer_types=["conv", "full_attention"]), "it has layers of the kind conv"),
         (configuration("mistral", 9, sliding_window=63), "its window of 63 tokens is shorter than task.max_length 64"),
     ],
 )
