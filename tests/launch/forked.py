@@ -15,6 +15,7 @@ import socket
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,18 +55,24 @@ class Order:
     limit: float = 60
 
 
+def launch_options(yaml: str, *flags: str) -> Namespace:
+    """What ``accelerate launch --config_file ... [flags]`` makes of a file of launch/accelerate."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+    file = str(ROOT / "launch" / "accelerate" / f"{yaml}.yaml")
+    args = launch_command_parser().parse_args(["--config_file", file, *flags, "launch/train.py"])
+    return _validate_launch_command(args)[0]
+
+
 def launch_environment(yaml: str, *flags: str) -> dict[str, str]:
     """What ``accelerate launch --config_file ... [flags]`` puts into the environment of a process."""
-    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import (
         prepare_deepspeed_cmd_env,
         prepare_multi_gpu_env,
         prepare_simple_launcher_cmd_env,
     )
 
-    file = str(ROOT / "launch" / "accelerate" / f"{yaml}.yaml")
-    args = launch_command_parser().parse_args(["--config_file", file, *flags, "launch/train.py"])
-    args, _, _ = _validate_launch_command(args)
+    args = launch_options(yaml, *flags)
     args.deepspeed_fields_from_accelerate_config = ""
     if args.use_deepspeed:
         return prepare_deepspeed_cmd_env(args)[1]

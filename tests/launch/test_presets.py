@@ -19,7 +19,7 @@ import yaml
 from torch.utils.cpp_extension import _get_build_directory
 
 from tests.launch.conftest import ROOT, Bench, write_model
-from tests.launch.forked import launch_environment
+from tests.launch.forked import launch_environment, launch_options
 from tests.launch.forks import Forks, lines
 
 LAUNCH, DEEPSPEED = ROOT / "launch" / "accelerate", ROOT / "ds_configs"
@@ -245,6 +245,26 @@ def test_a_file_for_gpus_differs_from_its_twin_in_what_hides_gpus(name: str) -> 
         for key in ("gpu_ids", "use_cpu", *(("num_processes",) if name in NODES else ())):
             document.pop(key, None)
     assert documents[0] == documents[1]
+
+
+@pytest.mark.parametrize("path", sorted(LAUNCH.iterdir()), ids=lambda path: path.stem)
+def test_accelerate_takes_each_line_of_a_file(path: Path) -> None:
+    """It leaves out, without a word, what has a default on its command line."""
+    got, document = vars(launch_options(path.stem)), yaml.safe_load(path.read_text())
+    kind = document.pop("distributed_type")
+    used = {"DEEPSPEED": "use_deepspeed", "FSDP": "use_fsdp", "MULTI_GPU": "multi_gpu"}
+    assert [name for name in used.values() if got[name]] == ([used[kind]] if kind != "NO" else [])
+    assert document.pop("compute_environment") == "LOCAL_MACHINE"
+    for value in [value for value in document.values() if isinstance(value, dict)]:
+        document |= value
+    for key, value in document.items():
+        assert isinstance(value, dict) or got[key] == value, key
+
+
+def test_nodes_that_find_each_other_need_no_numbers() -> None:
+    for name in NODES:
+        assert launch_options(name).rdzv_backend == ("c10d" if "c10d" in name else "static")
+    assert launch_options("multi_node_c10d", "--rdzv_backend", "static").rdzv_backend == "static", "as SLURM's node.sh"
 
 
 @pytest.mark.parametrize("path", sorted(DEEPSPEED.iterdir()), ids=lambda path: path.stem)
