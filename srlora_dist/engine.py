@@ -52,10 +52,11 @@ def launched_engine() -> str:
         return f"zero{zero_stage(read_settings())}"
     if _flag("ACCELERATE_USE_FSDP"):
         return _fsdp_engine()
-    if _flag("ACCELERATE_USE_CPU") and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
+    # Accelerate's launcher of one process sets the first, and the second where several were asked for.
+    if {"ACCELERATE_USE_CPU", "MASTER_PORT"} <= {*os.environ} and "WORLD_SIZE" not in os.environ:
         raise ValueError(
-            "accelerate launch asked for several CPU processes, but its CPU mode starts one alone: "
-            "use --config_file launch/accelerate/cpu2.yaml"
+            "accelerate launch was asked for several processes, but with this file it starts one alone on each node: "
+            "use --config_file launch/accelerate/ddp.yaml, or cpu2.yaml on the CPU"
         )
     return "ddp" if world_size() > 1 else "plain"
 
