@@ -23,6 +23,8 @@ FREE = {
 """Options that may be others when a run is resumed: where things are, on what it runs, how often it reports. The
 pretrained weights are compared by their digests."""
 
+RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+
 
 def checkpoints_of(config: RunConfig) -> Path:
     """The folder of a run's checkpoints."""
@@ -37,8 +39,9 @@ def choose_checkpoint(config: RunConfig) -> Checkpoint | None:
     """
     asked, own = config.checkpoint.resume, checkpoints_of(config)
     clean_up(own)
-    # After a restart by the launcher the run of this launch goes on, whatever it was started from.
-    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    # After a restart by the launcher or by SLURM the run of this launch goes on, whatever it was started from. It may
+    # even have ended: a signal in its last moments has the job put back into the queue all the same.
+    restarted = any(os.environ.get(count, "0") != "0" for count in RESTART_COUNTS)
     checkpoint = find_checkpoint(own) if restarted else None
     if checkpoint is None:
         has_ended = (Path(config.output_dir) / "summary.json").exists()

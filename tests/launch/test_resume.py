@@ -135,7 +135,8 @@ def resumed(bench: Bench, forks: Forks) -> dict[str, Ended]:
         if name == "damaged":
             path = folder / "checkpoints" / "step-4" / "trainable.safetensors"
             path.write_bytes(path.read_bytes()[:-8])
-        cases[name] = Case(bench.arguments(f"resume {name}", **OPTIONS | filled))
+        environment = {key: filled.pop(key) for key in changes if key.isupper()}
+        cases[name] = Case(bench.arguments(f"resume {name}", **OPTIONS | filled), environment)
     cases["nothing there"] = Case(bench.arguments("nothing there", **OPTIONS, checkpoint__resume="must"))
     return bench.run_all(cases)
 
@@ -150,6 +151,7 @@ RESUMES = {
     "another method": {"method": "pissa"},
     "fewer samples": {"task__max_train_samples": 20},
     "never": {"checkpoint__resume": "never"},
+    "never, but requeued": {"checkpoint__resume": "never", "SLURM_RESTART_COUNT": "1"},
     "an older one": {"checkpoint__resume": "{folder}/checkpoints/step-2"},
     "no checkpoint": {"checkpoint__resume": "{folder}/adapter"},
     "another log": {"train__log_every": 3, "train__accumulation_steps": 1, "checkpoint__every": 3},
@@ -208,6 +210,18 @@ def test_a_finished_run_is_started_anew(bench: Bench, forks: Forks, resumed: dic
     assert status == 0, text
     assert json.loads((folder / "summary.json").read_text())["resumed_after"] == []
     assert "resuming" not in text
+
+
+def test_a_finished_run_is_kept_by_a_job_that_was_requeued_at_its_end(
+    bench: Bench, forks: Forks, resumed: dict[str, Ended]
+) -> None:
+    arguments, folder = bench.arguments("resume another log", **OPTIONS), bench.run_folder("resume another log")
+    before = json.loads((folder / "summary.json").read_text())
+    code = "import os; os.environ['SLURM_RESTART_COUNT'] = '1'"
+    ended = forks.start(yaml="cpu1", world_size=1, arguments=[str(part) for part in arguments], code=code)
+    assert ended["statuses"] == {"0": 0}, ended["stderr"]
+    after = json.loads((folder / "summary.json").read_text())
+    assert (after["resumed_after"], after["final"]) == ([4, 12], before["final"])
 
 
 @pytest.mark.parametrize(("choice", "status"), [("stop", 1), ("go_on", 0)])
