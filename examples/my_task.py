@@ -22,7 +22,7 @@ def load(config: RunConfig) -> Task:
 
     splits = []
     for name in ("train.tsv", "test.tsv"):
-        lines = Path(config.task.data_dir, name).read_text(encoding="utf-8").splitlines()
+        lines = Path(config.task.data_dir or ".", name).read_text(encoding="utf-8").splitlines()
         texts, answers = zip(*(line.split("\t") for line in lines), strict=True)
         splits.append({"text": list(texts), "labels": [ANSWERS.index(answer) for answer in answers]})
     return text_task(config, *splits, num_labels=len(ANSWERS), scorer=Scorer("accuracy", "f1"))

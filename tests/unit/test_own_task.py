@@ -37,7 +37,7 @@ def test_the_example_is_the_one_of_the_documentation_and_short() -> None:
     assert len(code.splitlines()) <= 30
 
 
-def test_the_example_is_a_task(bert: str, tmp_path: Path) -> None:
+def test_the_example_is_a_task(bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = tmp_path / "data"
     data.mkdir()
     config = run_config(EXAMPLE, bert, data)
@@ -51,6 +51,9 @@ def test_the_example_is_a_task(bert: str, tmp_path: Path) -> None:
     assert batch["labels"].tolist() == [1, 0]
     assert torch.isfinite(task.model(**batch).loss)
     assert task.main_metric == "accuracy"
+    monkeypatch.chdir(data)
+    config.task.data_dir = None
+    assert len(load_task(config).train) == 2, "without a folder those here"
 
 
 @pytest.mark.parametrize(
