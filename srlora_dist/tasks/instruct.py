@@ -107,7 +107,7 @@ def encode_sample(sample: dict[str, object], tokenizer: PreTrainedTokenizerBase,
     """Tokens of a sample: by the tokenizer's chat template, or of a prompt, its completion and an end token.
 
     Args:
-        sample: With ``messages``, or ``prompt`` and ``completion``.
+        sample: With ``messages`` and perhaps ``tools``, or ``prompt`` and ``completion``.
         tokenizer: Of the model.
         where: File and line, for messages.
 
@@ -120,16 +120,17 @@ def encode_sample(sample: dict[str, object], tokenizer: PreTrainedTokenizerBase,
         has_end = tokenizer.eos_token_id is None or tokens[-1:] == [tokenizer.eos_token_id]
         end = [] if has_end else [tokenizer.eos_token_id]
         return Encoded(tokens + end, is_answer + [True] * len(end))
-    messages, template = sample["messages"], tokenizer.chat_template
-    if template is None:
+    messages, tools = sample["messages"], {"tools": sample["tools"]} if sample.get("tools") else {}
+    if tokenizer.chat_template is None:
         raise ValueError(
             f"{where} has messages, but the tokenizer has no chat template: choose a model made for chats, put a "
             "chat_template.jinja into its folder, or write lines with prompt and completion"
         )
     if MARKS_ANSWERS.search(tokenizer.get_chat_template()):
-        marked = _apply_template(tokenizer, messages, where, return_dict=True, return_assistant_tokens_mask=True)
+        asked = {"return_dict": True, "return_assistant_tokens_mask": True}
+        marked = _apply_template(tokenizer, messages, where, **asked, **tools)
         return Encoded(list(marked["input_ids"]), [bool(mark) for mark in marked["assistant_masks"]])
-    return _tokenise(tokenizer, _pieces(messages, tokenizer, where), begins=False)
+    return _tokenise(tokenizer, _pieces(messages, tokenizer, where, **tools), begins=False)
 
 
 def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict], where: str, **options: object) -> object:
@@ -139,14 +140,16 @@ def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict], wh
         raise ValueError(f"{where}: the chat template does not take these messages ({error})") from error
 
 
-def _pieces(messages: list[dict], tokenizer: PreTrainedTokenizerBase, where: str) -> list[tuple[str, bool]]:
+def _pieces(
+    messages: list[dict], tokenizer: PreTrainedTokenizerBase, where: str, **tools: object
+) -> list[tuple[str, bool]]:
     """The text of a conversation, cut before and after each answer; with an answer goes what the template ends it with.
 
     Found by what the template writes for the messages until there.
     """
 
     def written(number: int, **options: object) -> str:
-        return _apply_template(tokenizer, messages[:number], where, tokenize=False, **options)
+        return _apply_template(tokenizer, messages[:number], where, tokenize=False, **options, **tools)
 
     whole, cuts = written(len(messages)), [0]
     for number, message in enumerate(messages):

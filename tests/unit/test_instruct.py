@@ -160,6 +160,15 @@ def test_of_a_conversation_the_answers_are_learnt_with_what_ends_them(template: 
     assert encoded.tokens == tokenizer.apply_chat_template(CHAT, return_dict=False)
 
 
+@pytest.mark.parametrize("template", [PLAIN, MARKED])
+def test_tools_of_a_conversation_come_into_its_prompt(template: str) -> None:
+    tokenizer = make_tokenizer("{% if tools %}<|system|>{{ tools[0].function.name }}<|end|>\n{% endif %}" + template)
+    tools = [{"type": "function", "function": {"name": "that_is_more", "parameters": {}}}]
+    encoded = encode_sample({"messages": CHAT[1:3], "tools": tools}, tokenizer, "here")
+    assert learnt(encoded, tokenizer) == ["two<|end|>\n"]
+    assert tokenizer.decode(encoded.tokens).startswith("<|system|>that_is_more<|end|>")
+
+
 def test_labels_are_the_tokens_that_are_learnt(llama: str, tmp_path: Path) -> None:
     folder = write_jsonl(tmp_path / "data", SAMPLES)
     for only in (True, False):
