@@ -165,14 +165,26 @@ def _stored_as(site: Site) -> str:
     return site.quantised + (f" computing in {str(computes_in).removeprefix('torch.')}" if computes_in else "")
 
 
-def warn_of_adapted_heads(model: nn.Module, sites: list[Site], adapter_name: str) -> None:
-    """Warn where a new head is a site: its random start is not exported, so another load of the base has another."""
-    config = find_peft_model(model).peft_config[adapter_name]
+def warn_of_unsaved_parts(model: nn.Module, sites: list[Site], adapter_name: str) -> None:
+    """Warn of what is trained and neither saved nor exported.
+
+    That is a new head which is a site, for its random start is lost, so that another load of the base has another; and
+    what the model around the PEFT model trains.
+    """
+    peft_model = find_peft_model(model)
     heads = [site.name for site in sites if site.name.split(".")[-1] in SEQ_CLS_HEAD_NAMES]
-    if heads and config.task_type is None:
+    if heads and peft_model.peft_config[adapter_name].task_type is None:
         warnings.warn(
             f"{some(heads)} looks like a new head, but is adapted and not saved: set task_type='SEQ_CLS' in the "
             f"LoraConfig, or modules_to_save={heads}, or the export will lack it",
+            stacklevel=3,
+        )
+    inside = {id(parameter) for parameter in peft_model.parameters()}
+    outside = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
+    if outside:
+        warnings.warn(
+            f"{some(outside)} is trained outside of the PEFT model: put it in before get_peft_model, with "
+            "modules_to_save, or save it yourself, for checkpoints and the export will lack it",
             stacklevel=3,
         )
 

@@ -22,7 +22,7 @@ from srlora_dist.memory import ExtraMemory, count_extra_memory
 from srlora_dist.output_check import OutputCheck
 from srlora_dist.saving import AVERAGES, SavedRun, open_run, save_run
 from srlora_dist.schedule import choose_slots, due_steps, num_to_fuse, window_length
-from srlora_dist.sites import Site, clamp_target_ranks, find_sites, keep_payloads_, warn_of_adapted_heads
+from srlora_dist.sites import Site, clamp_target_ranks, find_sites, keep_payloads_, warn_of_unsaved_parts
 from srlora_dist.storage import Storage, find_storage, release_gathered, require_resettable
 from srlora_dist.svd import Directions
 from srlora_dist.training_state import require_same_training, restore_training_state_, trained_parameters
@@ -57,7 +57,7 @@ class Switcher:
         self.config = config
         self.sites = find_sites(model, config.adapter_name)
         clamp_target_ranks(self.sites, config.target_rank)
-        warn_of_adapted_heads(model, self.sites, config.adapter_name)
+        warn_of_unsaved_parts(model, self.sites, config.adapter_name)
         keep_payloads_(model)
         self.num_training_steps: int | None = None
         if num_training_steps is not None:

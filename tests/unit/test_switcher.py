@@ -290,6 +290,16 @@ def test_a_new_head_that_is_adapted_instead_of_saved_warns() -> None:
         net = model.unload()
 
 
+def test_what_is_trained_around_the_peft_model_warns() -> None:
+    net = nn.Sequential(make_net())
+    net.head = nn.Linear(3, 3)
+    with pytest.warns(UserWarning, match=r"head.weight, head.bias is trained outside of the PEFT model"):
+        Switcher(net, SRLoRAConfig(target_rank=8), 20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Switcher(nn.Sequential(make_net()), SRLoRAConfig(target_rank=8), 20)
+
+
 def test_a_forgotten_step_is_noticed(tmp_path) -> None:
     model, optimizer, switcher = bound(tmp_path, target_rank=8)
     model(make_batch(0)[0]).square().mean().backward()
