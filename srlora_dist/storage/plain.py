@@ -19,6 +19,16 @@ class WholeWeights(Storage):
     def __init__(self, optimizer: Optimizer, sites: list[Site]) -> None:
         super().__init__(optimizer, sites)
         for site in sites:
+            if hasattr(site.weight, "to_local"):
+                raise ValueError(
+                    f"the weight of {site.name} is cut by tensor parallelism, which is not supported: load the model "
+                    "without tp_plan, and use FSDP2 or ZeRO-3"
+                )
+            if site.weight.is_meta or site.weight.device != sites[0].weight.device:
+                raise ValueError(
+                    f"the weight of {site.name} is on {site.weight.device}, where a device_map has put it: load the "
+                    "whole model on one device, or use FSDP2 or ZeRO-3"
+                )
             if not site.weight.is_contiguous():
                 raise ValueError(f"the weight of {site.name} is not contiguous: call .contiguous() on it first")
         self.dealt_to = deal_by_size([site.rank * sum(site.shape) for site in sites], self.world_size)

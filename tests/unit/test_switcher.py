@@ -300,6 +300,32 @@ def test_what_is_trained_around_the_peft_model_warns() -> None:
         Switcher(nn.Sequential(make_net()), SRLoRAConfig(target_rank=8), 20)
 
 
+class Cut(nn.Parameter):
+    """What tensor parallelism makes of a weight, in as far as it is told from a whole one."""
+
+    def to_local(self) -> torch.Tensor:
+        return self.data
+
+
+ELSEWHERE = {
+    "tensor parallelism": (lambda weight: Cut(weight.data, requires_grad=False), "first is cut by tensor parallelism"),
+    "offload": (
+        lambda weight: nn.Parameter(weight.to("meta"), requires_grad=False),
+        "first is on meta, where a device_map",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_a_weight_that_is_not_here_whole_is_refused(name: str, tmp_path) -> None:
+    move, message = ELSEWHERE[name]
+    model = make_net()
+    layer = model.base_model.model.first.base_layer
+    layer.weight = move(layer.weight)
+    with pytest.raises(ValueError, match=message):
+        bound(tmp_path, model, target_rank=8)
+
+
 def test_a_forgotten_step_is_noticed(tmp_path) -> None:
     model, optimizer, switcher = bound(tmp_path, target_rank=8)
     model(make_batch(0)[0]).square().mean().backward()
