@@ -67,7 +67,9 @@ def find_storage(model: nn.Module, optimizer: object, sites: list[Site]) -> Stor
                 f"DeepSpeed's {type(layer).__name__} is not supported: use ZeRO stage 1, 2 or 3, or stage 0 with "
                 "torch.optim.AdamW, and leave data_types.grad_accum_dtype out"
             )
-    if _is_a(model, "deepspeed.runtime.engine", "DeepSpeedEngine"):  # it leaves the optimizer as it is
+    # The HF Trainer hands over the model that is in the engine.
+    wrapped = any(_is_a(layer, "accelerate.utils.deepspeed", "DeepSpeedOptimizerWrapper") for layer in layers)
+    if wrapped or _is_a(model, "deepspeed.runtime.engine", "DeepSpeedEngine"):  # it leaves the optimizer as it is
         return Zero0Storage(innermost, sites, None)
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
         raise ValueError("FSDP1 is not supported: set fsdp_version to 2, or use torch.distributed.fsdp.fully_shard")

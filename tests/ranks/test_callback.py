@@ -87,7 +87,7 @@ def alone(tmp_path_factory) -> dict:
 
 
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero0", "zero2", "zero3"])
 def test_the_choices_of_one_process_and_a_resume_that_changes_nothing(engine: str, alone: dict, tmp_path: Path) -> None:
     ranks = run_ranks(train, 2, engine, str(tmp_path / "run"), timeout=180)
     for result in ranks:
