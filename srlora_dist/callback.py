@@ -11,7 +11,6 @@ import uuid
 from functools import partial
 from pathlib import Path
 
-from accelerate.utils import parse_flag_from_env
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from typing_extensions import override
@@ -24,14 +23,12 @@ from srlora_dist.ledger import SwitchReport
 from srlora_dist.live_pairs import mark_saves_
 from srlora_dist.sites import find_peft_model
 from srlora_dist.switcher import Switcher
+from srlora_dist.trainer_arguments import refuse_arguments, require_launched_engine
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "srlora"
 """In each ``checkpoint-N``: what the Trainer does not save."""
-
-WITH_REFERENCE = ("DPOConfig", "GRPOConfig", "KTOConfig", "RLOOConfig")
-"""Of TRL: with ``beta`` above 0 they take the model without its adapter for the one that training began with."""
 
 
 class SRLoRACallback(TrainerCallback):
@@ -77,7 +74,7 @@ class SRLoRACallback(TrainerCallback):
         **kwargs: object,
     ) -> None:
         """Give quantised layers their second adapter, for which it is too late once the model is prepared."""
-        _refuse(args)
+        refuse_arguments(args)
         if args.push_to_hub:
             logger.warning(
                 "push_to_hub uploads the live pairs, which nobody can use without what was fused: upload the exported "
@@ -105,7 +102,7 @@ class SRLoRACallback(TrainerCallback):
         resumes = state.global_step > 0
         source = together(lambda: self._find_checkpoint(args, state) if resumes and args.process_index == 0 else None)
         report = self.switcher.bind(model, optimizer, source)
-        _require_engine(args, self.switcher.storage.name)
+        require_launched_engine(args, self.switcher.storage.name)
         if resumes:
             self._require_same_run(state)
         self._note(state, report)
@@ -222,68 +219,3 @@ class SRLoRACallback(TrainerCallback):
 
 def _checkpoint_of(args: TrainingArguments, step: int) -> Path:
     return Path(args.output_dir) / f"checkpoint-{step}"
-
-
-def _refuse(args: TrainingArguments) -> None:
-    """Stop before anything is done where an argument of the Trainer would go wrong later, or in silence.
-
-    Raises:
-        ValueError: With the argument and the remedy.
-    """
-    kinds = {kind.__name__ for kind in type(args).__mro__}
-    by_itself = args.fp16 and args.deepspeed_plugin is None and args.optim == "adamw_torch_fused"
-    checks = (
-        (
-            args.load_best_model_at_end,
-            "load_best_model_at_end would load the best pairs onto the last weights",
-            "set it to False and keep metric_for_best_model: the best adapter is then exported to adapter_best/",
-        ),
-        (
-            args.auto_find_batch_size,
-            "auto_find_batch_size starts training again on weights that SRLoRA has edited",
-            "set per_device_train_batch_size yourself",
-        ),
-        (
-            args.enable_jit_checkpoint,
-            "enable_jit_checkpoint saves without telling callbacks, so that what was fused would be lost",
-            "set it to False, and save_steps to what you can afford to lose",
-        ),
-        (
-            by_itself,
-            "optim adamw_torch_fused unscales fp16 gradients itself, so that they cannot be observed",
-            "set optim='adamw_torch', or bf16=True",
-        ),
-        (
-            "8bit" in args.optim and args.save_strategy != "no",
-            f"optim {args.optim.value} keeps moments that a checkpoint cannot hold",
-            "set optim='adamw_torch', or save_strategy='no'",
-        ),
-        (
-            args.n_gpu > 1,
-            f"this process trains on {args.n_gpu} GPUs with nn.DataParallel, which is not supported",
-            "start with accelerate launch or torchrun, or set CUDA_VISIBLE_DEVICES=0",
-        ),
-        (
-            bool(kinds.intersection(WITH_REFERENCE)) and getattr(args, "beta", 0.0) != 0,
-            f"{type(args).__name__} compares with the model without its adapter, whose weights SRLoRA edits",
-            "set beta=0 where the method allows it, or train with SFTTrainer",
-        ),
-    )
-    for holds, what, remedy in checks:
-        if holds:
-            raise ValueError(f"SRLoRA cannot work like this: {what}; {remedy}")
-
-
-def _require_engine(args: TrainingArguments, got: str) -> None:
-    """Stop where the launch asks for an engine and Accelerate has dropped it in silence.
-
-    Raises:
-        ValueError: With both names.
-    """
-    fsdp = bool(args.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
-    for asked, is_asked, prefix in (("DeepSpeed", args.deepspeed_plugin is not None, "zero"), ("FSDP", fsdp, "fsdp")):
-        if is_asked and not got.startswith(prefix):
-            raise ValueError(
-                f"the launch asks for {asked}, but the Trainer runs on {got}: Accelerate drops {asked} without a GPU; "
-                "leave it out there, or see docs/trainer.md for DeepSpeed on a CPU"
-            )

@@ -28,7 +28,7 @@ LAYERS = [
     ["pairs", "sites", "digest", "spans"],
     ["config"],
     ["options_file", "ranges", "safefiles", "cache", "errors", "compiling", "paper", "process", "arguments"]
-    + ["live_pairs"],
+    + ["live_pairs", "trainer_arguments"],
 ]
 
 

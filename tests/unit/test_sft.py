@@ -95,7 +95,9 @@ def test_sft_on_four_bits_switches_resumes_and_exports(tmp_path: Path) -> None:
     torch.testing.assert_close(served.eval()(tokens).logits.detach().float(), live.float(), rtol=3e-2, atol=3e-2)
 
 
-def test_a_reference_that_would_be_edited_is_refused(tmp_path: Path) -> None:
-    arguments = trl.DPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[])
-    with pytest.raises(ValueError, match="DPOConfig compares with the model without its adapter.*beta=0"):
+@pytest.mark.parametrize(("name", "remedy"), [("DPOConfig", "beta=0"), ("SDFTConfig", "teacher_model_kind='live'")])
+def test_a_reference_that_would_be_edited_is_refused(name: str, remedy: str, tmp_path: Path) -> None:
+    kind = getattr(trl, name, None) or getattr(pytest.importorskip("trl.experimental.sdft"), name)
+    arguments = kind(str(tmp_path), use_cpu=True, bf16=False, report_to=[])
+    with pytest.raises(ValueError, match=f"{name} compares with the model without its adapter.*{remedy}"):
         SRLoRACallback().on_init_end(arguments, None, None)

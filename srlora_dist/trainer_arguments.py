@@ -1,0 +1,81 @@
+"""Arguments of the HF Trainer with which SRLoRA would go wrong, later or in silence."""
+
+from __future__ import annotations
+
+from accelerate.utils import parse_flag_from_env
+from transformers import TrainingArguments
+
+WITH_REFERENCE = {
+    **dict.fromkeys(("DPOConfig", "GRPOConfig", "KTOConfig", "OnlineDPOConfig", "RLOOConfig"), ("beta", 0)),
+    **dict.fromkeys(("SDFTConfig", "SDPOConfig"), ("teacher_model_kind", "live")),
+}
+"""Of TRL: they compare with the model without its adapter, unless an argument has this value."""
+
+
+def refuse_arguments(args: TrainingArguments) -> None:
+    """Stop before anything is done where an argument of the Trainer would go wrong later, or in silence.
+
+    Raises:
+        ValueError: With the argument and the remedy.
+    """
+    kinds = {kind.__name__ for kind in type(args).__mro__}
+    by_itself = args.fp16 and args.deepspeed_plugin is None and args.optim == "adamw_torch_fused"
+    checks = (
+        (
+            args.load_best_model_at_end,
+            "load_best_model_at_end would load the best pairs onto the last weights",
+            "set it to False and keep metric_for_best_model: the best adapter is then exported to adapter_best/",
+        ),
+        (
+            args.auto_find_batch_size,
+            "auto_find_batch_size starts training again on weights that SRLoRA has edited",
+            "set per_device_train_batch_size yourself",
+        ),
+        (
+            args.enable_jit_checkpoint,
+            "enable_jit_checkpoint saves without telling callbacks, so that what was fused would be lost",
+            "set it to False, and save_steps to what you can afford to lose",
+        ),
+        (
+            by_itself,
+            "optim adamw_torch_fused unscales fp16 gradients itself, so that they cannot be observed",
+            "set optim='adamw_torch', or bf16=True",
+        ),
+        (
+            "8bit" in args.optim and args.save_strategy != "no",
+            f"optim {args.optim.value} keeps moments that a checkpoint cannot hold",
+            "set optim='adamw_torch', or save_strategy='no'",
+        ),
+        (
+            args.n_gpu > 1,
+            f"this process trains on {args.n_gpu} GPUs with nn.DataParallel, which is not supported",
+            "start with accelerate launch or torchrun, or set CUDA_VISIBLE_DEVICES=0",
+        ),
+        *(
+            (
+                getattr(args, name) != without,
+                f"{kind} compares with the model without its adapter, whose weights SRLoRA edits",
+                f"set {name}={without!r} where the method allows it, or train with SFTTrainer",
+            )
+            for kind, (name, without) in WITH_REFERENCE.items()
+            if kind in kinds
+        ),
+    )
+    for holds, what, remedy in checks:
+        if holds:
+            raise ValueError(f"SRLoRA cannot work like this: {what}; {remedy}")
+
+
+def require_launched_engine(args: TrainingArguments, got: str) -> None:
+    """Stop where the launch asks for an engine and Accelerate has dropped it in silence.
+
+    Raises:
+        ValueError: With both names.
+    """
+    fsdp = bool(args.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
+    for asked, is_asked, prefix in (("DeepSpeed", args.deepspeed_plugin is not None, "zero"), ("FSDP", fsdp, "fsdp")):
+        if is_asked and not got.startswith(prefix):
+            raise ValueError(
+                f"the launch asks for {asked}, but the Trainer runs on {got}: Accelerate drops {asked} without a GPU; "
+                "leave it out there, or see docs/trainer.md for DeepSpeed on a CPU"
+            )
