@@ -19,6 +19,7 @@ from srlora_dist.checkpoint import Checkpoint, checkpoint_folders
 from srlora_dist.config import SRLoRAConfig
 from srlora_dist.engine import together
 from srlora_dist.export import export_checkpoint
+from srlora_dist.fused import activate_again_
 from srlora_dist.ledger import SwitchReport
 from srlora_dist.live_pairs import mark_saves_
 from srlora_dist.sites import find_peft_model
@@ -100,6 +101,7 @@ class SRLoRACallback(TrainerCallback):
         self._require_fresh(args, state, model)
         self.switcher.plan(state.max_steps)
         resumes = state.global_step > 0
+        activate_again_(self.switcher.sites)  # a model with another adapter, or name of it, was loaded in its own way
         source = together(lambda: self._find_checkpoint(args, state) if resumes and args.process_index == 0 else None)
         report = self.switcher.bind(model, optimizer, source)
         require_launched_engine(args, self.switcher.storage.name)

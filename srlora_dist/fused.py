@@ -7,10 +7,12 @@ fused pair is an exact copy of the pair that was trained, in whatever type that 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from srlora_dist.pairs import truncate_pairs
@@ -53,6 +55,14 @@ def add_second_adapters_(sites: list[Site], fusion: str, budget: int | None) -> 
         _add_to_layer_(site, most if budget is None else min(budget, most))
 
 
+def activate_again_(sites: list[Site]) -> None:
+    """Make second adapters active that a Trainer has switched off, as it does while it loads several adapters."""
+    for site in sites:
+        if site.fused_a is not None and FUSED not in site.lora.active_adapters:
+            with _same_gradients(site.lora):
+                site.lora.set_adapter([*site.lora.active_adapters, FUSED])
+
+
 def require_intact(sites: list[Site]) -> None:
     """Notice where PEFT was told to merge, to switch adapters or to change types: the function is another then.
 
@@ -78,13 +88,11 @@ def require_intact(sites: list[Site]) -> None:
 
 def _add_to_layer_(site: Site, rank: int) -> None:
     layer = site.lora
-    trains = {parameter: parameter.requires_grad for parameter in layer.parameters()}
-    # Not PeftModel.add_adapter: it would also copy modules_to_save, and refuses two active names beside them.
-    layer.update_layer(FUSED, rank, lora_alpha=rank, config=LoraConfig(r=rank, init_lora_weights=True))
-    layer.scaling[FUSED] = site.scale
-    layer.set_adapter([*layer.active_adapters, FUSED])
-    for parameter, before in trains.items():  # set_adapter turns on gradients of all that it activates
-        parameter.requires_grad_(before)
+    with _same_gradients(layer):
+        # Not PeftModel.add_adapter: it would also copy modules_to_save, and refuses two active names beside them.
+        layer.update_layer(FUSED, rank, lora_alpha=rank, config=LoraConfig(r=rank, init_lora_weights=True))
+        layer.scaling[FUSED] = site.scale
+        layer.set_adapter([*layer.active_adapters, FUSED])
     site.fused_rank = rank
     site.fused_a, site.fused_b = (factors[FUSED].weight for factors in (layer.lora_A, layer.lora_B))
     for factors in (layer.lora_A, layer.lora_B):
@@ -92,6 +100,15 @@ def _add_to_layer_(site: Site, rank: int) -> None:
     for parameter, like in ((site.fused_a, site.lora_a), (site.fused_b, site.lora_b)):
         parameter.requires_grad_(False)
         parameter.data = torch.zeros(parameter.shape, dtype=like.dtype, device=like.device)
+
+
+@contextmanager
+def _same_gradients(layer: LoraLayer) -> Iterator[None]:
+    """Put back which parameters are trained: set_adapter turns on gradients of all that it activates."""
+    trains = {parameter: parameter.requires_grad for parameter in layer.parameters()}
+    yield
+    for parameter, before in trains.items():
+        parameter.requires_grad_(before)
 
 
 def _freeze(module: nn.Module, *_: object) -> None:

@@ -40,11 +40,18 @@ SHAPES = {"first": (17, 13), "second": (11, 17), "tiny": (3, 3)}
 RANKS = {"first": 4, "second": 2, "tiny": 1}
 
 
-def make_net(rank: int = 4, alpha: float = 6, seed: int = 0, base: type[nn.Module] = Net, **lora: object) -> nn.Module:
+def make_net(
+    rank: int = 4,
+    alpha: float = 6,
+    seed: int = 0,
+    base: type[nn.Module] = Net,
+    adapter_name: str = "default",
+    **lora: object,
+) -> nn.Module:
     """The PEFT model, the same in every process; its scale is not 1."""
     torch.manual_seed(seed)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=["first", "second"], modules_to_save=["head"], **lora)
-    return get_peft_model(base(), config)
+    return get_peft_model(base(), config, adapter_name=adapter_name)
 
 
 def make_odd_base(precision: str = "fp32") -> nn.Module:

@@ -184,6 +184,15 @@ def test_the_checkpoint_of_another_run_is_not_taken_for_it(saved: Path, tmp_path
         trainer.train(resume_from_checkpoint=str(other / "checkpoint-6"))
 
 
+def test_an_adapter_of_another_name_resumes_with_its_second_adapter(tmp_path: Path) -> None:
+    about = {"options": {"adapter_name": "mine", "fusion": "adapter"}, "save_strategy": "steps", "save_steps": 6}
+    trainers = [make_trainer(tmp_path / "run", make_model(adapter_name="mine"), **about)[0] for _ in range(2)]
+    trainers[0].train()
+    trainers[1].train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-6"))
+    require_equal(*(everything(trainer.model) for trainer in trainers))
+    torch.testing.assert_close(served(tmp_path / "run/adapter"), answers(trainers[0].model))
+
+
 ARGUMENTS = {
     "load_best_model_at_end": ({"eval_strategy": "steps", "save_strategy": "steps"}, True, "adapter_best"),
     "auto_find_batch_size": ({}, True, "per_device_train_batch_size"),
