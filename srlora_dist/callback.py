@@ -62,8 +62,6 @@ class SRLoRACallback(TrainerCallback):
         self.config = config or SRLoRAConfig()
         self.resume_from = resume_from
         self.switcher: Switcher | None = None
-        self._run = uuid.uuid4().hex
-        self._has_evaluated = False
 
     @override
     def on_init_end(
@@ -82,6 +80,7 @@ class SRLoRACallback(TrainerCallback):
                 "adapter from %s instead",
                 Path(args.output_dir) / "adapter",
             )
+        self._has_evaluated = False
         self.switcher = Switcher(model, self.config)
         self._peft_model = peft_model = find_peft_model(model)
         # Else a resuming Trainer turns 16-bit pairs into float32, TRL's of a quantised model above all.
@@ -105,8 +104,9 @@ class SRLoRACallback(TrainerCallback):
         source = together(lambda: self._find_checkpoint(args, state) if resumes and args.process_index == 0 else None)
         report = self.switcher.bind(model, optimizer, source)
         require_launched_engine(args, self.switcher.storage.name)
-        if resumes:
-            self._require_same_run(state)
+        # Another one for each start, for two that resume the same checkpoint come to the same steps in two ways.
+        self._run = self.switcher.storage.broadcast_object(uuid.uuid4().hex)
+        _log(state, {"srlora_run": self._run})
         self._note(state, report)
         mark_saves_(self._peft_model, self.config.adapter_name)
 
@@ -137,11 +137,9 @@ class SRLoRACallback(TrainerCallback):
         """Export the adapter of the last step, and that of the best checkpoint if the Trainer knows one."""
         folder = Path(args.output_dir)
         self.export(folder / "adapter")
-        if state.best_model_checkpoint is not None:
-            saved = checkpoint_folders(Path(state.best_model_checkpoint) / FOLDER)
-            best = folder / "adapter_best"
-            what = f"export the best checkpoint to {best}"
-            self.switcher.storage.on_rank_0(what, lambda: export_checkpoint(Checkpoint(saved[-1]), best))
+        # Rank 0 alone looks, for others may not see its files.
+        best = folder / "adapter_best"
+        self.switcher.storage.on_rank_0(f"export the best checkpoint to {best}", lambda: _export_best(state, best))
 
     def export(self, folder: str | Path, max_rank: int | None = None) -> None:
         """Write a plain PEFT adapter that gives the trained model's outputs on the untouched base.
@@ -183,30 +181,27 @@ class SRLoRACallback(TrainerCallback):
 
     def _find_checkpoint(self, args: TrainingArguments, state: TrainerState) -> Checkpoint:
         """Where the Trainer resumes, and is not said to a callback."""
-        name = f"step-{state.global_step}"
+        name, run = f"{FOLDER}/step-{state.global_step}", next(reversed(_runs(state)), None)
         given = [place for place in (self.resume_from, args.resume_from_checkpoint) if isinstance(place, (str, Path))]
         places = [Path(place) for place in (*given, _checkpoint_of(args, state.global_step))]
-        for place in places:
-            if (place / FOLDER / name).is_dir():
-                return Checkpoint(place / FOLDER / name)
-        usable = [found.parent.parent for found in Path(args.output_dir).glob(f"checkpoint-*/{FOLDER}/step-*")]
-        usable.sort(key=lambda folder: int(folder.name.rpartition("-")[2]))
-        raise ValueError(
-            f"the Trainer resumes after step {state.global_step}, but {' and '.join(map(str, places))} hold no "
-            f"{FOLDER}/{name}: what was fused would be lost. A checkpoint that was saved without SRLoRACallback, or "
-            f"cut off while it was saved, cannot be resumed: take {usable[-1] if usable else 'none, and start anew'}; "
-            "or name the folder in SRLoRACallback(resume_from=...) if it lies elsewhere"
-        )
-
-    def _require_same_run(self, state: TrainerState) -> None:
-        """The Trainer and the Switcher have to have resumed the same checkpoint."""
-        theirs = next((entry["srlora_run"] for entry in state.log_history if "srlora_run" in entry), None)
-        self._run = self.switcher.resumed["extra"].get("run")
-        if self._run != theirs:
+        found = [Checkpoint(place / name) for place in places if (place / name).is_dir()]
+        same = [checkpoint for checkpoint in found if checkpoint.state["extra"].get("run") == run]
+        if not found:
+            usable = [path.parent.parent for path in Path(args.output_dir).glob(f"checkpoint-*/{FOLDER}/step-*")]
+            usable.sort(key=lambda folder: int(folder.name.rpartition("-")[2]))
             raise ValueError(
-                f"the Trainer resumed a checkpoint of another run than the one found in its output_dir (run {theirs} "
-                f"and run {self._run}): name the folder that is resumed in SRLoRACallback(resume_from=...)"
+                f"the Trainer resumes after step {state.global_step}, but {' and '.join(map(str, places))} hold no "
+                f"{name}: what was fused would be lost. A checkpoint that was saved without SRLoRACallback, or cut off "
+                f"while it was saved, cannot be resumed: take {usable[-1] if usable else 'none, and start anew'}; or "
+                "name the folder in SRLoRACallback(resume_from=...) if it lies elsewhere"
             )
+        if not same:
+            raise ValueError(
+                f"the Trainer resumed a checkpoint of another run than {' and '.join(str(c.folder) for c in found)}: "
+                "name the folder that is resumed in SRLoRACallback(resume_from=...), or take an earlier checkpoint if "
+                "this one was cut off while it was saved"
+            )
+        return same[0]
 
     def _note(self, state: TrainerState, report: SwitchReport | None) -> None:
         if report is None:
@@ -214,9 +209,31 @@ class SRLoRACallback(TrainerCallback):
         num_pairs = sum(len(site.slots) for site in report.sites)
         what = "undone" if report.undone else f"{num_pairs} pairs of {len(report.sites)} sites restarted"
         logger.info("step %d: switch %d, %s", state.global_step, report.switch, what)
-        entry = {"step": state.global_step, "epoch": state.epoch or 0.0, "srlora_switch": report.switch}
-        entry |= {"srlora_pairs": 0 if report.undone else num_pairs}
-        state.log_history.append(entry | ({"srlora_run": self._run} if report.switch == 0 else {}))
+        _log(state, {"srlora_switch": report.switch, "srlora_pairs": 0 if report.undone else num_pairs})
+
+
+def _log(state: TrainerState, entry: dict[str, object]) -> None:
+    state.log_history.append({"step": state.global_step, "epoch": state.epoch or 0.0, **entry})
+
+
+def _runs(state: TrainerState) -> list[str]:
+    """What each start of this run was called, the last one last."""
+    return [entry["srlora_run"] for entry in state.log_history if "srlora_run" in entry]
+
+
+def _export_best(state: TrainerState, folder: Path) -> None:
+    """Export the best checkpoint, if the Trainer knows one and did not take another run's for it."""
+    if state.best_model_checkpoint is None:
+        return
+    saved = [Checkpoint(path) for path in checkpoint_folders(Path(state.best_model_checkpoint) / FOLDER)]
+    if not saved or saved[-1].state["extra"].get("run") not in _runs(state):
+        logger.warning(
+            "%s, which the Trainer calls the best checkpoint, is not of this run, so %s is not written: choose a new "
+            "output_dir for each run, and save_steps so that each evaluated step is saved",
+            *(state.best_model_checkpoint, folder),
+        )
+        return
+    export_checkpoint(saved[-1], folder)
 
 
 def _checkpoint_of(args: TrainingArguments, step: int) -> Path:

@@ -46,6 +46,7 @@ def _run(engine: str, world_size: int, folder: Path, resume_from: str | None) ->
         "weights": [storage.digest_weight(number) for number in range(len(storage.sites))],
         "trained": [whole.float().clone() for whole in storage.gather_parameters(list(named.values()))],
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "starts": [entry["srlora_run"] for entry in trainer.state.log_history if "srlora_run" in entry],
         "answers": trainer.model_wrapped(x)["logits"].detach().float(),
     }
 
@@ -98,6 +99,8 @@ def test_the_choices_of_one_process_and_a_resume_that_changes_nothing(engine: st
                 torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(run["losses"], alone["losses"], rtol=1e-3, atol=1e-4)
     whole, resumed = ranks[0]["whole"], ranks[0]["resumed"]
+    assert len(resumed["starts"]) == 2
+    assert ranks[1]["resumed"]["starts"] == resumed["starts"]  # it may save the Trainer's state too
     if engine != "ddp":  # which adds gradients in another order after its first two passes
         assert resumed["weights"] == whole["weights"]
         assert all(torch.equal(a, b) for a, b in zip(resumed["trained"], whole["trained"], strict=True))

@@ -184,6 +184,15 @@ def test_the_checkpoint_of_another_run_is_not_taken_for_it(saved: Path, tmp_path
         trainer.train(resume_from_checkpoint=str(other / "checkpoint-6"))
 
 
+def test_two_starts_from_one_checkpoint_are_not_mixed_up(saved: Path, tmp_path: Path) -> None:
+    folder = copy_of(saved, tmp_path)
+    trainer, _ = make_trainer(folder, save_strategy="steps", save_steps=6)
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-6"))  # writes another checkpoint-12
+    trainer, _ = make_trainer(folder)
+    with pytest.raises(ValueError, match="another run.*resume_from"):
+        trainer.train(resume_from_checkpoint=str(saved / "checkpoint-12"))
+
+
 def test_an_adapter_of_another_name_resumes_with_its_second_adapter(tmp_path: Path) -> None:
     about = {"options": {"adapter_name": "mine", "fusion": "adapter"}, "save_strategy": "steps", "save_steps": 6}
     trainers = [make_trainer(tmp_path / "run", make_model(adapter_name="mine"), **about)[0] for _ in range(2)]
@@ -191,6 +200,18 @@ def test_an_adapter_of_another_name_resumes_with_its_second_adapter(tmp_path: Pa
     trainers[1].train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-6"))
     require_equal(*(everything(trainer.model) for trainer in trainers))
     torch.testing.assert_close(served(tmp_path / "run/adapter"), answers(trainers[0].model))
+
+
+def test_the_best_checkpoint_of_another_run_is_not_exported(saved: Path, tmp_path: Path, caplog) -> None:
+    folder = copy_of(saved, tmp_path)
+    shutil.rmtree(folder / "adapter_best")
+    # The step with the larger loss is called the best, is not saved, and was by the run before.
+    best = {"eval_strategy": "steps", "eval_steps": 6, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    trainer, _ = make_trainer(folder, save_strategy="steps", save_steps=12, **best)
+    trainer.train()
+    assert Path(trainer.state.best_model_checkpoint).name == "checkpoint-6"
+    assert "checkpoint-6, which the Trainer calls the best checkpoint, is not of this run" in caplog.text
+    assert not (folder / "adapter_best").exists()
 
 
 ARGUMENTS = {
