@@ -13,6 +13,7 @@ from pathlib import Path
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
 from typing_extensions import override
 
 from srlora_dist.checkpoint import Checkpoint, checkpoint_folders
@@ -79,6 +80,11 @@ class SRLoRACallback(TrainerCallback):
                 "push_to_hub uploads the live pairs, which nobody can use without what was fused: upload the exported "
                 "adapter from %s instead",
                 Path(args.output_dir) / "adapter",
+            )
+        if args.save_total_limit == 1 and args.save_strategy != "no":
+            logger.warning(
+                "save_total_limit 1 removes the old checkpoint before SRLoRA is told of the new one: a run that is "
+                "killed between the two has none to resume, so set it to 2"
             )
         self._has_evaluated = False
         self.switcher = Switcher(model, self.config)
@@ -168,6 +174,11 @@ class SRLoRACallback(TrainerCallback):
                 "train() was called before, and SRLoRA has edited the weights of this model since: load the model anew "
                 "and build a new Trainer with a new SRLoRACallback; it can resume from the checkpoints of this one"
             )
+        if self.resume_from is not None and state.global_step == 0:
+            raise ValueError(
+                f"SRLoRACallback(resume_from=...) names {self.resume_from}, but the Trainer begins anew: call "
+                "trainer.train(resume_from_checkpoint=...) with it"
+            )
         if self._has_evaluated and (args.world_size > 1 or args.deepspeed_plugin is not None):
             raise ValueError(
                 "evaluate() or predict() was called before train(), after which the Trainer trains without its engine, "
@@ -200,6 +211,11 @@ class SRLoRACallback(TrainerCallback):
                 f"the Trainer resumed a checkpoint of another run than {' and '.join(str(c.folder) for c in found)}: "
                 "name the folder that is resumed in SRLoRACallback(resume_from=...), or take an earlier checkpoint if "
                 "this one was cut off while it was saved"
+            )
+        if args.deepspeed_plugin is None and not (same[0].folder.parents[1] / SCHEDULER_NAME).exists():
+            raise ValueError(
+                f"{same[0].folder.parents[1]} was saved with save_only_model, so that the Trainer would begin its "
+                "learning rate anew: take a checkpoint that was saved without it"
             )
         return same[0]
 

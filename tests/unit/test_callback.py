@@ -202,6 +202,21 @@ def test_an_adapter_of_another_name_resumes_with_its_second_adapter(tmp_path: Pa
     torch.testing.assert_close(served(tmp_path / "run/adapter"), answers(trainers[0].model))
 
 
+def test_a_checkpoint_without_the_learning_rate_is_refused(tmp_path: Path) -> None:
+    saves = {"save_strategy": "steps", "save_steps": 6, "save_only_model": True}
+    make_trainer(tmp_path / "run", **saves)[0].train()
+    trainer, _ = make_trainer(tmp_path / "run", **saves)
+    with pytest.raises(ValueError, match="checkpoint-6 was saved with save_only_model.*learning rate"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-6"))
+
+
+def test_a_named_checkpoint_that_the_trainer_does_not_resume_is_noticed(saved: Path, tmp_path: Path) -> None:
+    trainer, callback = make_trainer(tmp_path / "run")
+    callback.resume_from = saved / "checkpoint-6"
+    with pytest.raises(ValueError, match="checkpoint-6, but the Trainer begins anew.*resume_from_checkpoint"):
+        trainer.train()
+
+
 def test_the_best_checkpoint_of_another_run_is_not_exported(saved: Path, tmp_path: Path, caplog) -> None:
     folder = copy_of(saved, tmp_path)
     shutil.rmtree(folder / "adapter_best")
@@ -212,6 +227,11 @@ def test_the_best_checkpoint_of_another_run_is_not_exported(saved: Path, tmp_pat
     assert Path(trainer.state.best_model_checkpoint).name == "checkpoint-6"
     assert "checkpoint-6, which the Trainer calls the best checkpoint, is not of this run" in caplog.text
     assert not (folder / "adapter_best").exists()
+
+
+def test_a_single_checkpoint_is_warned_of(tmp_path: Path, caplog) -> None:
+    make_trainer(tmp_path / "run", save_strategy="steps", save_total_limit=1)
+    assert "save_total_limit 1 removes the old checkpoint before" in caplog.text
 
 
 ARGUMENTS = {
