@@ -172,8 +172,12 @@ def warn_of_unsaved_parts(model: nn.Module, sites: list[Site], adapter_name: str
     what the model around the PEFT model trains.
     """
     peft_model = find_peft_model(model)
-    heads = [site.name for site in sites if site.name.split(".")[-1] in SEQ_CLS_HEAD_NAMES]
-    if heads and peft_model.peft_config[adapter_name].task_type is None:
+    kind = peft_model.peft_config[adapter_name].task_type
+    body = getattr(peft_model.get_base_model(), "base_model_prefix", "")
+    heads = [site.name for site in sites if site.name.split(".")[-1] in SEQ_CLS_HEAD_NAMES and kind is None]
+    if kind == "SEQ_CLS" and body:  # PEFT saves those that it knows
+        heads = [site.name for site in sites if not site.name.startswith(f"{body}.")]
+    if heads:
         warnings.warn(
             f"{some(heads)} looks like a new head, but is adapted and not saved: set task_type='SEQ_CLS' in the "
             f"LoraConfig, or modules_to_save={heads}, or the export will lack it",

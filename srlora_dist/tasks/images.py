@@ -51,10 +51,10 @@ def load(config: RunConfig) -> Task:
     Raises:
         ValueError: The pictures or the model cannot be read, or do not fit each other.
     """
-    from peft.utils.constants import SEQ_CLS_HEAD_NAMES
     from transformers import AutoModelForImageClassification
 
     from srlora_dist.tasks import Task
+    from srlora_dist.tasks.heads import heads_of
     from srlora_dist.tasks.metrics import Scorer
     from srlora_dist.tasks.models import load_image_model, quiet
     from srlora_dist.tasks.text import classification_loss, logits_and_labels
@@ -62,9 +62,7 @@ def load(config: RunConfig) -> Task:
     task = config.task
     with quiet():
         train, evaluation, num_classes = _read(config)
-        model, processor = load_image_model(
-            config, AutoModelForImageClassification, list(SEQ_CLS_HEAD_NAMES), num_labels=num_classes
-        )
+        model, processor = load_image_model(config, AutoModelForImageClassification, num_labels=num_classes)
     _require_size(model, processor)
     return Task(
         model,
@@ -77,7 +75,7 @@ def load(config: RunConfig) -> Task:
         metrics=Scorer("accuracy"),
         main_metric="accuracy",
         peft_type=None,  # PEFT has none for pictures
-        heads=_heads(model),
+        heads=heads_of(model),
     )
 
 
@@ -114,9 +112,3 @@ def _require_size(model: PreTrainedModel, processor: BaseImageProcessor) -> None
             f"model.name_or_path is {model.name_or_path!r}, which takes pictures of {wanted[0]} x {wanted[1]}, but its "
             f"preprocessor_config.json makes {made[0]} x {made[1]}: make them agree"
         )
-
-
-def _heads(model: PreTrainedModel) -> tuple[str, ...]:
-    """What the model has beside its pretrained body: the head, whatever it is called."""
-    beside = (name for name, child in model.named_children() if name != model.base_model_prefix)
-    return tuple(name for name in beside if any(True for _ in model.get_submodule(name).parameters()))

@@ -47,14 +47,12 @@ def load(config: RunConfig) -> Task:
         ValueError: A line of a file is not as it should be, the tokenizer has no chat template for ``messages``, or the
             model cannot be read.
     """
-    from transformers import AutoModelForCausalLM
-
-    from srlora_dist.tasks.models import check_length, check_tokens, load_model, quiet
+    from srlora_dist.tasks.models import check_length, check_tokens, load_decoder, quiet
     from srlora_dist.tasks.tokens import require_decoder, token_task
 
     options, splits = config.task, []
     with quiet():
-        model, tokenizer = load_model(config, AutoModelForCausalLM)
+        model, tokenizer = load_decoder(config)
         require_decoder(config, model)
         check_length(config, model, tokenizer, least=2)
         for path, most in zip(

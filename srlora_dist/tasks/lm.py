@@ -47,9 +47,7 @@ def _read_documents(path: Path) -> list[str]:
 
 
 def _lm_task(config: RunConfig, train: list[str], evaluation: list[str]) -> Task:
-    from transformers import AutoModelForCausalLM
-
-    from srlora_dist.tasks.models import check_length, check_tokens, load_model, quiet
+    from srlora_dist.tasks.models import check_length, check_tokens, load_decoder, quiet
     from srlora_dist.tasks.text import encode
     from srlora_dist.tasks.tokens import IGNORED, require_decoder, token_task
 
@@ -58,7 +56,7 @@ def _lm_task(config: RunConfig, train: list[str], evaluation: list[str]) -> Task
 
     options, splits = config.task, []
     with quiet():
-        model, tokenizer = load_model(config, AutoModelForCausalLM)
+        model, tokenizer = load_decoder(config)
         require_decoder(config, model)
         check_length(config, model, tokenizer, least=2)
         for name, texts, most in (

@@ -21,9 +21,12 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BaseImageProcessor,
     BitsAndBytesConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -31,6 +34,7 @@ from transformers.utils import cached_file
 
 from srlora_dist.cache import cache_dir
 from srlora_dist.config import RunConfig
+from srlora_dist.tasks.heads import never_quantised, new_parts
 from srlora_dist.tasks.packaged import base_model
 
 # In a process of its own: within a group of processes Transformers saves on rank 0 alone, which may not be the one that
@@ -46,43 +50,62 @@ AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(
 """
 
 
-def load_model(
-    config: RunConfig, auto_class: type, head_names: list[str] | None = None, **options: object
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load what ``config.model`` describes, with a padding token and the configured dropout.
+def load_decoder(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the causal language model of ``config.model``, with a padding token and the configured dropout.
 
     Args:
-        config: The run; ``config.seed`` draws weights that the checkpoint lacks, and ``config.engine`` decides the type
-            in which 4-bit weights are packed.
-        auto_class: Of Transformers, such as ``AutoModelForCausalLM``.
-        head_names: Layers that are never quantised; None leaves out the output layer alone.
-        options: Go into the model's configuration.
+        config: The run; ``config.engine`` decides the type in which 4-bit weights are packed.
 
     Raises:
         ValueError: The model or a package that it needs is not there, or a setting does not fit it.
     """
-    model, tokenizer = _load(AutoTokenizer.from_pretrained, "tokenizer", config, auto_class, head_names, **options)
+    model, tokenizer, _ = _load(AutoTokenizer.from_pretrained, "tokenizer", config, AutoModelForCausalLM)
     _ensure_padding_(model.name_or_path, model, tokenizer)
     return model, tokenizer
 
 
+def load_classifier(
+    config: RunConfig, **options: object
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, tuple[str, ...]]:
+    """The same for the classification of texts.
+
+    Args:
+        config: The run; ``config.seed`` draws weights that the checkpoint lacks.
+        options: Go into the model's configuration.
+
+    Returns:
+        The model, its tokenizer, and which modules start at random beside the heads that PEFT knows.
+
+    Raises:
+        ValueError: As :func:`load_decoder`.
+    """
+    auto_class = AutoModelForSequenceClassification
+    model, tokenizer, not_loaded = _load(AutoTokenizer.from_pretrained, "tokenizer", config, auto_class, **options)
+    _ensure_padding_(model.name_or_path, model, tokenizer)
+    return model, tokenizer, new_parts(model, not_loaded)
+
+
 def load_image_model(
-    config: RunConfig, auto_class: type, head_names: list[str], **options: object
+    config: RunConfig, auto_class: type, **options: object
 ) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """The same for pictures, with the image processor that belongs to the model.
 
     Raises:
-        ValueError: As :func:`load_model`.
+        ValueError: As :func:`load_decoder`.
     """
     # Not the one of torchvision, which need not be there and gives other pixels.
     reader = partial(AutoImageProcessor.from_pretrained, backend="pil")
-    return _load(reader, "image processor", config, auto_class, head_names, **options)
+    model, processor, _ = _load(reader, "image processor", config, auto_class, **options)
+    return model, processor
 
 
 def _load(
-    read: Callable, part: str, config: RunConfig, auto_class: type, head_names: list[str] | None, **options: object
-) -> tuple[PreTrainedModel, object]:
-    """Load a model and the part that makes its inputs, which is read first because that takes no time."""
+    read: Callable, part: str, config: RunConfig, auto_class: type, **options: object
+) -> tuple[PreTrainedModel, object, set[str]]:
+    """Load a model, the part that makes its inputs, which is read first because that takes no time, and what it lacks.
+
+    Weights that the checkpoint does not have, or has in another shape, are drawn from ``config.seed``.
+    """
     name, gguf_file = base_model(config)
     trust = {"trust_remote_code": config.model.trust_remote_code}
     if gguf_file is not None:
@@ -93,7 +116,7 @@ def _load(
         makes_inputs = read(name, **trust)
     if isinstance(makes_inputs, PreTrainedTokenizerBase):
         _require_words(name, makes_inputs)
-    quantization = _quantization(config, head_names)
+    quantization = _quantization(config, auto_class, settings)
     torch.manual_seed(config.seed)  # a head is drawn below and has to be the same in every process
     with _reading(name, "weights", "they have to fit config.json, and to be safetensors: pickles are not opened"):
         model, report = auto_class.from_pretrained(
@@ -106,10 +129,11 @@ def _load(
             output_loading_info=True,
             **trust,
         )
-    _warn_of_random_body(name, model, {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
+    not_loaded = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+    _warn_of_random_body(name, model, not_loaded)
     if config.model.dropout is not None:
         set_dropout_(model, config.model.dropout)
-    return model, makes_inputs
+    return model, makes_inputs, not_loaded
 
 
 def unpack_gguf(name: str, gguf_file: str, dtype: str) -> str:
@@ -238,7 +262,7 @@ def _require_words(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def _quantization(config: RunConfig, head_names: list[str] | None) -> BitsAndBytesConfig | None:
+def _quantization(config: RunConfig, auto_class: type, settings: PretrainedConfig) -> BitsAndBytesConfig | None:
     options = config.model
     if options.quantization == "none":
         return None
@@ -247,8 +271,9 @@ def _quantization(config: RunConfig, head_names: list[str] | None) -> BitsAndByt
             f"model.quantization is {options.quantization}, which needs the package bitsandbytes: "
             "pip install bitsandbytes"
         )
+    skipped = never_quantised(auto_class, settings, trust_remote_code=options.trust_remote_code)
     if options.quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=head_names)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     dtype = getattr(torch, options.dtype)
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -257,7 +282,7 @@ def _quantization(config: RunConfig, head_names: list[str] | None) -> BitsAndByt
         bnb_4bit_compute_dtype=dtype,
         # FSDP cuts parameters of one floating type alone.
         bnb_4bit_quant_storage=dtype if config.engine == "fsdp2" else torch.uint8,
-        llm_int8_skip_modules=head_names,
+        llm_int8_skip_modules=skipped,
     )
 
 

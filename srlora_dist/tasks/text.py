@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import datasets
-from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from srlora_dist.config import RunConfig
 from srlora_dist.tasks import Task
 from srlora_dist.tasks.metrics import Scorer
-from srlora_dist.tasks.models import check_length, check_tokens, load_model, quiet
+from srlora_dist.tasks.models import check_length, check_tokens, load_classifier, quiet
 
 
 def text_task(
@@ -31,13 +30,7 @@ def text_task(
     """
     kind = "regression" if num_labels == 1 else "single_label_classification"
     with quiet():
-        model, tokenizer = load_model(
-            config,
-            AutoModelForSequenceClassification,
-            head_names=list(SEQ_CLS_HEAD_NAMES),
-            num_labels=num_labels,
-            problem_type=kind,
-        )
+        model, tokenizer, new_parts = load_classifier(config, num_labels=num_labels, problem_type=kind)
         paired = "pair" in train
         check_length(config, model, tokenizer, least=tokenizer.num_special_tokens_to_add(pair=paired) + 1 + paired)
         splits = [
@@ -56,6 +49,7 @@ def text_task(
         metrics=scorer,
         main_metric=scorer.names[0],
         peft_type="SEQ_CLS",
+        heads=new_parts,
     )
 
 
