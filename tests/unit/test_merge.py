@@ -13,7 +13,11 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BartConfig,
+    BartForSequenceClassification,
     BitsAndBytesConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -29,7 +33,7 @@ TOKENS = {"input_ids": torch.tensor([[2, 7, 9, 4, 5, 3]]), "attention_mask": tor
 def trained(base: torch.nn.Module, folder: Path, stored_as: str | None, **lora: object) -> PeftModel:
     """Put an adapter of random pairs and a changed head on a model, saved as srlora_dist does."""
     torch.manual_seed(1)
-    model = get_peft_model(base, LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", **lora)).eval()
+    model = get_peft_model(base, LoraConfig(**{"r": 3, "lora_alpha": 5, "target_modules": "all-linear", **lora})).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -109,6 +113,83 @@ def test_a_quantised_base_is_dequantised(tmp_path: Path, capsys) -> None:
         assert difference(other(**TOKENS).logits, expected) > 1e-3
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_layers_that_dequantising_transposes_are_put_back(kind: str, tmp_path: Path, capsys) -> None:
+    """GPT-2's Conv1D; half of its layers are square, so that their shapes would not tell."""
+    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    settings = GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=20, n_positions=32, **no_dropout)
+    GPT2LMHeadModel(settings).save_pretrained(tmp_path / "model")
+    quantised = BitsAndBytesConfig(**NF4) if kind == "nf4" else BitsAndBytesConfig(load_in_8bit=True)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model", quantization_config=quantised)
+    stored_as = "nf4 computing in float32" if kind == "nf4" else "int8"
+    model = trained(base, tmp_path / "adapter", stored_as, task_type="CAUSAL_LM").train()
+    with torch.no_grad():
+        expected = model(**TOKENS).logits
+        merge(capsys, tmp_path / "adapter", tmp_path / "merged")
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+        assert difference(merged(**TOKENS).logits, expected) < {"nf4": 1e-5, "int8": 0.02}[kind]
+
+
+def test_a_quantised_base_stays_in_host_memory() -> None:
+    """Transformers would put it on a GPU where there is one, and the inputs are not there."""
+    options = StoredAs("float32", "nf4").options(AutoModelForCausalLM, GPT2Config())
+    assert options["device_map"] == {"": "cpu"}
+
+
+def test_a_decoders_output_layer_is_found_whatever_it_is_called() -> None:
+    options = StoredAs("float32", "nf4").options(AutoModelForCausalLM, GPT2Config())
+    assert options["quantization_config"].llm_int8_skip_modules is None  # as the tasks load it
+
+
+@pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]])
+def test_trained_embeddings_are_not_tied_any_more(saved: list[str], tmp_path: Path, capsys) -> None:
+    write_decoder(tmp_path / "model")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    lora = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj"], "modules_to_save": saved}
+    model = trained(base, tmp_path / "adapter", "float32", **lora)
+    merge(capsys, tmp_path / "adapter", tmp_path / "merged")
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        assert difference(merged(**TOKENS).logits, model(**TOKENS).logits) < 1e-5
+
+
+def test_an_adapter_of_a_shared_weight_is_refused(tmp_path: Path, capsys) -> None:
+    write_decoder(tmp_path / "model")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    trained(base, tmp_path / "adapter", "float32", task_type="CAUSAL_LM", target_modules=["q_proj", "lm_head"])
+    assert "cannot be merged: the sum computes something else" in merge(capsys, tmp_path / "adapter", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_another_base_is_refused(classifier: tuple, tmp_path: Path, capsys) -> None:
+    """Of another width, with fewer layers, which PEFT passes over in silence, and of another architecture."""
+    write_model(tmp_path / "narrow", width=16)
+    write_model(tmp_path / "short", num_layers=1)
+    write_decoder(tmp_path / "decoder")
+    for name, reason in {"narrow": "does not fit", "short": "has no place", "decoder": "nor the adapter has"}.items():
+        message = merge(capsys, classifier[0], tmp_path / "merged", "--base", tmp_path / name)
+        assert reason in message
+        assert "with --base" in message
+
+
+def test_a_base_that_lacks_more_than_the_adapter_brings_is_refused(classifier: tuple, tmp_path: Path, capsys) -> None:
+    base = AutoModelForSequenceClassification.from_pretrained(classifier[0].parent / "model")
+    state = {name: weight for name, weight in base.state_dict().items() if "pooler" not in name}
+    base.save_pretrained(tmp_path / "base", state_dict=state)
+    message = merge(capsys, classifier[0], tmp_path / "merged", "--base", tmp_path / "base")
+    assert "nor the adapter has bert.pooler.dense.bias, bert.pooler.dense.weight" in message
+
+
+def test_inputs_end_as_an_encoder_and_decoder_wants_them(tmp_path: Path, capsys) -> None:
+    sizes = {f"{part}_{what}": 1 for part in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+    sizes |= {"d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "vocab_size": 20}
+    settings = BartConfig(**sizes, max_position_embeddings=32, pad_token_id=0, eos_token_id=1, forced_eos_token_id=None)
+    BartForSequenceClassification(settings).save_pretrained(tmp_path / "model")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+    trained(base, tmp_path / "adapter", "float32", task_type="SEQ_CLS", modules_to_save=["classification_head"])
+    assert "merged in float32" in merge(capsys, tmp_path / "adapter", tmp_path / "merged")
+
+
 def test_a_classifier_of_pictures_from_elsewhere(tmp_path: Path, capsys, caplog) -> None:
     """Its adapter has neither a task type nor a README of ours; the base has another number of classes."""
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -151,6 +232,7 @@ TYPES = {
     "int8": StoredAs("float32", "int8"),
     "nf4 computing in bfloat16": StoredAs("bfloat16", "nf4"),
     "fp4-double computing in float16": StoredAs("float16", "fp4", True),
+    "bfloat16 and int8": StoredAs("bfloat16", "int8"),  # some layers are not quantised
 }
 
 
@@ -159,7 +241,7 @@ def test_types_are_read_as_they_are_written(text: str) -> None:
     assert StoredAs.parse(text) == TYPES[text]
 
 
-@pytest.mark.parametrize("text", ["", "int4", "float32 and bfloat16", "float32 computing in float32"])
+@pytest.mark.parametrize("text", ["", "int4", "float32 and bfloat16", "nf4 and int8", "float32 computing in float32"])
 def test_a_type_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="give --weights as float32"):
         StoredAs.parse(text)

@@ -1,17 +1,13 @@
-"""Merges an exported adapter into its base: a whole checkpoint that plain Transformers loads."""
+"""Puts an adapter on its base, adds it up, writes the sum, and compares what plain Transformers reads of it."""
 
 from __future__ import annotations
 
-import logging
-import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from peft import PeftConfig, PeftModel
-from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
@@ -20,69 +16,23 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
-    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.pytorch_utils import Conv1D
 
+from srlora_dist.merging.compare import logits, random_inputs, relative_difference
+from srlora_dist.merging.stored_as import StoredAs, named_in_readme
 from srlora_dist.safefiles import write_folder
-from srlora_dist.sites import keep_payloads_
+from srlora_dist.sites import keep_payloads_, some
 from srlora_dist.tasks.models import quiet
 
-logger = logging.getLogger(__name__)
-
 FORMAT = "srlora-merged-1"
-DTYPES = ("float32", "bfloat16", "float16")
 INPUT_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
 INPUT_FILES += ("chat_template*", "preprocessor_config.json", "processor_config.json")
 """What turns text or pictures into a model's inputs; copied as it is."""
-NUM_ROWS, ROW_LENGTH = 4, 16
-"""Of the random inputs on which the merged model is compared."""
-
-
-@dataclass(frozen=True)
-class StoredAs:
-    """The type of the pretrained weights that an adapter belongs to.
-
-    Args:
-        dtype: Of weights that are not quantised, and of the forward pass; ``auto`` is that of the checkpoint.
-        quantization: ``nf4``, ``fp4``, ``int8``, or ``none``.
-        double: Whether the constants of a 4-bit storage are quantised as well.
-    """
-
-    dtype: str = "auto"
-    quantization: str = "none"
-    double: bool = False
-
-    @classmethod
-    def parse(cls, text: str) -> StoredAs:
-        """Read ``float32``, ``nf4-double computing in bfloat16`` and so on.
-
-        Raises:
-            ValueError: It is not such a type.
-        """
-        types = "|".join(DTYPES)
-        match = re.fullmatch(rf"({types})|(?:(nf4|fp4)(-double)?|(int8))(?: computing in ({types}))?", text)
-        if match is None:
-            raise ValueError(
-                f"the adapter belongs to weights in {text!r}: give --weights as float32, bfloat16, float16, int8, nf4, "
-                "fp4, nf4-double or fp4-double, where quantised with ' computing in bfloat16' for example"
-            )
-        plain, four_bits, double, eight_bits, computing = match.groups()
-        return cls(plain or computing or "float32", four_bits or eight_bits or "none", bool(double))
-
-    def options(self) -> dict[str, object]:
-        """For ``from_pretrained``."""
-        dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
-        if self.quantization == "none":
-            return {"dtype": dtype}
-        # As the tasks load them: a head is never quantised.
-        skipped = {"llm_int8_skip_modules": [*SEQ_CLS_HEAD_NAMES, "lm_head"]}
-        if self.quantization == "int8":
-            return {"dtype": dtype, "quantization_config": BitsAndBytesConfig(load_in_8bit=True, **skipped)}
-        four_bits = {"bnb_4bit_quant_type": self.quantization, "bnb_4bit_use_double_quant": self.double}
-        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **four_bits, **skipped)
-        return {"dtype": dtype, "quantization_config": config}
+SAME_IN_FLOAT32, SAME_FILE = 1e-3, 0.05
+"""Relative differences of the logits that another order of summing makes, and a type that Transformers keeps wider."""
 
 
 class Merger:
@@ -103,11 +53,17 @@ class Merger:
             raise ValueError(f"{adapter} is no adapter: it has no adapter_config.json; srlora export writes one")
         if not (adapter / "adapter_model.safetensors").is_file():
             raise ValueError(f"{adapter} has no adapter_model.safetensors; pickles, which can run code, are not opened")
-        self.adapter, self.config = adapter, PeftConfig.from_pretrained(str(adapter))
+        self.adapter, self.names = adapter, _names_in(adapter)
+        try:
+            self.config = PeftConfig.from_pretrained(str(adapter))
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{adapter / 'adapter_config.json'} is of no adapter that PEFT knows ({error!r})"
+            ) from error
         self.base = base or self.config.base_model_name_or_path
         if not self.base:
             raise ValueError(f"{adapter} does not name its base: give --base")
-        self.stored_as = StoredAs.parse(weights) if weights is not None else _named_in_readme(adapter)
+        self.stored_as = StoredAs.parse(weights) if weights is not None else named_in_readme(adapter)
         self.settings, self.auto_class = self._find_class()
 
     def merge(self, folder: Path, dtype: str | None = None) -> dict[str, object]:
@@ -124,7 +80,8 @@ class Merger:
             random inputs from those of base and adapter.
 
         Raises:
-            ValueError: The folder is in use, the base does not fit the adapter, or the merged model gives NaN.
+            ValueError: The folder is in use, the base does not fit the adapter, or the merged model gives NaN or
+                something else than both do.
             OSError: The folder cannot be written.
         """
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -136,17 +93,21 @@ class Merger:
             kept = dtype or str(model.dtype).removeprefix("torch.")
             about |= {"weights": self._describe(model), "dtype": kept}
             if self.stored_as.quantization != "none":
-                model = model.dequantize()
-            merged = PeftModel.from_pretrained(model.float(), self.adapter).merge_and_unload(safe_merge=True)
-            merged = merged.to(getattr(torch, kept))
+                model = _with_published_layers(model.dequantize())
+            merged = self._merge(model.float(), inputs).to(getattr(torch, kept))
+            rounded = logits(merged, inputs)
 
             def fill(temporary: Path) -> None:
                 nonlocal model, merged
                 merged.save_pretrained(temporary)
                 model = merged = None  # so that no more than one is in memory
                 self._copy_input_files(temporary)
-                written = self.auto_class.from_pretrained(temporary, dtype="auto", use_safetensors=True)
-                about["relative_difference"] = _relative_difference(_logits(written, inputs), expected)
+                got = logits(self.auto_class.from_pretrained(temporary, dtype="auto", use_safetensors=True), inputs)
+                about["relative_difference"] = relative_difference(got, expected)
+                if relative_difference(got, rounded) > SAME_FILE:
+                    raise ValueError(
+                        "the merged model computes something else once it is written and read: report this"
+                    )
 
             try:
                 write_folder(folder, fill, about)
@@ -158,8 +119,38 @@ class Merger:
         """Random inputs, and the logits of the adapter on the base as it was trained on."""
         model = self._load()
         keep_payloads_(model)
-        inputs = _random_inputs(model)
-        return inputs, _logits(PeftModel.from_pretrained(model, self.adapter), inputs)
+        inputs = random_inputs(model)
+        return inputs, logits(self._adapt(model), inputs)
+
+    def _adapt(self, model: PreTrainedModel) -> PeftModel:
+        """The base with its adapter, all of it."""
+        try:
+            adapted = PeftModel.from_pretrained(model, self.adapter)
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"the adapter {self.adapter} does not fit the base {self.base!r} ({reason}): give its own with --base"
+            ) from error
+        # PEFT leaves out in silence what it finds no place for.
+        known = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys() | adapted.state_dict().keys()
+        homeless = sorted(self.names - known)
+        if homeless:
+            raise ValueError(
+                f"the adapter {self.adapter} has {some(homeless)}, for which the base {self.base!r} has no place: give "
+                "its own with --base"
+            )
+        return adapted
+
+    def _merge(self, model: PreTrainedModel, inputs: list[dict[str, Tensor]]) -> PreTrainedModel:
+        adapted = self._adapt(model)
+        before = logits(adapted, inputs)
+        merged = adapted.merge_and_unload(safe_merge=True)
+        if relative_difference(logits(merged, inputs), before) > SAME_IN_FLOAT32:
+            raise ValueError(
+                f"{self.adapter} cannot be merged: the sum computes something else, as where a weight that is adapted "
+                "in one layer is used by another one, too; serve it with PEFT"
+            )
+        return merged
 
     def _describe(self, model: nn.Module) -> str:
         kind, dtype = self.stored_as.quantization, str(model.dtype).removeprefix("torch.")
@@ -190,11 +181,20 @@ class Merger:
         return settings, auto_class
 
     def _load(self) -> PreTrainedModel:
-        options = {"use_safetensors": True, "ignore_mismatched_sizes": True, **self.stored_as.options()}
+        options = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+        options |= self.stored_as.options(self.auto_class, self.settings)
         try:
-            return self.auto_class.from_pretrained(self.base, config=self.settings, **options).eval()
+            model, report = self.auto_class.from_pretrained(self.base, config=self.settings, **options)
         except (OSError, ValueError, ImportError) as error:
             raise ValueError(f"the base {self.base!r} cannot be loaded ({error}): give another with --base") from error
+        not_loaded = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+        nowhere = sorted(key for key in not_loaded if f"base_model.model.{key}" not in self.names)
+        if nowhere:
+            raise ValueError(
+                f"neither the base {self.base!r} nor the adapter has {some(nowhere)}, which started at random when it "
+                "was trained: train it whole and save it (modules_to_save), or give its own base with --base"
+            )
+        return model.eval()
 
     def _copy_input_files(self, folder: Path) -> None:
         source = Path(self.base)
@@ -203,18 +203,6 @@ class Merger:
         for pattern in INPUT_FILES:
             for path in source.glob(pattern):
                 shutil.copyfile(path, folder / path.name)
-
-
-def _named_in_readme(adapter: Path) -> StoredAs:
-    """The type that srlora_dist writes into the README of an adapter."""
-    try:
-        named = re.search(r"the adapted weights in \*\*(.+?)\*\*", (adapter / "README.md").read_text())
-    except (OSError, UnicodeDecodeError):
-        named = None
-    if named is None:
-        logger.warning("%s does not say which type of weights it belongs to: taking that of the checkpoint", adapter)
-        return StoredAs()
-    return StoredAs.parse(named[1])
 
 
 def _num_labels(adapter: Path, settings: PretrainedConfig, auto_class: type) -> int | None:
@@ -228,43 +216,29 @@ def _num_labels(adapter: Path, settings: PretrainedConfig, auto_class: type) -> 
     with torch.device("meta"):
         parameters = auto_class.from_config(marked).named_parameters()
     outputs = [name for name, parameter in parameters if parameter.dim() == 2 and parameter.shape[0] == mark]
+    path = adapter / "adapter_model.safetensors"
+    names = {f"base_model.model.{name}" for name in outputs} & _names_in(adapter)
+    with safe_open(path, "pt") as file:
+        return file.get_slice(min(names)).get_shape()[0] if names else None
+
+
+def _names_in(adapter: Path) -> set[str]:
+    """Of the tensors of an adapter."""
+    path = adapter / "adapter_model.safetensors"
     try:
-        with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
-            names = {f"base_model.model.{name}" for name in outputs} & set(file.keys())
-            return file.get_slice(min(names)).get_shape()[0] if names else None
+        with safe_open(path, "pt") as file:
+            return set(file.keys())
     except SafetensorError as error:
-        raise ValueError(f"{adapter / 'adapter_model.safetensors'} cannot be read as safetensors ({error})") from error
+        raise ValueError(f"{path} cannot be read as safetensors ({error})") from error
 
 
-def _random_inputs(model: PreTrainedModel) -> list[dict[str, Tensor]]:
-    """Rows of tokens or pictures, the same every time; one by one, because a model may lack a padding token."""
-    generator = torch.Generator().manual_seed(0)
-    if model.main_input_name == "pixel_values":
-        config, size = model.config, model.config.image_size
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        shape = (NUM_ROWS, 1, getattr(config, "num_channels", 3), height, width)
-        return [{"pixel_values": row.to(model.dtype)} for row in torch.randn(shape, generator=generator)]
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or ROW_LENGTH
-    shape = (NUM_ROWS, 1, min(ROW_LENGTH, most))
-    tokens = torch.randint(model.get_input_embeddings().num_embeddings, shape, generator=generator)
-    return [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in tokens]
-
-
-@torch.no_grad()
-def _logits(model: nn.Module, inputs: list[dict[str, Tensor]]) -> list[Tensor]:
-    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-    rows = [{k: v.to(dtype) if v.is_floating_point() else v for k, v in row.items()} for row in inputs]
-    return [model.eval()(**row).logits.float() for row in rows]
-
-
-def _relative_difference(got: list[Tensor], expected: list[Tensor]) -> float:
-    """Norm of the difference over that of what was expected.
-
-    Raises:
-        ValueError: It is not a number.
-    """
-    got, expected = torch.cat(got), torch.cat(expected)
-    difference = ((got - expected).norm() / expected.norm()).item()
-    if not difference < float("inf"):
-        raise ValueError("the merged model's logits are NaN or infinite: choose a wider --dtype, such as float32")
-    return difference
+def _with_published_layers(model: PreTrainedModel) -> PreTrainedModel:
+    """Put back GPT-2's Conv1D, which holds its weight transposed: ``dequantize`` leaves a linear layer in its place."""
+    with torch.device("meta"):
+        published = type(model)(model.config)
+    for name, layer in published.named_modules():
+        found = model.get_submodule(name)
+        if isinstance(layer, Conv1D) and isinstance(found, nn.Linear):
+            layer.weight, layer.bias = nn.Parameter(found.weight.detach().T.contiguous()), found.bias
+            model.set_submodule(name, layer)
+    return model
