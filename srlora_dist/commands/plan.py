@@ -28,13 +28,14 @@ class PlanOptions:
         fusion_ratio: Share of the pairs that one switch fuses.
         target_modules: ``all-linear``, or names with commas between them.
         fusion: Where fused pairs go: ``auto``, ``in_place`` or ``adapter``.
+        optimizer: Whose moments are held: AdamW's two, or the one of SGD with momentum.
         steps: Optimizer steps.
         persistence_threshold: ZeRO-3 keeps parameters of up to so many elements whole; ``null`` is 10 times the width.
         device: Whose bandwidths the times are made from.
     """
 
     model: str
-    engine: Literal["plain", "ddp", "zero1", "zero2", "zero3", "fsdp2"] = "zero3"
+    engine: Literal["plain", "ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2"] = "zero3"
     world_size: int = 8
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     quantization: Literal["none", "nf4", "fp4", "int8"] = "none"
@@ -44,6 +45,7 @@ class PlanOptions:
     fusion_ratio: float = 0.5
     target_modules: str = "all-linear"
     fusion: Literal["auto", "in_place", "adapter"] = "auto"
+    optimizer: Literal["adamw", "sgd"] = "adamw"
     steps: int = 1000
     persistence_threshold: int | None = None
     device: Literal["a100", "h100", "mi250x", "cpu"] = "h100"

@@ -18,8 +18,10 @@ from peft import PeftModel
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     LlamaConfig,
     PretrainedConfig,
@@ -34,6 +36,7 @@ from srlora_dist.precision import train_in_
 from srlora_dist.schedule import due_steps
 from srlora_dist.sites import FUSED, Site, clamp_target_ranks, find_sites
 from srlora_dist.spans import longest_padded, longest_rows
+from srlora_dist.tasks.heads import heads_of
 
 LLAMAS = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
     "llama-7b": (4096, 11008, 32, 32, 32, 32000),  # Llama 2, arXiv 2307.09288
@@ -70,11 +73,12 @@ class Blueprint:
     """A run without its weights.
 
     Args:
-        engine: ``plain``, ``ddp``, ``zero1``, ``zero2``, ``zero3`` or ``fsdp2``.
+        engine: ``plain``, ``ddp``, ``zero0``, ``zero1``, ``zero2``, ``zero3`` or ``fsdp2``.
         world_size: Ranks.
         sites: With their second adapters, where they need one.
         frozen: The pretrained parameters as they are stored.
         groups: The trained parameters of each group of the optimizer, in its order.
+        num_moments: That the optimizer keeps of each of them.
         weights: How W of each site is stored.
         due_steps: Of the switches after switch 0.
         fusion_ratio: The paper's gamma.
@@ -86,6 +90,7 @@ class Blueprint:
     sites: list[Site]
     frozen: list[Stored]
     groups: list[list[nn.Parameter]]
+    num_moments: int
     weights: list[Stored]
     due_steps: list[int]
     fusion_ratio: float
@@ -121,7 +126,8 @@ def draw(config: RunConfig, world_size: int, persistence_threshold: int | None =
     """
     model = build_model(config)
     if persistence_threshold is None:
-        persistence_threshold = 10 * getattr(model.config, "hidden_size", 10**4)
+        widths = getattr(model.config, "hidden_sizes", [10**4])
+        persistence_threshold = 10 * getattr(model.config, "hidden_size", max(widths))
     return draw_from(model, config, world_size, persistence_threshold)
 
 
@@ -131,10 +137,10 @@ def build_model(config: RunConfig) -> PeftModel:
     Raises:
         ValueError: The model is not known, or the adapter does not fit it.
     """
-    model, peft_type = _without_weights(_settings(config.model), config.model)
+    model, peft_type, heads = _without_weights(_settings(config.model), config.model)
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of PEFT, about weights
-        model = adapt(config, model, peft_type)
+        model = adapt(config, model, peft_type, heads)
     train_in_(model, config.model.dtype if config.engine.startswith("zero") else "float32")
     return model
 
@@ -158,14 +164,14 @@ def draw_from(
     Raises:
         ValueError: SRLoRA cannot work on the model like this.
     """
-    options = config.srlora
+    options, train = config.srlora, config.train
     sites = find_sites(model, options.adapter_name)
     packed = _pack(model, config)
     for site in sites:
         site.quantised = config.model.quantization if id(site.weight) in packed else ""
     clamp_target_ranks(sites, options.target_rank)
     ranks = [(site.rank, site.target_rank) for site in sites]
-    due = due_steps(config.train.max_steps, ranks, options.fusion_ratio)
+    due = due_steps(train.max_steps, ranks, options.fusion_ratio)
     add_second_adapters_(sites, options.fusion, options.fused_rank)
     frozen = {
         id(parameter): packed.get(id(parameter), Stored(parameter.shape, parameter.element_size()))
@@ -178,6 +184,7 @@ def draw_from(
         sites=sites,
         frozen=list(frozen.values()),
         groups=groups or [[parameter for parameter in model.parameters() if parameter.requires_grad]],
+        num_moments=2 if train.optimizer == "adamw" else int(train.momentum > 0),
         weights=[frozen[id(site.weight)] for site in sites],
         due_steps=due,
         fusion_ratio=options.fusion_ratio,
@@ -210,17 +217,30 @@ def _settings(options: ModelOptions) -> PretrainedConfig:
         ) from error
 
 
-def _without_weights(settings: PretrainedConfig, options: ModelOptions) -> tuple[PreTrainedModel, str]:
-    """The model on the meta device and PEFT's ``task_type``: a decoder as it is, any other as a classifier."""
+def _without_weights(
+    settings: PretrainedConfig, options: ModelOptions
+) -> tuple[PreTrainedModel, str | None, tuple[str, ...]]:
+    """The model on the meta device, PEFT's ``task_type`` and the heads that it does not know.
+
+    A decoder is taken as it is, any other as a classifier of texts or pictures whose head is new.
+    """
     names = settings.architectures or []
-    decodes = any("CausalLM" in name or "LMHead" in name for name in names) or not names
-    auto_class = AutoModelForCausalLM if decodes else AutoModelForSequenceClassification
+    pictures = type(settings) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+    decodes = not pictures and (any("CausalLM" in name or "LMHead" in name for name in names) or not names)
+    others = AutoModelForImageClassification if pictures else AutoModelForSequenceClassification
+    auto_class = AutoModelForCausalLM if decodes else others
     try:
         with torch.device("meta"):
             model = auto_class.from_config(settings, dtype=getattr(torch, options.dtype))
     except (ValueError, TypeError, AttributeError, ImportError) as error:
-        raise ValueError(f"model {options.name_or_path!r} cannot be built from its configuration ({error})") from error
-    return model, "CAUSAL_LM" if decodes else "SEQ_CLS"
+        reason = str(error).split(" Model type should be one of")[0]  # hundreds of names
+        raise ValueError(f"model {options.name_or_path!r} cannot be built from its configuration ({reason})") from error
+    if decodes:
+        return model, "CAUSAL_LM", ()
+    heads = heads_of(model)
+    if pictures:
+        return model, None, heads
+    return model, "SEQ_CLS", tuple(name for name in heads if name not in SEQ_CLS_HEAD_NAMES)
 
 
 def _pack(model: nn.Module, config: RunConfig) -> dict[int, Stored]:

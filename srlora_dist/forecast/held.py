@@ -37,7 +37,7 @@ class Held:
         base_weights: The pretrained parameters, quantised ones with their scales.
         adapter_weights: What is trained, as the model computes with it.
         gradients: Of what is trained; under DeepSpeed as they are collected, and as the optimizer is given them.
-        optimizer_state: AdamW's two moments, and DeepSpeed's float32 copy of what is trained.
+        optimizer_state: Its moments, AdamW's two or one of SGD, and DeepSpeed's float32 copy of what is trained.
         moving_averages: SRLoRA's statistics.
         residual: The second terms of 16-bit weights.
         second_adapter: Stands for the change of quantised weights.
@@ -158,7 +158,7 @@ class Forecast:
         """A rank that holds most on its device: what is cut by parameters shrinks from rank 0 on, all else may not."""
         if self.engine in ("plain", "zero3", "fsdp2"):
             return 0
-        if self.engine == "ddp":
+        if self.engine in ("ddp", "zero0"):
             return max(range(self.world_size), key=self._moving_averages)
         return max(range(self.world_size), key=lambda rank: self._moving_averages(rank) + self._gradients(rank))
 
@@ -169,32 +169,40 @@ class Forecast:
         return sum(length * self.world_size * group[0].element_size() for group, length in groups)
 
     @cached_property
+    def _has_copy(self) -> bool:
+        """Whether the optimizer steps DeepSpeed's float32 copy; without ZeRO there is one of 16 bits alone."""
+        in_16_bits = self.trained[0].element_size() < FLOAT32
+        return self.engine in ("zero1", "zero2", "zero3") or (self.engine == "zero0" and in_16_bits)
+
+    @cached_property
     def _in_float32(self) -> list[int]:
         """Elements of each group that DeepSpeed's optimizer steps on every rank, padding included."""
-        if self.engine != "zero3":
+        if self.engine in ("zero1", "zero2"):
             return self._fragments
         return [sum(self.blueprint.longest_run(_stored(p)) for p in group) for group in self.blueprint.groups]
 
     def _gradients(self, rank: int) -> int:
-        if not self.engine.startswith("zero"):
+        if not self._has_copy:
             return sum(self.blueprint.longest_run(_stored(p)) * p.element_size() for p in self.trained)
-        # One group after the other is given to the optimizer.
-        return self._num_collected(rank) * self.trained[0].element_size() + max(self._in_float32) * FLOAT32
+        # With ZeRO one group after the other is given to the optimizer.
+        given = sum(self._in_float32) if self.engine == "zero0" else max(self._in_float32)
+        return self._num_collected(rank) * self.trained[0].element_size() + given * FLOAT32
 
     def _num_collected(self, rank: int) -> int:
         """Elements of the gradients that DeepSpeed collects in the type of the model."""
-        if self.engine == "zero3":
+        if self.engine in ("zero0", "zero3"):
             return sum(self._in_float32)
         # Of a parameter at the edge of a fragment it keeps all.
         return sum(parameter.numel() for parameter in self._touched[rank])
 
     def _optimizer_state(self, rank: int) -> int:
-        if self.engine.startswith("zero"):
-            return 3 * sum(self._in_float32) * FLOAT32
-        return 2 * sum(self.model_span(p.shape, rank).numel * p.element_size() for p in self.trained)
+        num_moments = self.blueprint.num_moments
+        if self._has_copy:
+            return (1 + num_moments) * sum(self._in_float32) * FLOAT32
+        return num_moments * sum(self.model_span(p.shape, rank).numel * p.element_size() for p in self.trained)
 
     def _moving_averages(self, rank: int) -> int:
-        if self.engine in ("plain", "ddp"):
+        if self.engine in ("plain", "ddp", "zero0"):
             return self._dealt_averages[rank]
         factors = self._factors.values()
         if self.engine in ("zero1", "zero2"):
@@ -213,7 +221,7 @@ class Forecast:
 
     def checkpoint_bytes(self, num_switches: int) -> int:
         """A checkpoint after so many switches: tensors alone, its JSON files are small."""
-        of_training = 3 * FLOAT32 * sum(parameter.numel() for parameter in self.trained)
+        of_training = (1 + self.blueprint.num_moments) * FLOAT32 * sum(parameter.numel() for parameter in self.trained)
         sites, due = self.sites, self.blueprint.due_steps
         averages = 2 * FLOAT32 * sum(site.rank * sum(site.shape) for site in sites) if num_switches < len(due) else 0
         return of_training + averages + sum(ledger_bytes(s, num_switches, self.blueprint.fusion_ratio) for s in sites)

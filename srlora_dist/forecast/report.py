@@ -24,6 +24,7 @@ def make_plan(
     fusion_ratio: float,
     target_modules: str,
     fusion: str,
+    optimizer: str,
     steps: int,
     persistence_threshold: int | None,
     device: str,
@@ -38,7 +39,7 @@ def make_plan(
         model=ModelOptions(model, dtype=dtype, quantization=quantization, double_quantization=double_quantization),
         lora=LoRAOptions(rank=rank, alpha=rank, target_modules=target_modules),
         srlora=SRLoRAConfig(target_rank=target_rank, fusion_ratio=fusion_ratio, fusion=fusion),
-        train=TrainOptions(max_steps=steps),
+        train=TrainOptions(max_steps=steps, optimizer=optimizer),
     )
     blueprint = draw(config, world_size, persistence_threshold)
     forecast = Forecast(blueprint)
@@ -47,6 +48,7 @@ def make_plan(
     later = max(sent[1:], key=lambda messages: sum(message.num_bytes for message in messages), default=[])
     return {
         "run": f"{model} in {config.model.stored_as} on {engine}, {world_size} ranks, r={rank}, target {target_rank}",
+        "optimizer": optimizer,
         "sites": len(blueprint.sites),
         "trained_parameters": sum(parameter.numel() for parameter in forecast.trained),
         "model_bytes": model_bytes,
@@ -107,6 +109,7 @@ def _held_table(plan: dict[str, object]) -> list[str]:
     titles = [f"{name}, the largest" if name == f"rank {plan['largest_rank']}" else name for name in ranks]
     lines = [f"| bytes held | {' | '.join(titles)} |", "|---|" + "---:|" * len(ranks)]
     notes = {
+        "optimizer_state": f" ({plan['optimizer']})",
         "moving_averages": " (SRLoRA)",
         "residual": " (SRLoRA, second 16-bit term)",
         "second_adapter": " (SRLoRA, for quantised weights)",

@@ -120,7 +120,7 @@ def measure(switcher: Switcher, engine: Engine, of_gradients: list[int]) -> dict
     }
 
 
-def draw(name: str, world_size: int, precision: str, threshold: int) -> Blueprint:
+def draw(name: str, world_size: int, precision: str, threshold: int, optimizer: str) -> Blueprint:
     """The blueprint of the model that ``engines.py`` prepares, drawn from its weights before they are quantised."""
     quantised = precision not in ("fp32", "bf16")
     kind, _, double = precision.partition("-")
@@ -128,22 +128,28 @@ def draw(name: str, world_size: int, precision: str, threshold: int) -> Blueprin
         engine=name,
         model=ModelOptions(quantization=kind if quantised else "none", double_quantization=bool(double)),
         srlora=SRLoRAConfig(target_rank=TARGET),
-        train=TrainOptions(max_steps=NUM_STEPS),
+        train=TrainOptions(max_steps=NUM_STEPS, optimizer=optimizer),
     )
     model = make_odd_net("fp32" if quantised else precision)
     if precision == "bf16" and name.startswith("zero"):
         train_in_(model, "bfloat16")  # DeepSpeed converts all of it
+    return draw_from(model, config, world_size, threshold, groups_of(model))
+
+
+def groups_of(model: nn.Module) -> list[list[nn.Parameter]]:
+    """Of the optimizer, as ``engines.py`` makes them."""
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    groups = [[p for n, p in trained if ("lora_B" in n) == second] for second in (False, True)]
-    return draw_from(model, config, world_size, threshold, groups)
+    return [[p for n, p in trained if ("lora_B" in n) == second] for second in (False, True)]
 
 
-def run(rank: int, world_size: int, name: str, precision: str, zero: dict, folder: str) -> dict:
+def run(rank: int, world_size: int, name: str, precision: str, zero: dict, folder: str, kind: str) -> dict:
     """Train through all switches; what is held, by part, and what was sent, by phase."""
     model, of_gradients, sent = make_odd_net(precision), [], []
     switcher = Switcher(model, SRLoRAConfig(target_rank=TARGET, svd_cache=folder), NUM_STEPS)
-    settings = {"bf16": {"enabled": True}} if precision == "bf16" else {}
-    engine = prepare(name, model, 1e-2, 0.5, 1, settings, **zero)
+    settings = {"zero_allow_untested_optimizer": True}  # SGD is one, and Accelerate sets this too
+    settings |= {"bf16": {"enabled": True}} if precision == "bf16" else {}
+    sgd = torch.optim.SGD([{"params": group} for group in groups_of(model)], lr=1e-2, momentum=0.9)
+    engine = prepare(name, model, 1e-2, 0.5, 1, settings, sgd if kind == "sgd" else None, **zero)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     with Handed() as traffic:
         switcher.bind(engine.model, engine.optimizer)
@@ -169,9 +175,14 @@ RUNS = {
     "ddp": ("ddp", 2, "fp32", {}),
     "ddp, bf16": ("ddp", 2, "bf16", {}),
     "ddp, int8": ("ddp", 2, "int8", {}),
+    "ddp, sgd": ("ddp", 2, "fp32", {}),
+    "zero0": ("zero0", 2, "fp32", {}),
+    "zero0, bf16": ("zero0", 2, "bf16", {}),
+    "zero0, bf16, sgd": ("zero0", 2, "bf16", {}),
     "zero1": ("zero1", 2, "fp32", {}),
     "zero2": ("zero2", 2, "fp32", {}),
     "zero2, uneven, bf16": ("zero2", 3, "bf16", {}),
+    "zero2, sgd": ("zero2", 2, "fp32", {}),
     "zero3": ("zero3", 2, "fp32", CUT),
     "zero3, empty runs, bf16": ("zero3", 4, "bf16", CUT),
     "zero3, some persistent": ("zero3", 2, "bf16", {"stage3_param_persistence_threshold": 100}),
@@ -185,11 +196,11 @@ RUNS = {
 def test_a_plan_is_what_an_engine_holds_and_sends(case: str, tmp_path) -> None:
     """Part by part and message by message, to the byte; gradients of ZeRO-1 and 2 but for DeepSpeed's padding."""
     name, world_size, precision, zero = RUNS[case]
-    if world_size == 1:  # in this process, where there is no process group
-        ranks = [run(0, 1, name, precision, zero, str(tmp_path))]
-    else:
-        ranks = run_ranks(run, world_size, name, precision, zero, str(tmp_path))
-    blueprint = draw(name, world_size, precision, zero.get("stage3_param_persistence_threshold", 100_000))
+    optimizer = "sgd" if "sgd" in case else "adamw"
+    arguments = name, precision, zero, str(tmp_path), optimizer
+    # One rank runs in this process, where there is no process group.
+    ranks = [run(0, 1, *arguments)] if world_size == 1 else run_ranks(run, world_size, *arguments)
+    blueprint = draw(name, world_size, precision, zero.get("stage3_param_persistence_threshold", 100_000), optimizer)
     forecast = Forecast(blueprint)
     phases = switches(blueprint)
     phases[0] = [*start_up(blueprint, cold=True), *phases[0]]

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from transformers import BertConfig, GPT2Config, LlamaConfig
+from transformers import BertConfig, DebertaV2Config, GPT2Config, LlamaConfig, ViTConfig
 
 from srlora_dist.cli import main
 from srlora_dist.config import ModelOptions
@@ -34,8 +34,28 @@ SMALL = {
         vocab_size=50,
         architectures=["BertModel"],
     ),
+    "deberta": DebertaV2Config(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=50,
+        pooler_hidden_size=64,
+        architectures=["DebertaV2Model"],
+    ),
+    "vit": ViTConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=32,
+        architectures=["ViTModel"],
+    ),
 }
-NUM_SITES = {"llama": 14, "gpt2": 8, "bert": 13}  # of BERT with the pooler; heads are left out
+# Of BERT with the pooler, which is pretrained; heads are left out.
+NUM_SITES = {"llama": 14, "gpt2": 8, "bert": 13, "deberta": 12, "vit": 12}
+WHOLE = {"bert": 2 * 65, "deberta": 2 * 65 + 64 * 65, "vit": 2 * 65}
+"""Trained elements of the heads."""
 
 
 @pytest.mark.parametrize("kind", SMALL)
@@ -46,6 +66,9 @@ def test_a_configuration_alone_is_planned(kind: str, given: str, tmp_path, capsy
     assert main(["plan", f"--model={model}", "--engine", "zero2", "--world-size", "4", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["sites"] == NUM_SITES[kind]
+    pairs = 8 * {"llama": 2 * (4 * 128 + 3 * 160), "gpt2": 2 * (256 + 128 + 2 * 320), "bert": 128}.get(kind, 0)
+    pairs += 8 * 2 * (4 * 128 + 2 * 160) * (kind in WHOLE)
+    assert plan["trained_parameters"] == pairs + WHOLE.get(kind, 0)
     held_by_0 = plan["held"]["rank 0"]
     assert held_by_0["base_weights"] == plan["model_bytes"] < held_by_0["device_total"]
     assert main(["plan", "--model", str(model), "--engine", "zero2", "--world_size", "4"]) == 0
@@ -79,6 +102,17 @@ def test_a_quantised_weight_is_counted_as_bitsandbytes_stores_it(precision: str)
     stored = pack((300, 200), ModelOptions(quantization=kind, double_quantization=bool(double)))
     assert layer.weight.numel() * layer.weight.element_size() == stored.numel * stored.element_size
     assert held(scales_of(layer), set()) == stored.beside
+
+
+def test_moments_are_those_of_the_optimizer(tmp_path, capsys) -> None:
+    SMALL["bert"].save_pretrained(tmp_path)
+    states = {}
+    for optimizer in ("adamw", "sgd"):
+        main(["plan", "--model", str(tmp_path), "--engine", "zero0", "--optimizer", optimizer, "--json"])
+        states[optimizer] = json.loads(capsys.readouterr().out)["held"]["rank 0"]["optimizer_state"]
+        main(["plan", "--model", str(tmp_path), "--engine", "zero0", "--optimizer", optimizer])
+        assert f"| optimizer state ({optimizer}) |" in capsys.readouterr().out
+    assert states["adamw"] * 2 == states["sgd"] * 3  # with a copy in float32 of what is trained in 16 bits
 
 
 def test_estimates_grow_with_the_work() -> None:
