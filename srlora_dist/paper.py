@@ -8,6 +8,7 @@ of each task) is in neither, so it is not here either.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 CITATION = "arXiv 2505.12433"
 METRICS = {"accuracy": "accuracy", "f1": "F1", "matthews": "Matthews", "pearson": "Pearson", "spearman": "Spearman"}
@@ -104,8 +105,9 @@ TABLES = {
 
 
 def task_title(name: str) -> str:
-    """The name of a task in print; of a task that the paper does not have, our own."""
-    return next((table.tasks[name].title for table in TABLES.values() if name in table.tasks), name)
+    """The name of a task in print; of a task that the paper does not have, our own, or that of its file."""
+    own = Path(name).stem if name.endswith(".py") else name
+    return next((table.tasks[name].title for table in TABLES.values() if name in table.tasks), own)
 
 
 def differs(tasks: list[str], models: list[str]) -> str:

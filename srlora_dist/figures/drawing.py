@@ -7,6 +7,7 @@ from pathlib import Path
 from srlora_dist.figures.intervals import draw_lengths, draw_site, find_site, why_no_intervals
 from srlora_dist.figures.loss import compare_losses, draw_loss
 from srlora_dist.figures.runs import Run
+from srlora_dist.paper import task_title
 from srlora_dist.runlog import read_lines
 
 
@@ -51,7 +52,10 @@ def compare(runs: list[Run], folder: Path, site: str | None = None) -> tuple[lis
         else:
             left_out.append(f"{run.folder}: no figures of active intervals, for {reason}")
     for (task, label), group in groups.items():
-        end = "" if len(groups) == 1 else f"-{task}-{_plain(label)}" if _several_labels(groups) else f"-{task}"
+        parts = (_plain(task_title(task)) if task.endswith(".py") else task, _plain(label))
+        end = "" if len(groups) == 1 else "".join(f"-{part}" for part in parts[: 1 + _several_labels(groups)])
+        if any(path.stem.endswith(f"intervals{end}") for path in paths):  # of a label with other signs
+            end += f"-{len(paths)}"
         paths.append(draw_site(group[0], folder / f"active_intervals{end}.png", find_site(group[0], site)))
         paths.append(draw_lengths(group, folder / f"interval_lengths{end}.png"))
     return paths, left_out

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from srlora_dist.figures.runs import Run, about
-from srlora_dist.figures.style import OTHERS, RETIRED, TITLES, TRAIN, mark_switches, plt, save
+from srlora_dist.figures.style import OTHERS, RETIRED, TITLES, TRAIN, fit, mark_switches, plt, save
 from srlora_dist.paper import task_title
 
 MOST_KINDS, MARKERS = 10, "os^Dv<P"
@@ -81,7 +81,7 @@ def draw_site(run: Run, path: Path, site: str) -> Path:
         axes.barh([x.direction for x in rows], lengths, left=starts, height=0.8, color=color, label=label)
     mark_switches(axes, sorted({x.start for x in intervals if x.start > 0}))
     axes.set(
-        title=f"Active directions: {_title([run])}\n{site}",
+        title=f"{fit(f'Active directions: {_title([run])}', 7)}\n{fit(site, 7)}",
         xlabel="optimizer step",
         ylabel="direction\n(0 = largest singular value)",
     )
@@ -94,11 +94,16 @@ def draw_site(run: Run, path: Path, site: str) -> Path:
 def draw_lengths(runs: list[Run], path: Path) -> Path:
     """Figure 4: how long directions stay, and how much that varies within a site; of several seeds their mean."""
     found = [active_intervals(run.switches, run.num_steps) for run in runs]
+    odd = next((run for run, sites in zip(runs, found, strict=True) if sites.keys() != found[0].keys()), None)
+    if odd is not None:
+        raise ValueError(f"{runs[0].folder} and {odd.folder} have other sites: give them different --labels")
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.8), width_ratios=(1, 1.7))
     _draw_histogram(left, found)
-    _draw_variances(right, found)
-    figure.suptitle(_title(runs))
-    return save(figure, path, about(runs))
+    has_bars = _draw_variances(right, found)
+    figure.suptitle(fit(_title(runs), 11))
+    of_what = f"{len(found)} seeds" if len(found) > 1 else "the sites of a layer"
+    bars = f"Bars: one sample standard deviation over {of_what}. " * has_bars
+    return save(figure, path, bars + about(runs))
 
 
 def _draw_histogram(axes: Axes, found: list[dict[str, list[Interval]]]) -> None:
@@ -112,34 +117,43 @@ def _draw_histogram(axes: Axes, found: list[dict[str, list[Interval]]]) -> None:
     axes.set_ylabel("directions" if len(found) == 1 else f"directions (mean of {len(found)} seeds)")
 
 
-def _draw_variances(axes: Axes, found: list[dict[str, list[Interval]]]) -> None:
-    """By layer, a line for each kind of site; sites outside the layers stand beside them."""
+def _draw_variances(axes: Axes, found: list[dict[str, list[Interval]]]) -> bool:
+    """By layer, a line for each kind of site; sites outside the layers stand beside them.
+
+    Returns:
+        Whether there are bars: of the seeds, or of one run with several sites of a kind in a layer.
+    """
     places = {site: _place(site) for site in found[0]}
     layers = sorted({layer for layer, _ in places.values() if layer is not None})
     kinds = list(dict.fromkeys(kind for _, kind in places.values()))
     if len(kinds) > MOST_KINDS:
         places, kinds = {site: (layer, "all sites") for site, (layer, _) in places.items()}, ["all sites"]
     beside = (layers[-1] if layers else 0) + 1
+    has_bars = False
     for number, kind in enumerate(kinds):
-        at: dict[int, list[float]] = {}
-        for sites in found:
-            for site, (layer, of_kind) in places.items():
-                if of_kind == kind:
-                    variance = np.var([x.end - x.start for x in sites[site]])
-                    at.setdefault(beside if layer is None else layer, []).append(variance)
+        at: dict[int, list[list[float]]] = {}  # for each seed those of its sites
+        for site, (layer, of_kind) in places.items():
+            if of_kind == kind:
+                variances = [np.var([x.end - x.start for x in sites[site]]) for sites in found]
+                seeds = at.setdefault(beside if layer is None else layer, [[] for _ in found])
+                for seed, variance in zip(seeds, variances, strict=True):
+                    seed.append(variance)
+        drawn = {layer: list(map(np.mean, at[layer])) if len(found) > 1 else at[layer][0] for layer in sorted(at)}
         style = {"color": OTHERS[number % len(OTHERS)], "marker": MARKERS[number % len(MARKERS)], "linewidth": 1.2}
         # Many sites have the same variance, so that lines on the same places would hide each other.
         aside = 0.4 * ((number + 0.5) / len(kinds) - 0.5)
-        x, y = [layer + aside for layer in sorted(at)], [np.mean(at[layer]) for layer in sorted(at)]
+        x, y = [layer + aside for layer in drawn], list(map(np.mean, drawn.values()))
         axes.plot(x, y, label=kind, **style)
-        if max(map(len, at.values())) > 1:
-            deviations = [np.std(at[layer], ddof=1) if len(at[layer]) > 1 else 0 for layer in sorted(at)]
+        if max(map(len, drawn.values())) > 1:
+            has_bars = True
+            deviations = [np.std(values, ddof=1) if len(values) > 1 else 0 for values in drawn.values()]
             axes.errorbar(x, y, deviations, fmt="none", ecolor=style["color"], capsize=2, linewidth=0.8)
     if any(layer is None for layer, _ in places.values()):
         axes.set_xticks([*layers, beside], [*map(str, layers), "none"])
     axes.set(title="Variance of the lengths within a site", xlabel="layer", ylabel="variance (steps²)")
     axes.set_ylim(0, 1.06 * axes.get_ylim()[1])
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), title="kind of site")
+    return has_bars
 
 
 def _place(site: str) -> tuple[int | None, str]:
@@ -149,6 +163,6 @@ def _place(site: str) -> tuple[int | None, str]:
 
 
 def _title(runs: list[Run]) -> str:
-    seeds = ", ".join(sorted({str(run.config["seed"]) for run in runs}))
+    seeds = ", ".join(map(str, sorted({int(run.config["seed"]) for run in runs})))
     label, task = runs[0].label, task_title(runs[0].task)
     return f"{TITLES.get(label, label)} on {task}, seed{'s' * (len(runs) > 1)} {seeds}"

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from srlora_dist.figures.runs import Run, about
-from srlora_dist.figures.style import EVAL, TITLES, TRAIN, colors, mark_switches, plt, save
+from srlora_dist.figures.style import EVAL, TITLES, TRAIN, legend_above, line_styles, mark_switches, plt, save
 from srlora_dist.paper import task_title
 
 NAMES = {"train": "training loss", "eval": "validation loss"}
@@ -17,8 +17,8 @@ NAMES = {"train": "training loss", "eval": "validation loss"}
 def draw_loss(run: Run, path: Path) -> Path:
     """Both losses of one run."""
     figure, axes = plt.subplots(figsize=(7, 4.4))
-    _plot(axes, [run], "train", TRAIN, "training (mean since the last point)")
-    _plot(axes, [run], "eval", EVAL, "validation", marker="o", markersize=4)
+    _plot(axes, [run], "train", "training (mean since the last point)", color=TRAIN)
+    _plot(axes, [run], "eval", "validation", color=EVAL, marker="o", markersize=4)
     mark_switches(axes, run.switch_steps)
     name = TITLES.get(run.method, run.method)
     axes.set(title=f"Loss: {name} on {task_title(run.task)}", xlabel="optimizer step", ylabel=_unit(run.task))
@@ -30,8 +30,8 @@ def compare_losses(runs: list[Run], path: Path) -> Path:
     """A column a task with training above validation; the seeds of a label are a mean and a band."""
     tasks = list(dict.fromkeys(run.task for run in runs))
     labels = list(dict.fromkeys(run.label for run in runs))
-    color = colors(labels)
-    figure, grid = plt.subplots(2, len(tasks), figsize=(max(7.0, 5.2 * len(tasks)), 7.8), squeeze=False, sharex="col")
+    styles = line_styles(labels)
+    figure, grid = plt.subplots(2, len(tasks), figsize=(max(7.0, 5.2 * len(tasks)), 7.4), squeeze=False, sharex="col")
     for column, task in enumerate(tasks):
         here = [run for run in runs if run.task == task]
         switches = {tuple(run.switch_steps) for run in here if run.switch_steps}
@@ -39,17 +39,17 @@ def compare_losses(runs: list[Run], path: Path) -> Path:
             for label in labels:
                 group = [run for run in here if run.label == label]
                 marks = {"marker": "o", "markersize": 4} if split == "eval" else {}
-                _plot(axes, group, split, color[label], _name(label, group), **marks)
+                _plot(axes, group, split, _name(label, group), **styles[label], **marks)
             mark_switches(axes, list(next(iter(switches))) if len(switches) == 1 else [])
             axes.set(title=f"{task_title(task)}: {NAMES[split]}", ylabel=_unit(task))
         grid[1, column].set_xlabel("optimizer step")
     # Above the axes, for curves that fall leave no corner free.
     found = {name: line for axes in grid.flat for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
-    across = 5 if len(tasks) > 1 else 3
-    figure.legend(found.values(), found, loc="upper center", ncols=across, fontsize=8, frameon=False)
+    height = legend_above(figure, list(found.values()), list(found), most_across=5)
+    figure.set_figheight(figure.get_figheight() + height)
     bands = "Bands: mean and one sample standard deviation of n seeds. "
     text = bands * any("(n=" in name for name in found) + about(runs)
-    return save(figure, path, text, above=0.12 + 0.18 * -(-len(found) // across))
+    return save(figure, path, text, above=height)
 
 
 def _name(label: str, group: list[Run]) -> str:
@@ -58,10 +58,12 @@ def _name(label: str, group: list[Run]) -> str:
 
 
 def _unit(task: str) -> str:
+    if task.endswith(".py"):
+        return "loss"  # of a task of the user's own, whatever it is
     return "loss (squared error)" if task == "stsb" else "loss (nats)"
 
 
-def _plot(axes: Axes, group: list[Run], split: str, color: str, label: str, **style: object) -> None:
+def _plot(axes: Axes, group: list[Run], split: str, label: str, **style: object) -> None:
     """One curve; of several runs their mean at the steps that all of them logged, and a band of one deviation."""
     points = [run.points(split) for run in group]
     steps = sorted(set.intersection(*map(set, points))) if points else []
@@ -69,7 +71,7 @@ def _plot(axes: Axes, group: list[Run], split: str, color: str, label: str, **st
         return
     losses = np.array([[np.nan if run[step] is None else run[step] for step in steps] for run in points])
     mean = losses.mean(axis=0)
-    axes.plot(steps, mean, color=color, label=label, **style)
+    axes.plot(steps, mean, label=label, **style)
     if len(points) > 1:
         deviation = losses.std(axis=0, ddof=1)
-        axes.fill_between(steps, mean - deviation, mean + deviation, color=color, alpha=0.18, linewidth=0)
+        axes.fill_between(steps, mean - deviation, mean + deviation, color=style["color"], alpha=0.18, linewidth=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from srlora_dist.runlog import read_lines
 from srlora_dist.tasks.packaged import model_title
 
 OF_NO_INTEREST = ("method", "seed", "output_dir", "engine", "task.name", "model.name_or_path", "task.data_dir")
-OF_NO_INTEREST += ("srlora.svd_cache", "srlora.ledger_dir", "checkpoint.", "train.timeout", "train.log_every")
+OF_NO_INTEREST += ("srlora.svd_cache", "srlora.ledger_dir", "checkpoint.", "train.timeout")
 """Options by which runs of one label may differ: they are in the line below a figure, or say where things lie."""
 
 
@@ -62,7 +62,9 @@ class Run:
             metrics, switches = (read_lines(folder / f"{name}.jsonl") for name in ("metrics", "switches"))
         except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{folder} has a file that cannot be read ({error}): was it edited?") from error
-        if not isinstance(config, dict) or not metrics:
+        if not isinstance(config, dict) or not {"method", "task", "train"} <= config.keys():
+            raise ValueError(f"{folder} is not the folder of a run, for its config.yaml is of something else")
+        if not metrics:
             raise ValueError(f"{folder} has no metrics yet: wait for the first step, or give another run")
         return cls(folder, flat(config), metrics, switches, summary, label=str(config["method"]))
 
@@ -83,8 +85,9 @@ class Run:
 
     @property
     def num_steps(self) -> int:
-        """Steps up to now."""
-        return int(self.summary.get("steps") or self.metrics[-1]["step"])
+        """Steps up to now; a switch is written at once, and the loss of its step may be later."""
+        written = [lines[-1]["step"] for lines in (self.metrics, self.switches) if lines]
+        return int(self.summary.get("steps") or max(written))
 
     @property
     def switch_steps(self) -> list[int]:
@@ -98,6 +101,8 @@ class Run:
 
 def name_runs(runs: list[Run], labels: list[str] | None) -> None:
     """Give each run its label: the one that is asked for, or its method and the options in which it differs.
+
+    Runs that differ in their seed alone have the same one; two of one seed differ in their engine or their folder.
 
     Raises:
         ValueError: There are not as many labels as runs.
@@ -116,6 +121,19 @@ def name_runs(runs: list[Run], labels: list[str] | None) -> None:
         parts = [f"{name.split('.')[-1]} {run.config.get(name)}" for name in told]
         parts += [run.model] if len({other.model for other in alike}) > 1 else []
         run.label = ", ".join([run.method, *parts])
+    for tell in (lambda run: " x ".join(_engines([run])), lambda run: str(run.folder)):
+        _tell_apart(runs, tell)
+
+
+def _tell_apart(runs: list[Run], tell: Callable[[Run], str]) -> None:
+    """Add to the labels by which there are two runs of one seed what tells them apart, where it does."""
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.task, run.label), []).append(run)
+    for group in groups.values():
+        if len({run.config["seed"] for run in group}) < len(group) and len({tell(run) for run in group}) > 1:
+            for run in group:
+                run.label = ", ".join(filter(None, [run.label, tell(run)]))
 
 
 def about(runs: list[Run]) -> str:

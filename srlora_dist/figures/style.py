@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt  # noqa: E402 (after the backend is chosen)
+from matplotlib.artist import Artist  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 
 TRAIN, EVAL, RETIRED, MARK = "#7a9cc6", "#c44e52", "#a9b8c9", "#555555"
@@ -19,11 +20,45 @@ OTHERS = ["#8d6bb1", "#937860", "#3f9fa8", "#d172a9", "#8c8c8c", "#b5a642", "#22
 TITLES = {"lora": "LoRA", "pissa": "PiSSA", "srlora": "SRLoRA", "adalora": "AdaLoRA"}
 
 
+LINES = ("-", "--", "-.", (0, (4, 1, 1, 1, 1, 1)))
+"""Styles of lines, one after the other where the colours are used up."""
+
+
 def colors(labels: list[str]) -> dict[str, str]:
     """A colour for each label; methods keep theirs in every figure."""
-    chosen = {label: OF_METHOD[label] for label in labels if label in OF_METHOD}
+    return {label: style["color"] for label, style in line_styles(labels).items()}
+
+
+def line_styles(labels: list[str]) -> dict[str, dict[str, object]]:
+    """A colour and a style of line for each label, no two alike among the first forty; methods keep theirs."""
+    chosen = {label: {"color": OF_METHOD[label], "linestyle": "-"} for label in labels if label in OF_METHOD}
     rest = [label for label in labels if label not in chosen]
-    return chosen | {label: OTHERS[k % len(OTHERS)] for k, label in enumerate(rest)}
+    return chosen | {
+        label: {"color": OTHERS[k % len(OTHERS)], "linestyle": LINES[k // len(OTHERS) % len(LINES)]}
+        for k, label in enumerate(rest)
+    }
+
+
+def fit(text: str, width: float, size: float = 12.0) -> str:
+    """The text in lines that a figure of so many inches has room for, in letters of so many points."""
+    return "\n".join(textwrap.wrap(text, int(width * 72 / (0.6 * size)), break_on_hyphens=False))
+
+
+def legend_above(figure: plt.Figure, handles: list[Artist], names: list[str], most_across: int) -> float:
+    """Put a legend above all axes, in as many columns as there is room for.
+
+    Returns:
+        Its height in inches, which :func:`save` is to leave free.
+    """
+    names = [fit(name, figure.get_figwidth() - 0.8, 8) for name in names]
+    for across in range(min(most_across, len(names)), 0, -1):
+        text = {"ncols": across, "fontsize": 8, "handlelength": 3.5, "frameon": False}  # long enough for dashes
+        legend = figure.legend(handles, names, loc="upper center", **text)
+        extent = legend.get_window_extent(figure.canvas.get_renderer())
+        if across == 1 or extent.width <= figure.bbox.width:
+            return extent.height / figure.dpi
+        legend.remove()
+    return 0.0
 
 
 def mark_switches(axes: Axes, steps: list[int]) -> None:

@@ -14,6 +14,7 @@ from srlora_dist.commands import plot
 from srlora_dist.config import parse
 from srlora_dist.figures import intervals, loss
 from srlora_dist.figures.runs import Run, about, name_runs
+from srlora_dist.figures.style import LINES, OTHERS, legend_above, line_styles
 
 SITES = ["bert.encoder.layer.0.attention.self.query", "bert.encoder.layer.1.output.dense", "bert.pooler.dense"]
 
@@ -168,3 +169,106 @@ def test_folders_without_a_run_are_refused(tmp_path: Path) -> None:
         plot.run([str(folder)])
     with pytest.raises(ValueError, match="srlora plot --help"):
         plot.run([str(folder), "--nonsense"])
+
+
+def test_a_switch_after_the_last_logged_loss_has_no_negative_length(tmp_path: Path, drawn: list) -> None:
+    folder = write_run(tmp_path / "run", "srlora", 0, False)
+    metrics = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(metrics[:3]))  # up to step 2, and a switch came after step 4
+    run = Run.read(folder)
+    assert run.num_steps == 4
+    lengths = [x.end - x.start for x in intervals.active_intervals(run.switches, run.num_steps)[SITES[0]]]
+    assert sorted(lengths) == [0, 0, 4, 4, 4, 4]
+
+
+def test_two_runs_of_one_seed_are_no_seeds_of_each_other(tmp_path: Path) -> None:
+    runs = [Run.read(write_run(tmp_path / f"{name}{seed}", "srlora", seed)) for seed in (0, 1) for name in "ab"]
+    for run in runs:
+        run.summary["storage"] = "zero3" if run.folder.name.startswith("b") else "ddp"
+    name_runs(runs, None)
+    assert [run.label for run in runs] == ["srlora, 2 x ddp", "srlora, 2 x zero3"] * 2
+    for run in runs:
+        run.summary["storage"] = "ddp"
+    name_runs(runs, None)
+    assert [run.label for run in runs] == [f"srlora, {run.folder}" for run in runs]
+
+
+def test_runs_that_log_at_other_steps_are_no_seeds_of_each_other(tmp_path: Path) -> None:
+    """Their training losses are means over other windows, and the steps that both have may be none."""
+    runs = [Run.read(write_run(tmp_path / f"{n}", "lora", n, True, f"--train.log_every={n + 1}")) for n in (0, 1)]
+    name_runs(runs, None)
+    assert [run.label for run in runs] == ["lora, log_every 1", "lora, log_every 2"]
+
+
+def test_runs_of_one_label_need_the_same_sites(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name, seed=seed) for seed, name in enumerate(("a", "b"))]
+    lines = (folders[1] / "switches.jsonl").read_text()
+    (folders[1] / "switches.jsonl").write_text(lines.replace("pooler", "other"))
+    with pytest.raises(ValueError, match="have other sites: give them different --labels"):
+        plot.run([*map(str, folders), "--output", str(tmp_path / "figures")])
+
+
+def test_many_labels_are_told_apart_and_none_is_cut(tmp_path: Path) -> None:
+    labels = [f"a run that was trained at a rate of 1e-{k} and has a long name of its own" for k in range(24)]
+    styles = line_styles(labels)
+    assert len({(style["color"], str(style["linestyle"])) for style in styles.values()}) == 24
+    assert len(OTHERS) * len(LINES) == 40
+    runs = [Run.read(write_run(tmp_path / str(k), "lora")) for k in range(24)]
+    name_runs(runs, labels)
+    loss.compare_losses(runs, tmp_path / "many.png")
+    figure = plt.figure(figsize=(7, 7.8))
+    handles = [plt.Line2D([], [], **style) for style in styles.values()]
+    height = legend_above(figure, handles, labels, most_across=5)
+    extent = figure.legends[0].get_window_extent()
+    assert (extent.x0 >= 0, extent.x1 <= figure.bbox.width) == (True, True)
+    assert height == pytest.approx(extent.height / figure.dpi)
+    assert len(figure.legends) == 1
+    plt.close(figure)
+
+
+def test_figures_of_labels_that_differ_in_a_sign_are_all_there(tmp_path: Path) -> None:
+    runs = [Run.read(write_run(tmp_path / name, "srlora", 0)) for name in "abc"]
+    name_runs(runs, ["r+1", "r-1", "r 1"])
+    paths, _ = figures.compare(runs, tmp_path / "figures")
+    assert len(set(paths)) == len(paths) == 7
+    assert all(path.is_file() for path in paths)
+
+
+def test_a_task_of_the_users_own_is_called_after_its_file(tmp_path: Path, drawn: list) -> None:
+    own = "--task.name=path/to/asks.py"
+    runs = [Run.read(write_run(tmp_path / method, method, 0, True, own)) for method in ("srlora", "pissa")]
+    runs[1].switches = runs[0].switches
+    name_runs(runs, None)
+    paths, _ = figures.compare(runs, tmp_path)
+    assert [path.relative_to(tmp_path).as_posix() for path in paths] == [
+        "loss.png",
+        "active_intervals-asks-srlora.png",
+        "interval_lengths-asks-srlora.png",
+        "active_intervals-asks-pissa.png",
+        "interval_lengths-asks-pissa.png",
+    ]
+    assert [axes.get_title() for axes in drawn[0][0].axes] == ["asks: training loss", "asks: validation loss"]
+    assert drawn[0][0].axes[0].get_ylabel() == "loss"  # of any kind
+    assert "on asks" in drawn[0][1]
+
+
+def test_bars_of_variances_say_what_they_are(tmp_path: Path, drawn: list) -> None:
+    seeds = [Run.read(write_run(tmp_path / str(seed), seed=seed)) for seed in (0, 1)]
+    for line in seeds[1].switches:
+        line["step"] += line["step"] // 4
+    name_runs(seeds, None)
+    figures.compare(seeds, tmp_path)
+    figures.compare(seeds[:1], tmp_path)
+    with_seeds, alone = drawn[2], drawn[5]
+    assert with_seeds[1].startswith("Bars: one sample standard deviation over 2 seeds. ")
+    assert not alone[1].startswith("Bars")
+    ends = with_seeds[0].axes[1].collections[0].get_segments()[0][:, 1]
+    each = [np.var([8, 12, 4, 4, 8, 4, 4, 4]), np.var([10, 12, 5, 5, 7, 5, 2, 2])]
+    assert ends.tolist() == pytest.approx([np.mean(each) - np.std(each, ddof=1), np.mean(each) + np.std(each, ddof=1)])
+
+
+def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    (folder / "config.yaml").write_text("model: {}\n")
+    with pytest.raises(ValueError, match=r"its config\.yaml is of something else"):
+        plot.run([str(folder)])
