@@ -29,13 +29,13 @@ def main(argv: list[str]) -> int:
             _say(grid, train)
             return 0
         failed, stopped = run_grid(grid, train)
+        found = found_results(grid, Results(grid.folder / "results.jsonl"))
+        print(write_table(grid, found, failed, grid.folder / "table.md"))
+        for path in draw_figures(grid, found, grid.folder / "figures") if found else ():
+            print(path)
     except (ValueError, OSError) as error:
         print(f"reproduce: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    found = found_results(grid, Results(grid.folder / "results.jsonl"))
-    print(write_table(grid, found, failed, grid.folder / "table.md"))
-    for path in draw_figures(grid, found, grid.folder / "figures") if found else ():
-        print(path)
     if stopped:
         print("reproduce: stopped by a signal: the same command goes on", file=sys.stderr)
         return STOPPED_BY_SIGNAL

@@ -10,6 +10,8 @@ import threading
 
 from accelerate import Accelerator
 
+from srlora_dist.process import parent_is_gone
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
@@ -34,6 +36,7 @@ class StopRequest:
             # death counts as a SIGTERM.
             if "ACCELERATE_MIXED_PRECISION" in os.environ and sys.platform == "linux":
                 ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+                self._here = parent_is_gone()  # before this it would not have been noticed
 
     def _note(self, *_: object) -> None:
         self._here = True

@@ -6,6 +6,15 @@ import logging
 import os
 import warnings
 
+STARTED = os.getpid(), os.getppid()
+"""This process and its parent, before the seconds of imports."""
+
+
+def parent_is_gone() -> bool:
+    """Whether the parent that this process was started by has ended."""
+    process, parent = STARTED
+    return os.getpid() == process and os.getppid() != parent  # a fork has another parent
+
 
 def prepare_process() -> bool:
     """Set what torch and DeepSpeed read when they are imported, and leave the messages to the main process.

@@ -9,6 +9,8 @@ import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import yaml
+
 from srlora_dist.config import RunConfig, parse
 from srlora_dist.figures.runs import flat
 from srlora_dist.paper import TABLES, PaperTable
@@ -32,6 +34,7 @@ class Cell:
         seed: Its seed.
         arguments: Of ``launch/train.py``.
         config: What these come to.
+        mixed_precision: Of the launch, which is no option of the run.
     """
 
     task: str
@@ -39,6 +42,7 @@ class Cell:
     seed: int
     arguments: tuple[str, ...]
     config: RunConfig
+    mixed_precision: str = "no"
 
     @property
     def name(self) -> str:
@@ -53,7 +57,7 @@ class Cell:
     @property
     def digest(self) -> str:
         """Of all options that decide what the run computes."""
-        return digest(asdict(self.config))
+        return digest(asdict(self.config), self.mixed_precision)
 
 
 @dataclass(frozen=True)
@@ -75,10 +79,12 @@ class Grid:
     dry_run: bool
 
 
-def digest(config: dict[str, object]) -> str:
+def digest(config: dict[str, object], mixed_precision: str) -> str:
     """Of the options in a resolved configuration that decide what a run computes, and of the model by its title."""
     options = {name: value for name, value in flat(config).items() if not name.startswith(PLACES)}
     options["model.name_or_path"] = model_title(options["model.name_or_path"])
+    if mixed_precision != "no":
+        options["mixed_precision"] = mixed_precision
     return hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -110,8 +116,9 @@ def build_grid(argv: list[str], presets: Path) -> Grid:
         model = str(MINILM.folder()) if options.model == "minilm" else options.model
         for_runs = [f"--model.name_or_path={model}", *for_runs]
     folder = Path(options.output_dir or f"runs/table{table.number}").expanduser()
+    precision = _mixed_precision(options.accelerate)
     cells = [
-        _cell(folder, presets / table.presets, task, method, seed, for_runs)
+        _cell(folder, presets / table.presets, task, method, seed, for_runs, precision)
         for seed in range(options.seeds)
         for task in dict.fromkeys(tasks)
         for method in dict.fromkeys(methods)
@@ -146,13 +153,32 @@ def _tasks_of(table: PaperTable) -> list[str]:
     return [name for name, task in table.tasks.items() if task.figures]
 
 
-def _cell(folder: Path, presets: Path, task: str, method: str, seed: int, for_runs: list[str]) -> Cell:
+def _mixed_precision(file: str | None) -> str:
+    """What ``accelerate launch`` will take from its file, or without one from the machine's own."""
+    if file is None:
+        from accelerate.commands.config.config_args import default_config_file  # seconds of imports
+
+        file = default_config_file
+    if not Path(file).is_file():
+        return "no"
+    try:
+        settings = yaml.safe_load(Path(file).read_text())
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{file} cannot be read ({error}): give one of launch/accelerate with --accelerate") from error
+    return str((settings if isinstance(settings, dict) else {}).get("mixed_precision") or "no").lower()
+
+
+def _cell(
+    folder: Path, presets: Path, task: str, method: str, seed: int, for_runs: list[str], mixed_precision: str
+) -> Cell:
     chosen = ["--config", str(presets / f"{task}.yaml"), *for_runs, f"--method={method}", f"--seed={seed}"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # each run says itself which options do nothing in it
         config = parse(chosen)
+    if config.task.name != task:
+        raise ValueError(f"task.name is set to {config.task.name!r}, but the grid sets it: choose with --tasks")
     # Runs with other options must not meet in one folder.
-    output_dir = str(folder / f"{task}-{method}-seed{seed}-{digest(asdict(config))[:6]}")
+    output_dir = str(folder / f"{task}-{method}-seed{seed}-{digest(asdict(config), mixed_precision)[:6]}")
     config = replace(config, output_dir=output_dir)
     check_task(config)
-    return Cell(task, method, seed, (*chosen, f"--output_dir={output_dir}"), config)
+    return Cell(task, method, seed, (*chosen, f"--output_dir={output_dir}"), config, mixed_precision)

@@ -54,7 +54,7 @@ def draw_figures(grid: Grid, found: Found, folder: Path) -> list[Path]:
         Column(
             title=grid.table.tasks[name].title,
             unit=_unit(grid.table.tasks[name].metrics[0]),
-            here={m: [100 * v for v in _main(grid, found, name, m)] for m in _methods(grid)},
+            here={m: [100 * v for v in _main(grid, found, name, m) if v is not None] for m in _methods(grid)},
             paper={m: figures[0] for m, figures in grid.table.tasks[name].figures.items()},
         )
         for name in _tasks(grid)
@@ -71,12 +71,12 @@ def draw_figures(grid: Grid, found: Found, folder: Path) -> list[Path]:
     return paths
 
 
-def values(found: Found, task: str, method: str, metric: str, which: str) -> list[float]:
-    """A figure of each seed."""
+def values(found: Found, task: str, method: str, metric: str, which: str) -> list[float | None]:
+    """A figure of each seed; None where it was not finite."""
     return [line[which][metric] for _, line in found.get((task, method), [])]
 
 
-def _main(grid: Grid, found: Found, task: str, method: str) -> list[float]:
+def _main(grid: Grid, found: Found, task: str, method: str) -> list[float | None]:
     return values(found, task, method, grid.table.tasks[task].metrics[0], "final")
 
 
@@ -85,10 +85,12 @@ def _unit(metric: str) -> str:
     return f"{METRICS[metric]} (%)" if share else f"{METRICS[metric]} correlation × 100"
 
 
-def _mean(figures: list[float]) -> str:
+def _mean(figures: list[float | None]) -> str:
     """In percent: the mean, the sample standard deviation and the number of seeds."""
     if not figures:
         return "not run"
+    if None in figures:
+        return f"{figures.count(None)} of {len(figures)} not finite"
     deviation = f" ± {100 * statistics.stdev(figures):.2f}" if len(figures) > 1 else ""
     return f"{100 * statistics.mean(figures):.2f}{deviation} (n={len(figures)})"
 
@@ -119,11 +121,13 @@ def _settings(grid: Grid, found: Found) -> list[str]:
         if runs:
             cell, line = runs[0]
             train, rank = cell.config.train, cell.config.lora.rank
+            engines = dict.fromkeys(f"{each['world_size']} x {each['storage']}" for _, each in runs)
+            mixed = f", mixed precision {cell.mixed_precision}" * (cell.mixed_precision != "no")
             lines.append(
                 f"- {grid.table.tasks[name].title}: {line['steps']} steps of {train.batch_size} samples "
                 f"({line['epochs']:.3g} epochs), rate {train.learning_rate:g}, inputs of up to "
                 f"{cell.config.task.max_length} tokens, rank {rank}, target rank {cell.config.srlora.target_rank}, "
-                f"{line['world_size']} x {line['storage']}, {cell.config.model.stored_as}."
+                f"{' / '.join(engines)}, {cell.config.model.stored_as}{mixed}."
             )
     return lines
 

@@ -14,6 +14,7 @@ from srlora_dist.config import RunConfig
 from srlora_dist.figures.runs import flat
 from srlora_dist.reproduce.grid import PLACES, Cell, digest
 from srlora_dist.runlog import read_lines
+from srlora_dist.safefiles import write_whole
 from srlora_dist.tasks.packaged import model_title
 
 FROM_SUMMARY = ("steps", "best_step", "start", "best", "final", "skipped_steps", "resumed_after", "storage")
@@ -33,7 +34,7 @@ class Results:
             content = path.read_bytes()
             whole = content[: content.rfind(b"\n") + 1]
             if whole != content:
-                path.write_bytes(whole)
+                write_whole(path, lambda beside: beside.write_bytes(whole))
 
     def of(self, cell: Cell) -> dict[str, object] | None:
         """The last good result of a run with these options; None if there is none."""
@@ -83,6 +84,6 @@ def finished_summary(cell: Cell) -> dict[str, object] | None:
     try:
         config = yaml.safe_load((cell.folder / "config.yaml").read_text())
         summary = json.loads((cell.folder / "summary.json").read_text())
-        return summary if digest(config) == cell.digest else None
+        return summary if digest(config, cell.mixed_precision) == cell.digest else None
     except (OSError, ValueError, KeyError, AttributeError, yaml.YAMLError):
         return None

@@ -11,7 +11,7 @@ import pytest
 from srlora_dist.config import TrainOptions, parse
 from srlora_dist.paper import TABLES
 from srlora_dist.reproduce.grid import Grid, build_grid
-from srlora_dist.reproduce.report import found_results, write_table
+from srlora_dist.reproduce.report import draw_figures, found_results, write_table
 from srlora_dist.reproduce.results import Results, finished_summary
 from srlora_dist.tasks import TASKS
 from srlora_dist.tasks.glue import GLUE
@@ -77,11 +77,31 @@ def test_the_grid_is_method_by_task_by_seed(tmp_path: Path) -> None:
 
 def test_only_what_is_computed_makes_another_run(tmp_path: Path) -> None:
     digests = [cell.digest for cell in grid(tmp_path).cells]
-    elsewhere = grid(tmp_path / "other", "--train.log_every=3", "--checkpoint.keep=1", "--accelerate", __file__)
+    engine = str(PRESETS.parent / "accelerate" / "zero2.yaml")
+    elsewhere = grid(tmp_path / "other", "--train.log_every=3", "--checkpoint.keep=1", "--accelerate", engine)
     assert [cell.digest for cell in elsewhere.cells] == digests
     longer = grid(tmp_path, "--train.epochs=3")
     assert not {cell.digest for cell in longer.cells} & set(digests)
     assert not {cell.folder for cell in longer.cells} & {cell.folder for cell in grid(tmp_path).cells}
+
+
+def test_the_precision_of_the_launch_makes_another_run(tmp_path: Path) -> None:
+    files = {}
+    for precision in ("no", "fp16"):
+        files[precision] = tmp_path / f"{precision}.yaml"
+        files[precision].write_text(f"mixed_precision: {precision}\nnum_processes: 1\n")
+    plain, mixed = (grid(tmp_path, "--accelerate", str(file)).cells[0] for file in files.values())
+    assert plain.digest == grid(tmp_path).cells[0].digest != mixed.digest
+    assert plain.folder != mixed.folder
+    mixed.folder.mkdir(parents=True)
+    mixed.config.save(mixed.folder / "config.yaml")
+    (mixed.folder / "summary.json").write_text('{"steps": 12}')
+    assert finished_summary(mixed) == {"steps": 12}
+    results = Results(tmp_path / "results.jsonl")
+    add_done(results, mixed, summary_of(0.5))
+    runs = grid(tmp_path, "--accelerate", str(files["fp16"]))
+    text = write_table(runs, found_results(runs, results), [], tmp_path / "table.md")
+    assert "2 x ddp, float32, mixed precision fp16." in text
 
 
 @pytest.mark.parametrize(
@@ -100,6 +120,25 @@ def test_only_what_is_computed_makes_another_run(tmp_path: Path) -> None:
 def test_wrong_options_are_refused_before_anything_runs(options: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_grid(options, PRESETS)
+
+
+def test_a_file_of_options_cannot_set_another_task(tmp_path: Path) -> None:
+    """Its figures would stand in the wrong column."""
+    (tmp_path / "mine.yaml").write_text("task:\n  name: sst2\n")
+    with pytest.raises(ValueError, match="task.name is set to 'sst2', but the grid sets it"):
+        grid(tmp_path, "--config", str(tmp_path / "mine.yaml"))
+
+
+def test_a_figure_that_is_not_finite_is_told(tmp_path: Path) -> None:
+    runs = grid(tmp_path, "--methods", "lora", tasks="stsb")
+    results = Results(tmp_path / "results.jsonl")
+    for cell in runs.cells:
+        add_done(results, cell, summary_of(0.5, pearson=None if cell.seed else 0.5, spearman=0.5))
+        (cell.folder / "metrics.jsonl").unlink()  # the curves are left out
+    found = found_results(runs, results)
+    text = write_table(runs, found, [], tmp_path / "table.md")
+    assert "| LoRA | here, last step | 1 of 2 not finite | 50.00 ± 0.00 (n=2) |" in text
+    assert [path.name for path in draw_figures(runs, found, tmp_path / "figures")] == ["table3.png"]
 
 
 def test_a_file_of_results_that_a_crash_has_cut_is_mended(tmp_path: Path) -> None:
