@@ -52,12 +52,7 @@ def launched_engine() -> str:
         return f"zero{zero_stage(read_settings())}"
     if _flag("ACCELERATE_USE_FSDP"):
         return _fsdp_engine()
-    # Accelerate's launcher of one process sets the first, and the second where several were asked for.
-    if {"ACCELERATE_USE_CPU", "MASTER_PORT"} <= {*os.environ} and "WORLD_SIZE" not in os.environ:
-        raise ValueError(
-            "accelerate launch was asked for several processes, but with this file it starts one alone on each node: "
-            "use --config_file launch/accelerate/ddp.yaml, or cpu2.yaml on the CPU"
-        )
+    _require_a_launcher_of_all()
     return "ddp" if world_size() > 1 else "plain"
 
 
@@ -244,6 +239,24 @@ def _number(variable: str, default: int, least: int, most: int | None = None) ->
             f"{variable} is {value!r} in the environment, not a number {span}: start with accelerate launch"
         )
     return int(value)
+
+
+def _require_a_launcher_of_all() -> None:
+    """Stop where several processes were started that do not know of each other: each would train by itself."""
+    if "WORLD_SIZE" in os.environ:
+        return
+    # Accelerate's launcher of one process sets the first, and the second where several were asked for.
+    if {"ACCELERATE_USE_CPU", "MASTER_PORT"} <= {*os.environ}:
+        raise ValueError(
+            "accelerate launch was asked for several processes, but with this file it starts one alone on each node: "
+            "use --config_file launch/accelerate/ddp.yaml, or cpu2.yaml on the CPU"
+        )
+    for variable in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if os.environ.get(variable, "1") != "1":
+            raise ValueError(
+                f"{variable} is {os.environ[variable]} in the environment, but each of these processes would train by "
+                "itself: start accelerate launch, once on each node, as launch/slurm/train.sbatch does"
+            )
 
 
 def _without_gpu() -> bool:

@@ -186,6 +186,7 @@ CASES = {
     "engine that was not launched": ({"engine": "zero2"}, "asked for is zero2, but the launch asks for plain"),
     "processes that Accelerate does not start": (LONELY, "starts one alone on each node: use --config_file launch/acc"),
     "single.yaml for several": (LONELY | {"ACCELERATE_USE_CPU": "False"}, "or cpu2.yaml on the CPU"),
+    "srun without a launcher": ({"SLURM_STEP_NUM_TASKS": "8"}, "SLURM_STEP_NUM_TASKS is 8 in the environment"),
     "Megatron": ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "asks for Megatron-LM"),
     "number of processes in words": ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
     "no processes": ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
