@@ -24,7 +24,7 @@ class WholeWeights(Storage):
                     f"the weight of {site.name} is cut by tensor parallelism, which is not supported: load the model "
                     "without tp_plan, and use FSDP2 or ZeRO-3"
                 )
-            if site.weight.is_meta or site.weight.device != sites[0].weight.device:
+            if site.weight.device != sites[0].lora_a.device:
                 raise ValueError(
                     f"the weight of {site.name} is on {site.weight.device}, where a device_map has put it: load the "
                     "whole model on one device, or use FSDP2 or ZeRO-3"
