@@ -14,7 +14,7 @@ LAUNCH = Path(os.path.relpath(Path(__file__).resolve().parent))
 sys.path.insert(0, str(LAUNCH.resolve().parent))  # the package may not be installed
 
 from srlora_dist.errors import STOPPED_BY_SIGNAL  # noqa: E402 (after the path is set)
-from srlora_dist.reproduce.grid import Grid, build_grid  # noqa: E402
+from srlora_dist.reproduce.grid import TableGrid, build_grid  # noqa: E402
 from srlora_dist.reproduce.report import draw_figures, found_results, write_table  # noqa: E402
 from srlora_dist.reproduce.results import Results  # noqa: E402
 from srlora_dist.reproduce.running import command, run_grid  # noqa: E402
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
             _say(grid, train)
             return 0
         failed, stopped = run_grid(grid, train)
-        found = found_results(grid, Results(grid.folder / "results.jsonl"))
+        found = found_results(grid, Results(grid.results))
         print(write_table(grid, found, failed, grid.folder / "table.md"))
         for path in draw_figures(grid, found, grid.folder / "figures") if found else ():
             print(path)
@@ -42,8 +42,8 @@ def main(argv: list[str]) -> int:
     return 1 if failed else 0
 
 
-def _say(grid: Grid, train: Path) -> None:
-    results = Results(grid.folder / "results.jsonl")
+def _say(grid: TableGrid, train: Path) -> None:
+    results = Results(grid.results)
     for cell in grid.cells:
         print(f"# {cell.name}{', done' if results.of(cell) else ''}")
         print(shlex.join(command(grid, cell, train)))

@@ -27,7 +27,7 @@ from srlora_dist.sites import Site, describe_base
 
 logger = logging.getLogger(__name__)
 
-FORMAT = "srlora-checkpoint-1"
+FORMAT = "srlora-checkpoint-2"
 STATE, LEDGER = "state.json", "ledger"
 
 
@@ -195,6 +195,7 @@ def describe_sites(sites: list[Site], digests: list[int]) -> dict[str, object]:
                 "fused_rank": site.fused_rank,
                 "num_taken": site.num_taken,
                 "held": site.held,
+                "born": site.born,
                 "digest": f"{digest:016x}",
             }
             for site, digest in zip(sites, digests, strict=True)

@@ -7,7 +7,6 @@ The dataclasses below are the YAML schema and the command line at the same time:
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -18,79 +17,10 @@ import yaml
 
 from srlora_dist.options_file import check_files
 from srlora_dist.ranges import BELOW_ONE, COUNT, COUNT_OR_NONE, MOST, POSITIVE, expand_home, require
+from srlora_dist.srlora_config import SRLoRAConfig
 
 TASK_OPTIONS_OF = {"completion_only": ("instruct",), "packing": ("instruct", "lm")}
 """Options of the task that only these tasks honour, and files of the user's own."""
-
-
-@dataclass
-class SRLoRAConfig:
-    """How pairs are scored, fused and restarted (SRLoRA, arXiv 2505.12433).
-
-    Args:
-        target_rank: Directions of each pretrained weight to share out over the run; the paper's r_target. The last
-            switch of the paper's schedule falls on the end of training and is left out, so the last ones stay unused.
-        fusion_ratio: Share of a site's pairs that one switch fuses, in (0, 1]; the paper's gamma (Eq. 13).
-        beta1: Decay of the moving average of the sensitivity (Eq. 4).
-        beta2: Decay of the moving average of its deviation (Eq. 5).
-        importance_window: Steps before a switch whose gradients count for its choice: ``all``, their number, or
-            ``auto``, which leaves out those that weigh less than a millionth. It begins with statistics of 0; where
-            switches follow each other more closely it never begins, and ``score_reset`` alone clears them.
-        score_reset: What a switch clears: the statistics of ``all`` pairs (the paper's section 3.1) or only those of
-            the ``restarted`` ones (its Algorithm 1).
-        optimizer_reset: What a restarted pair keeps of the optimizer's state: ``zero`` clears it, ``first_moment``
-            clears the momentum alone, ``keep`` clears nothing.
-        fusion: Where fused pairs go: ``in_place`` edits W (a 16-bit W keeps a second term, so that roundings do not add
-            up), ``adapter`` fills a frozen second adapter and never writes W, ``auto`` is ``adapter`` for quantised
-            weights and ``in_place`` for others.
-        fused_rank: Largest rank of that second adapter; ``null`` takes the ``2 target_rank - rank`` that a run fills. A
-            smaller one is compressed by SVD as it fills up, and the error is logged.
-        residual_device: Where the second term of a 16-bit W lies: ``weight`` is beside it, ``cpu`` in host memory.
-        directions_from: Folder of the original checkpoint (safetensors) to take the directions from; ``null`` takes
-            them from the loaded weights, dequantised if they are quantised.
-        check_switch: Compare the model's output on the last training batch before and after each switch, and undo a
-            switch that changes it; costs two forward passes and, for a moment, a copy of this rank's weights in host
-            memory.
-        switch_tolerance: Largest relative change of the output then; ``null`` is 1e-4 for float32, 4e-3 for float16 and
-            3e-2 for bfloat16.
-        agreement_every: Steps between comparisons of all that ranks hold copies of; 0 compares at switches alone.
-        adapter_name: The PEFT adapter to work on.
-        svd_cache: Folder of the computed directions; ``null`` is ``srlora_dist/svd`` in the user's cache folder.
-        svd_distribute: Share the decompositions out over the ranks instead of leaving all of them to rank 0.
-        ledger_dir: Folder to which each switch is appended; ``null`` keeps the ledger in memory alone.
-    """
-
-    target_rank: int = 32
-    fusion_ratio: float = 0.5
-    beta1: float = 0.85
-    beta2: float = 0.85
-    importance_window: int | Literal["auto", "all"] = "auto"
-    score_reset: Literal["all", "restarted"] = "all"
-    optimizer_reset: Literal["zero", "first_moment", "keep"] = "zero"
-    fusion: Literal["auto", "in_place", "adapter"] = "auto"
-    fused_rank: int | None = None
-    residual_device: Literal["weight", "cpu"] = "weight"
-    directions_from: str | None = None
-    check_switch: bool = False
-    switch_tolerance: float | None = None
-    agreement_every: int = 0
-    adapter_name: str = "default"
-    svd_cache: str | None = None
-    svd_distribute: bool = False
-    ledger_dir: str | None = None
-
-    def __post_init__(self) -> None:
-        share = (lambda value: 0 < value <= 1, "a share of the pairs in (0, 1], such as 0.5")
-        decay = (BELOW_ONE[0], "a decay in [0, 1), such as 0.85")
-        name = (lambda value: re.fullmatch(r"[\w-]+", value), "a name of letters, digits, _ and -")
-        rules = {"fusion_ratio": share, "beta1": decay, "beta2": decay, "fused_rank": COUNT, "adapter_name": name}
-        steps = (
-            lambda x: x in ("auto", "all") or (isinstance(x, int) and COUNT[0](x)),
-            f"auto, all or {COUNT[1]} steps",
-        )
-        rules |= {"importance_window": steps, "switch_tolerance": POSITIVE, "agreement_every": COUNT_OR_NONE}
-        require("srlora.", self, rules | {"target_rank": (COUNT[0], "at least the rank of the adapter")})
-        expand_home(self, "directions_from", "svd_cache", "ledger_dir")
 
 
 @dataclass
@@ -313,11 +243,14 @@ class RunConfig:
     def without_effect(self) -> list[str]:
         """Name the options that were changed and do nothing in this run."""
         used = {"lora": {"adapter_name"}, "adalora": {"adapter_name"}, "srlora": {f.name for f in fields(SRLoRAConfig)}}
-        of_switches = {"target_rank", "fusion_ratio", "beta1", "beta2", "importance_window", "score_reset"}
-        of_switches |= {"optimizer_reset", "check_switch", "switch_tolerance"}
+        of_switches = {"target_rank", "fusion_ratio", "beta1", "beta2", "importance_window", "score_reset", "score"}
+        of_switches |= {"choose", "grace", "switch_until", "optimizer_reset", "check_switch", "switch_tolerance"}
         used["pissa"] = used["srlora"] - of_switches
         changed = {f.name for f in fields(SRLoRAConfig) if getattr(self.srlora, f.name) != f.default}
         names = [f"srlora.{name}" for name in sorted(changed - used[self.method])]
+        if self.srlora.score == "change":
+            of_averages = ("beta1", "beta2", "importance_window", "score_reset")
+            names += [f"srlora.{name} (srlora.score is change)" for name in of_averages if name in changed]
         if self.method == "adalora":
             changed = (f.name for f in fields(CheckpointOptions) if getattr(self.checkpoint, f.name) != f.default)
             names += [f"checkpoint.{name}" for name in changed]

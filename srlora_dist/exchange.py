@@ -13,11 +13,11 @@ from srlora_dist.config import SRLoRAConfig
 from srlora_dist.digest import combine, digest_run
 from srlora_dist.errors import RunStoppedError
 from srlora_dist.fused import append_pairs_
-from srlora_dist.importance import Importance
 from srlora_dist.ledger import Ledger, SiteSwitch, SwitchReport, read_entries
 from srlora_dist.sites import PAIR_DIM, Site
 from srlora_dist.storage import Storage
 from srlora_dist.svd import Directions
+from srlora_dist.tracked import Tracked, sum_by_pair
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Exchange:
         storage: Storage,
         directions: Directions,
         ledger: Ledger | None,
-        importance: Importance | None,
+        importance: Tracked | None,
         config: SRLoRAConfig,
     ) -> None:
         self.storage, self.sites = storage, storage.sites
@@ -78,6 +78,7 @@ class Exchange:
         """
         self.storage.settle()
         self._compression, digests = [], []
+        seconds = self._surviving_moments(slots) if scores is not None else {}
         for bucket in self.buckets():
             bucket = [number for number in bucket if slots[number]]
             if not bucket:
@@ -90,7 +91,10 @@ class Exchange:
             )
             for j, number in enumerate(bucket):
                 score = scores[number].tolist() if scores is not None else []
-                part = self._switch_site(number, slots[number], score, triplets[j], *factors[2 * j : 2 * j + 2])
+                whole = factors[2 * j : 2 * j + 2]
+                part = self._switch_site(number, slots[number], score, triplets[j], *whole, seconds.get(number))
+                for slot in slots[number]:
+                    self.sites[number].born[slot] = report.step
                 report.sites.append(part[0])
                 digests.append(part[1])
         if any(self._compression):
@@ -102,7 +106,14 @@ class Exchange:
         return report
 
     def _switch_site(
-        self, number: int, slots: list[int], scores: list[float], triplet: tuple, a: Tensor, b: Tensor
+        self,
+        number: int,
+        slots: list[int],
+        scores: list[float],
+        triplet: tuple,
+        a: Tensor,
+        b: Tensor,
+        second: tuple[float, float] | None,
     ) -> tuple[SiteSwitch, int]:
         """Eq. 8-12 at one site: one edit of W of rank 2 r', then the new pairs take the fused ones' slots."""
         site, config = self.sites[number], self.config
@@ -119,10 +130,10 @@ class Exchange:
         if self.ledger is not None:
             self.ledger.add(site.name, lefts, rights)
         whole_a, whole_b = a.index_copy(0, index, new_a), b.index_copy(1, index, new_b)
-        self.storage.write_pairs_(number, "A", chosen, whole_a, config.optimizer_reset)
-        self.storage.write_pairs_(number, "B", chosen, whole_b, config.optimizer_reset)
+        for factor, whole, moment in zip("AB", (whole_a, whole_b), second or (0.0, 0.0), strict=True):
+            self.storage.write_pairs_(number, factor, chosen, whole, config.optimizer_reset, moment)
         if self.importance is not None:
-            self.importance.reset_(number, None if config.score_reset == "all" else chosen)
+            self.importance.reset_(number, chosen)
         taken = list(range(site.num_taken, site.num_taken + len(slots)))
         part = SiteSwitch(site.name, slots, [site.held[slot] for slot in slots] if fuses else [], taken, scores)
         for slot, direction in zip(slots, taken, strict=True):
@@ -130,6 +141,20 @@ class Exchange:
         site.num_taken += len(slots)
         written = torch.cat([tensor.flatten().float() for tensor in (lefts, rights, whole_a, whole_b)])
         return part, combine(*slots, *taken, digest_run(written))
+
+    def _surviving_moments(self, slots: list[list[int]]) -> dict[int, tuple[float, float]]:
+        """For each site the mean second moment of the pairs that stay, in A and in B, if restarted ones shall get it.
+
+        Collective: then one all-reduce of 16 bytes a pair.
+        """
+        if self.config.optimizer_reset != "survivors":
+            return {}
+        storage = self.storage
+        sums = torch.stack([sum_by_pair(storage, storage.second_moment, factor) for factor in "AB"])
+        means = storage.all_reduce_(sums).cpu().split([site.rank for site in self.sites], 1)
+        stay = [[k for k in range(site.rank) if k not in gone] for site, gone in zip(self.sites, slots, strict=True)]
+        found = ((number, means[number][:, kept]) for number, kept in enumerate(stay) if kept)
+        return {number: tuple(of_site.mean(1).tolist()) for number, of_site in found}
 
     def _add_to_weight_(self, number: int, left: Tensor, right: Tensor) -> None:
         """Add ``scale * left @ right`` to a site's W, or to what stands for it. Collective: see ``append_pairs_``."""
@@ -188,7 +213,7 @@ class Exchange:
             if parameter is not None
             for whole in storage.gather_parameters([parameter])
         ]
-        numbers = [(site.num_taken, site.num_fused, list(site.held)) for site in self.sites]
+        numbers = [(site.num_taken, site.num_fused, list(site.held), list(site.born)) for site in self.sites]
         kept = [[view.to("cpu", copy=True) for view in self._changed(number)] for number in range(len(self.sites))]
 
         @torch.no_grad()
@@ -199,8 +224,8 @@ class Exchange:
                     view.copy_(copy)
             for parameter, pair_dim, whole in factors:
                 storage.write_parameter_(parameter, pair_dim, torch.arange(whole.shape[pair_dim]), whole)
-            for site, (num_taken, num_fused, held) in zip(self.sites, numbers, strict=True):
-                site.num_taken, site.num_fused, site.held = num_taken, num_fused, held
+            for site, before in zip(self.sites, numbers, strict=True):
+                site.num_taken, site.num_fused, site.held, site.born = before
             if self.ledger is not None:
                 self.ledger.forget_switch()
 

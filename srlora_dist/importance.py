@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from srlora_dist.pairs import mean_by_pair, places_of_pairs
-from srlora_dist.sites import PAIR_DIM
-from srlora_dist.storage import Piece, Run, Storage, by_site, local_part
+from srlora_dist.storage import Piece, Run, Storage, local_part
+from srlora_dist.tracked import Tracked
 
 GROUP_ELEMENTS = {"cpu": 1 << 16, "other": 1 << 24}
 """Elements that are updated together: on a CPU few enough for its cache, elsewhere enough to need few kernels."""
@@ -51,41 +51,34 @@ class Group:
         return torch._utils._flatten_dense_tensors(torch._foreach_mul(weights, grads)).abs_()
 
 
-class Importance:
+class Importance(Tracked):
     """How sensitive the loss is to each element of the factors, and how much that varies.
 
     Between switches nothing is sent: each rank updates the statistics of its own runs, from the gradient that the
     optimizer is about to apply. When a switch is due, one all-reduce adds up the ranks' parts of the pair scores.
 
+    Args:
+        storage: How the ranks hold the factors.
+        beta1: Decay of the moving average of the sensitivity (Eq. 4).
+        beta2: Decay of the moving average of its deviation (Eq. 5).
+        relative: Divide what a factor adds to a pair's score by the mean square of the pair's elements in it.
+        resets_all: A switch clears the statistics of all pairs, not only of those that it restarts.
+
     Attributes:
         seconds: Host time of the updates; a GPU may still be at work when they return.
     """
 
-    def __init__(self, storage: Storage, beta1: float, beta2: float) -> None:
-        self.storage = storage
+    kinds = ("mean", "deviation")
+
+    def __init__(
+        self, storage: Storage, beta1: float, beta2: float, relative: bool = False, resets_all: bool = True
+    ) -> None:
+        super().__init__(storage)
         self.beta1, self.beta2 = beta1, beta2
-        self.seconds = 0.0
-        self._of_site = by_site(storage.tracked)
-        # By their place in the owner, so that neighbours can be joined.
-        owners = {id(run.owner): number for number, run in enumerate(storage.tracked)}
-        runs = sorted(storage.tracked, key=lambda run: (str(run.owner.device), owners[id(run.owner)], run.offset))
-        self._means: dict[Run, Tensor] = {}
-        self._deviations: dict[Run, Tensor] = {}
-        self._buffers: list[tuple[Tensor, Tensor, list[Run]]] = []
-        for device in dict.fromkeys(run.owner.device for run in runs):
-            there = [run for run in runs if run.owner.device == device]
-            lengths = [run.numel for run in there]
-            mean, deviation = torch.zeros(2, sum(lengths), device=device)
-            self._buffers.append((mean, deviation, there))
-            self._means |= zip(there, mean.split(lengths), strict=True)
-            self._deviations |= zip(there, deviation.split(lengths), strict=True)
+        self.relative, self.resets_all = relative, resets_all
         self._groups: dict[tuple[int, ...], list[Group]] = {}
 
-    @property
-    def num_bytes(self) -> int:
-        """Memory that this rank holds for the statistics."""
-        return sum(mean.nbytes + deviation.nbytes for mean, deviation, _ in self._buffers)
-
+    @override
     @torch.no_grad()
     def observe_(self, owners: list[Tensor]) -> None:
         """Eq. 3-5 for the tensors that are about to be stepped; nothing is sent, and no device is waited for."""
@@ -102,57 +95,38 @@ class Importance:
             group.deviation.lerp_(change, 1 - self.beta2)
         self.seconds += time.perf_counter() - began
 
+    @override
     @torch.no_grad()
     def pair_scores(self) -> list[Tensor]:
-        """Eq. 6-7: the scores of every site's pairs, (r,) float64 on the CPU each, the same on every rank.
+        """Eq. 6-7. Collective: one all-reduce of 8 bytes a pair, or of 32 if they are relative."""
 
-        Collective: one all-reduce of 8 bytes a pair.
-        """
-        sites = self.storage.sites
-        packed = torch.zeros(sum(site.rank for site in sites), dtype=torch.float64, device=self.storage.device)
-        parts = packed.split([site.rank for site in sites])
-        for run in self.storage.tracked:
-            score = (self._means[run] * self._deviations[run]).to(packed.device)
-            shape = sites[run.site].factor_shape(run.factor)
-            parts[run.site].add_(mean_by_pair(score, run.start, shape, PAIR_DIM[run.factor]))
-        return list(self.storage.all_reduce_(packed).cpu().split([site.rank for site in sites]))
+        def score(run: Run) -> Tensor:
+            return self.of(run, "mean") * self.of(run, "deviation")
 
-    def gather(self) -> dict[str, Tensor]:
-        """The statistics of whole factors, flat, by ``site.factor.statistic``, on rank 0; nothing elsewhere.
+        if not self.relative:
+            return self.by_site(self.storage.all_reduce_(self.sum_by_pair(score)))
+        parts = [self.sum_by_pair(of, factor) for of in (score, mean_square) for factor in ("A", "B")]
+        of_a, of_b, size_of_a, size_of_b = self.storage.all_reduce_(torch.stack(parts))
+        return self.by_site(_quotient(of_a, size_of_a) + _quotient(of_b, size_of_b))
 
-        Collective: they are collected, see ``Ranks.collect``.
-        """
-        names, sizes = self._names_and_sizes()
-        return dict(zip(names, self.storage.collect(sizes, self._parts()), strict=self.storage.rank == 0))
-
-    def restore_(self, read: Callable[[str], Tensor]) -> None:
-        """Put back what :meth:`gather` gave.
-
-        Args:
-            read: Gives a statistic by its name; called on rank 0 alone.
-
-        Collective: they are spread, see ``Ranks.spread``.
-        """
-        names, sizes = self._names_and_sizes()
-        parts = {number: (start, run) for number, start, run in self._parts()}
-        for number, whole in self.storage.spread(sizes, lambda j: read(names[j])):
-            if number in parts:
-                start, run = parts[number]
-                run.copy_(whole[start : start + run.numel()])
-
-    def of_site(self, number: int) -> list[Tensor]:
-        """The statistics that this rank holds of a site, to be kept or put back."""
-        return [each[run] for run in self._of_site[number] for each in self._statistics()]
-
+    @override
     def clear_(self) -> None:
-        """Forget all statistics."""
-        for mean, deviation, _ in self._buffers:
-            mean.zero_()
-            deviation.zero_()
+        for buffers, _ in self._buffers:
+            buffers.zero_()
+
+    @override
+    def reset_(self, number: int, slots: Tensor) -> None:
+        for run in self.runs_of(number):
+            for kind in self.kinds:
+                if self.resets_all:
+                    self.of(run, kind).zero_()
+                else:
+                    at = self.places(run, slots)
+                    self.of(run, kind).index_fill_(0, at, 0)
 
     def _make_groups(self, present: set[int]) -> Iterator[Group]:
         """All that is tracked of the owners with these ids, in groups."""
-        for mean, deviation, runs in self._buffers:
+        for (mean, deviation), runs in self._buffers:
             most = GROUP_ELEMENTS.get(mean.device.type, GROUP_ELEMENTS["other"])
             spans: list[tuple[int, list[Piece]]] = []  # (where its statistics begin, pieces)
             stop = 0
@@ -168,32 +142,15 @@ class Importance:
                 last = first + sum(piece.numel for piece in pieces)
                 yield Group(pieces, mean[first:last], deviation[first:last])
 
-    def _statistics(self) -> tuple[dict[Run, Tensor], dict[Run, Tensor]]:
-        return self._means, self._deviations
 
-    def _names_and_sizes(self) -> tuple[list[str], list[int]]:
-        factors = [(site, factor) for site in self.storage.sites for factor in ("A", "B")]
-        names = [f"{site.name}.{factor}.{kind}" for site, factor in factors for kind in ("mean", "deviation")]
-        return names, [site.factor_shape(factor).numel() for site, factor in factors for _ in range(2)]
+def mean_square(run: Run) -> Tensor:
+    """What is averaged over a pair's elements to tell how large it is."""
+    return run.of(run.owner).float().square()
 
-    def _parts(self) -> list[tuple[int, int, Tensor]]:
-        """(number of the name, start, run) of all that this rank tracks."""
-        return [
-            (4 * run.site + 2 * "AB".index(run.factor) + kind, run.start, each[run])
-            for run in self.storage.tracked
-            for kind, each in enumerate(self._statistics())
-        ]
 
-    def reset_(self, number: int, slots: Tensor | None) -> None:
-        """Forget the statistics of the given slots of a site, or of all its pairs."""
-        for run in self._of_site[number]:
-            for statistic in (each[run] for each in self._statistics()):
-                if slots is None:
-                    statistic.zero_()
-                else:
-                    shape = self.storage.sites[number].factor_shape(run.factor)
-                    at = places_of_pairs(run.start, run.numel, shape, PAIR_DIM[run.factor], slots)
-                    statistic.index_fill_(0, at.to(statistic.device), 0)
+def _quotient(part: Tensor, size: Tensor) -> Tensor:
+    """A pair that is 0 has no score."""
+    return torch.where(size > 0, part / size.where(size > 0, 1), 0)
 
 
 def _joined(runs: list[Run], present: set[int]) -> list[tuple[int, Piece]]:

@@ -117,10 +117,11 @@ def _schedule(state: dict, switches: list[dict]) -> dict[str, object]:
     """Steps of the run, of the switches that were made (switch 0 is the start), and of those to come."""
     if "num_switches" not in state:
         return {"steps": None, "num_made": 0, "made": [], "to_come": []}
-    length, share = state["num_training_steps"], _options(state).get("srlora", {}).get("fusion_ratio")
+    length, options = state["num_training_steps"], _options(state).get("srlora", {})
     to_come = None
-    if share is not None:
-        due = due_steps(length, [(site["rank"], site["target_rank"]) for site in state["sites"]], share)
+    if options:
+        ranks = [(site["rank"], site["target_rank"]) for site in state["sites"]]
+        due = due_steps(length, ranks, options["fusion_ratio"], options["switch_until"])
         to_come = [step for step in due if step > state["num_steps"]]
     made = [switch["step"] for switch in switches]
     return {"steps": length, "num_made": state["num_switches"], "made": made, "to_come": to_come}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from srlora_dist.importance import Importance
 from srlora_dist.ledger import Ledger
 from srlora_dist.schedule import num_fused
 from srlora_dist.sites import Site
 from srlora_dist.storage import Storage
+from srlora_dist.tracked import Tracked
 
 
 @dataclass
@@ -16,7 +16,7 @@ class ExtraMemory:
     """Bytes on this rank.
 
     Args:
-        tracking: The moving averages.
+        tracking: What the scores are made of.
         residual: The second terms of 16-bit weights.
         second_adapter: The frozen adapter that holds what is fused into quantised weights.
         ledger: What rank 0 has in memory at the end of the run; nothing where it goes to a folder.
@@ -39,7 +39,7 @@ class ExtraMemory:
 
 def count_extra_memory(
     storage: Storage,
-    importance: Importance | None,
+    importance: Tracked | None,
     ledger: Ledger | None,
     num_switches: int,
     fusion_ratio: float,

@@ -22,7 +22,9 @@ def num_to_fuse(rank: int, target_rank: int, num_taken: int, fusion_ratio: float
     return min(num_fused(rank, fusion_ratio), target_rank - num_taken)
 
 
-def due_steps(num_training_steps: int, ranks: Iterable[tuple[int, int]], fusion_ratio: float) -> list[int]:
+def due_steps(
+    num_training_steps: int, ranks: Iterable[tuple[int, int]], fusion_ratio: float, until: float = 1.0
+) -> list[int]:
     """Eq. 14: the optimizer steps after which a switch is due, t_interval = N_all / N_switch apart.
 
     A last, smaller switch takes the remainder of the directions. A switch that no training would follow is left out:
@@ -32,6 +34,7 @@ def due_steps(num_training_steps: int, ranks: Iterable[tuple[int, int]], fusion_
         num_training_steps: Optimizer steps of the whole run, N_all.
         ranks: (rank, target rank) of each site; the site with the most switches sets the pace.
         fusion_ratio: The paper's gamma.
+        until: Share of the run in which all switches happen; the paper's is 1.
 
     Raises:
         ValueError: There are more switches than steps.
@@ -40,12 +43,13 @@ def due_steps(num_training_steps: int, ranks: Iterable[tuple[int, int]], fusion_
         (math.ceil((target - rank) / num_fused(rank, fusion_ratio)) for rank, target in ranks if target > rank),
         default=0,
     )
-    if num_switches > num_training_steps:
+    length = round(until * num_training_steps)
+    if num_switches > length:
         raise ValueError(
-            f"srlora.target_rank asks for {num_switches} switches in {num_training_steps} steps: "
+            f"srlora.target_rank asks for {num_switches} switches in {length} steps: "
             "train longer, lower target_rank or raise fusion_ratio"
         )
-    steps = [(k + 1) * num_training_steps // num_switches for k in range(num_switches)]
+    steps = [(k + 1) * length // num_switches for k in range(num_switches)]
     return [step for step in steps if step < num_training_steps]
 
 
@@ -67,7 +71,18 @@ def window_length(setting: int | str, *decays: float) -> int | None:
     return 1 + bisect_left(range(1, 10**12), True, key=lambda n: (1 + (1 - b) * n) * b**n <= NEGLIGIBLE)
 
 
-def choose_slots(scores: Tensor, count: int) -> list[int]:
-    """Eq. 8: the ``count`` slots of the lowest scores (r,), sorted; of equal scores the lower slot goes first."""
-    order = scores.argsort(stable=True)[:count]
-    return order.sort().values.tolist()
+def choose_slots(scores: Tensor, count: int, ages: list[int], choose: str = "lowest", grace: int = 0) -> list[int]:
+    """Eq. 8: the slots that a switch fuses, sorted.
+
+    Args:
+        scores: (r,), one a slot.
+        count: How many slots.
+        ages: Intervals between switches that each slot's pair has lived.
+        choose: ``lowest`` takes those of the lowest scores, ``highest`` of the highest, ``oldest`` those of the highest
+            age and among them of the lowest scores. Of equals the lower slot goes first.
+        grace: A pair that has lived fewer intervals is chosen only where there are not enough others.
+    """
+    values = scores.tolist()
+    keys = {"lowest": lambda k: values[k], "highest": lambda k: -values[k], "oldest": lambda k: (-ages[k], values[k])}
+    order = sorted(range(len(values)), key=lambda k: (ages[k] < grace, keys[choose](k), k))
+    return sorted(order[:count])

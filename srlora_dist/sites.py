@@ -43,6 +43,7 @@ class Site:
         target_rank: Directions to use by the end of training, at most min(m, n).
         num_taken: Directions used so far.
         held: The direction that the pair in each slot was started along, -1 for none.
+        born: Optimizer steps that had been taken when it was started.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Site:
     target_rank: int = 0
     num_taken: int = 0
     held: list[int] | None = None
+    born: list[int] | None = None
 
     @property
     def num_first(self) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from srlora_dist.changes import Changes
 from srlora_dist.checkpoint import Checkpoint, require_same_base
 from srlora_dist.config import SRLoRAConfig
 from srlora_dist.diagnostics import Finding, directions_exhausted, even_scores, no_gradient, noise_level_directions
@@ -20,11 +21,13 @@ from srlora_dist.importance import Importance
 from srlora_dist.ledger import Ledger, SwitchReport, require_entries
 from srlora_dist.memory import ExtraMemory, count_extra_memory
 from srlora_dist.output_check import OutputCheck
+from srlora_dist.pair_steps import PairSteps
 from srlora_dist.saving import AVERAGES, SavedRun, open_run, save_run
 from srlora_dist.schedule import choose_slots, due_steps, num_to_fuse, window_length
 from srlora_dist.sites import Site, clamp_target_ranks, find_sites, keep_payloads_, warn_of_unsaved_parts
 from srlora_dist.storage import Storage, find_storage, release_gathered, require_resettable
 from srlora_dist.svd import Directions
+from srlora_dist.tracked import Tracked
 from srlora_dist.training_state import require_same_training, restore_training_state_, trained_parameters
 
 logger = logging.getLogger(__name__)
@@ -69,7 +72,8 @@ class Switcher:
         self.svd_seconds = self.switch_seconds = 0.0
         self.storage: Storage | None = None
         self.extra_memory: ExtraMemory | None = None
-        self._importance: Importance | None = None
+        self._importance: Tracked | None = None
+        self._pair_steps: PairSteps | None = None
         self._check: OutputCheck | None = None
         self.resumed: dict[str, object] | None = None
         self._stepped: set[int] = set()
@@ -82,7 +86,7 @@ class Switcher:
             ValueError: There are more switches than steps.
         """
         ranks = [(site.rank, site.target_rank) for site in self.sites]
-        self.due_steps = due_steps(num_training_steps, ranks, self.config.fusion_ratio)
+        self.due_steps = due_steps(num_training_steps, ranks, self.config.fusion_ratio, self.config.switch_until)
         self.num_training_steps = num_training_steps
 
     def bind(
@@ -124,13 +128,14 @@ class Switcher:
         self._directions = Directions(storage, self.config)
         self._directions.prepare()
         self.svd_seconds = time.perf_counter() - began
+        self._pair_steps = PairSteps(storage) if self.config.optimizer_reset == "pair_steps" else None
         storage.allocate_residuals(self.config.residual_device)
         if self.config.residual_device == "cpu" and not storage.residuals:
             logger.warning("srlora.residual_device cpu is without effect: no 16-bit weight is edited in place")
         if self.due_steps:
-            self._importance = Importance(storage, self.config.beta1, self.config.beta2)
+            self._importance = self._make_scores()
         report = self._start() if saved is None else self._resume(saved)
-        storage.on_optimizer_step(self._before_optimizer_step)
+        storage.on_optimizer_step(self._before_optimizer_step, self._after_optimizer_step)
         if self.config.check_switch:
             self._check = OutputCheck(model, storage, self.config.switch_tolerance)
         self._announce()
@@ -262,7 +267,7 @@ class Switcher:
             raise ValueError("bind() got another model than Switcher(): pass what prepare() made of the same one")
         for site, known in zip(sites, self.sites, strict=True):
             site.target_rank = known.target_rank
-            site.held = [-1] * site.rank
+            site.held, site.born = [-1] * site.rank, [0] * site.rank
         return sites
 
     def _open_ledger(self, start_from: list[Path] | None) -> None:
@@ -305,7 +310,7 @@ class Switcher:
         self._prepare_exchange()
         self._exchange.repeat(entries)
         for site, theirs in zip(self.sites, state["sites"], strict=True):
-            site.num_taken, site.held = theirs["num_taken"], list(theirs["held"])
+            site.num_taken, site.held, site.born = theirs["num_taken"], list(theirs["held"]), list(theirs["born"])
         restore_training_state_(self._model, self.storage, state, saved.read)
         if self._importance is not None and self._observes():
             self._importance.restore_(lambda name: saved.read(AVERAGES, name))
@@ -322,9 +327,20 @@ class Switcher:
         logger.info("SRLoRA on %s: %d sites, switches after steps %s", name, num_sites, self.due_steps)
         logger.info("beside what LoRA needs this rank holds %s", self.extra_memory)
 
+    def _make_scores(self) -> Tracked:
+        config = self.config
+        if config.score == "change":
+            return Changes(self.storage)
+        relative, resets_all = config.score == "relative", config.score_reset == "all"
+        return Importance(self.storage, config.beta1, config.beta2, relative, resets_all)
+
     def _observes(self) -> bool:
         """Whether the next step counts for the choice of a switch that is still to come."""
-        return self._steps_to_switch is not None and (self.window is None or self._steps_to_switch <= self.window)
+        if self._steps_to_switch is None:
+            return False
+        if not self._importance.needs_gradients:
+            return True
+        return self.window is None or self._steps_to_switch <= self.window
 
     @property
     def _steps_to_switch(self) -> int | None:
@@ -338,7 +354,13 @@ class Switcher:
             if not self._stepped and self._steps_to_switch == self.window:
                 self._importance.clear_()
             self._importance.observe_(owners)
+        if self._pair_steps is not None:
+            self._pair_steps.before_(owned)
         self._stepped |= owned  # ZeRO steps one group after the other
+
+    def _after_optimizer_step(self, owners: list[Tensor]) -> None:
+        if self._pair_steps is not None:
+            self._pair_steps.after_({id(owner) for owner in owners}, self.num_steps + 1)
 
     def _num_to_fuse(self, site: Site) -> int:
         return num_to_fuse(site.rank, site.target_rank, site.num_taken, self.config.fusion_ratio)
@@ -351,7 +373,11 @@ class Switcher:
                 f"the pair scores of step {self.num_steps} are not finite, so the training has diverged: lower the "
                 "learning rate, or clip the gradient"
             )
-        slots = [choose_slots(score, self._num_to_fuse(site)) for site, score in zip(self.sites, scores, strict=True)]
+        config = self.config
+        slots = []
+        for site, score in zip(self.sites, scores, strict=True):
+            ages = [sum(born < due <= self.num_steps for due in self.due_steps) for born in site.born]
+            slots.append(choose_slots(score, self._num_to_fuse(site), ages, config.choose, config.grace))
         return self._switch(slots, scores)
 
     def _switch(self, slots: list[list[int]], scores: list[Tensor] | None, *more: Finding | None) -> SwitchReport:

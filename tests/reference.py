@@ -29,6 +29,8 @@ class Site:
     used_type: torch.dtype = torch.float32  # of A and B in the forward pass
     taken: int = 0  # directions used so far; the next unused one has this number
     holds: list[int] = field(default_factory=list)  # the direction that each slot was started along
+    born: list[int] = field(default_factory=list)  # the switch that started it
+    start: dict[str, Tensor] = None  # what it was started as, of A and of B
     U: Tensor = None
     S: Tensor = None
     Vt: Tensor = None
@@ -61,15 +63,32 @@ def due_steps(num_steps: int, r: int, r_target: int, gamma: float) -> list[int]:
 
 
 class Reference:
-    """Init, observe before each optimizer step, switch after a due one."""
+    """Init, observe before each optimizer step, switch after a due one.
 
-    def __init__(self, sites: dict[str, Site], gamma: float, b1: float = 0.85, b2: float = 0.85) -> None:
+    The paper's choices are the defaults; for the others see ``SRLoRAConfig``.
+    """
+
+    def __init__(
+        self,
+        sites: dict[str, Site],
+        gamma: float,
+        b1: float = 0.85,
+        b2: float = 0.85,
+        *,
+        score: str = "sensitivity",
+        choose: str = "lowest",
+        grace: int = 0,
+        reset: str = "zero",
+    ) -> None:
         self.sites, self.gamma, self.b1, self.b2 = sites, gamma, b1, b2
+        self.score, self.choose, self.grace, self.reset = score, choose, grace, reset
+        self.num_switches, self.switched_after = 0, [0]
         for site in sites.values():
             site.U, site.S, site.Vt = directions(site.W.float())
             site.total = site.W.double()
             r = site.A.shape[0]
-            site.holds = [-1] * r
+            site.holds, site.born = [-1] * r, [0] * r
+            site.start = {"A": site.A.detach().clone(), "B": site.B.detach().clone()}
             self.restart(site, list(range(min(r, site.target))))
             self.clear_scores(site)
 
@@ -82,7 +101,8 @@ class Reference:
             site.B[:, k] = site.used(site.U[:, d] * root)
             site.A[k, :] = site.used(site.Vt[d, :] * root)
             site.add(-site.s * torch.outer(site.B[:, k], site.A[k, :]))
-            site.holds[k] = d
+            site.start["B"][:, k], site.start["A"][k, :] = site.B[:, k], site.A[k, :]
+            site.holds[k], site.born[k] = d, self.num_switches
             site.taken += 1
 
     def clear_scores(self, site: Site) -> None:
@@ -101,26 +121,65 @@ class Reference:
 
     def scores(self, site: Site) -> Tensor:
         """Eq. 6-7: one score a pair, the mean over its column of B plus the mean over its row of A."""
-        a = site.mean["A"] * site.dev["A"]
-        b = site.mean["B"] * site.dev["B"]
-        return b.mean(0) + a.mean(1)
+        if self.score == "change":
+            return (site.B - site.start["B"]).square().mean(0) + (site.A - site.start["A"]).square().mean(1)
+        a = (site.mean["A"] * site.dev["A"]).mean(1)
+        b = (site.mean["B"] * site.dev["B"]).mean(0)
+        if self.score == "relative":
+            a, b = a / site.A.square().mean(1), b / site.B.square().mean(0)
+        return b + a
+
+    def order(self, site: Site) -> list[int]:
+        """Slots, those to be fused first in front."""
+        score, age = self.scores(site).tolist(), [self.num_switches - born for born in site.born]
+        key = {"lowest": lambda k: score[k], "highest": lambda k: -score[k], "oldest": lambda k: (-age[k], score[k])}
+        # Ties: the lower slot first. A pair younger than the grace comes after all others.
+        return sorted(range(len(score)), key=lambda k: (age[k] < self.grace, key[self.choose](k), k))
 
     @torch.no_grad()
-    def switch(self, optimizer: torch.optim.Optimizer | None = None, reset: str = "zero") -> dict[str, list[int]]:
-        """Eq. 8-12 on every site; gives the slots that were fused."""
+    def step(self, optimizer: torch.optim.Optimizer, num_steps: int) -> None:
+        """The optimizer's step number ``num_steps``, counted from 1."""
+        before = {name: (site.A.clone(), site.B.clone()) for name, site in self.sites.items()}
+        optimizer.step()
+        if self.reset != "pair_steps":
+            return
+        b1, b2 = optimizer.param_groups[0]["betas"]
+
+        def correction(t: int) -> float:
+            return math.sqrt(1 - b2**t) / (1 - b1**t)
+
+        for name, site in self.sites.items():
+            for k, born in enumerate(site.born):
+                ratio = correction(num_steps - self.switched_after[born]) / correction(num_steps)
+                a, b = before[name]
+                site.A[k] = a[k] + ratio * (site.A[k] - a[k])
+                site.B[:, k] = b[:, k] + ratio * (site.B[:, k] - b[:, k])
+
+    @torch.no_grad()
+    def switch(self, optimizer: torch.optim.Optimizer | None = None, num_steps: int = 0) -> dict[str, list[int]]:
+        """Eq. 8-12 on every site, after so many optimizer steps; gives the slots that were fused."""
+        self.num_switches += 1
+        self.switched_after.append(num_steps)
         chosen = {}
         for name, site in self.sites.items():
             r = site.A.shape[0]
             num_fused = min(max(1, round(self.gamma * r)), site.target - site.taken)
-            order = sorted(range(r), key=lambda k: (self.scores(site)[k].item(), k))  # ties: the lower slot first
-            slots = sorted(order[: max(num_fused, 0)])
+            slots = sorted(self.order(site)[: max(num_fused, 0)])
             for k in slots:  # Eq. 8-9
                 site.add(site.s * torch.outer(site.used(site.B[:, k]), site.used(site.A[k, :])))
             self.restart(site, slots)
-            if optimizer is not None and reset != "keep":
-                for w, index in ((site.A, (slots, slice(None))), (site.B, (slice(None), slots))):
-                    for key in ("exp_avg", "exp_avg_sq") if reset == "zero" else ("exp_avg",):
-                        optimizer.state[w][key][index] = 0.0
+            if optimizer is not None and self.reset != "keep":
+                self.reset_moments(optimizer.state[site.A], slots)
+                self.reset_moments({key: m.T for key, m in optimizer.state[site.B].items() if m.dim()}, slots)
             self.clear_scores(site)
             chosen[name] = slots
         return chosen
+
+    def reset_moments(self, state: dict[str, Tensor], slots: list[int]) -> None:
+        """Of restarted pairs, whose moments are rows."""
+        stay = [k for k in range(len(state["exp_avg"])) if k not in slots]
+        state["exp_avg"][slots] = 0.0
+        if self.reset in ("zero", "pair_steps") or (self.reset == "survivors" and not stay):
+            state["exp_avg_sq"][slots] = 0.0
+        elif self.reset == "survivors" and slots:
+            state["exp_avg_sq"][slots] = state["exp_avg_sq"][stay].mean()

@@ -171,7 +171,7 @@ def draw_from(
         site.quantised = config.model.quantization if id(site.weight) in packed else ""
     clamp_target_ranks(sites, options.target_rank)
     ranks = [(site.rank, site.target_rank) for site in sites]
-    due = due_steps(train.max_steps, ranks, options.fusion_ratio)
+    due = due_steps(train.max_steps, ranks, options.fusion_ratio, options.switch_until)
     add_second_adapters_(sites, options.fusion, options.fused_rank)
     frozen = {
         id(parameter): packed.get(id(parameter), Stored(parameter.shape, parameter.element_size()))

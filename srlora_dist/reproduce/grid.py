@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import sys
 import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import yaml
+from typing_extensions import override
 
 from srlora_dist.config import RunConfig, parse
 from srlora_dist.figures.runs import flat
@@ -65,30 +67,59 @@ class Grid:
     """All runs, and where they go.
 
     Args:
+        cells: In the order in which they run.
+        folder: Of the runs, their logs and results.
+        title: In the progress bar.
+        launcher: What starts Python on the training script.
+    """
+
+    cells: list[Cell]
+    folder: Path
+    title: str
+    launcher: tuple[str, ...]
+
+    @property
+    def results(self) -> Path:
+        """The file of results."""
+        return self.folder / "results.jsonl"
+
+    def about(self, cell: Cell) -> dict[str, object]:  # noqa: ARG002 (the interface)
+        """What else stands in the line of a run that is done."""
+        return {}
+
+
+@dataclass(frozen=True)
+class TableGrid(Grid):
+    """The runs of a table: a seed of each method and task before the next seed.
+
+    Args:
         table: The paper's.
-        cells: In the order in which they run: a seed of each method and task before the next seed.
-        folder: Of the runs, the results and the figures.
-        accelerate: A file for ``accelerate launch``; None takes the machine's default.
         dry_run: Say what would run, and run nothing.
     """
 
     table: PaperTable
-    cells: list[Cell]
-    folder: Path
-    accelerate: Path | None
     dry_run: bool
+
+    @override
+    def about(self, cell: Cell) -> dict[str, object]:
+        return {"table": self.table.number}
 
 
 def digest(config: dict[str, object], mixed_precision: str) -> str:
-    """Of the options in a resolved configuration that decide what a run computes, and of the model by its title."""
-    options = {name: value for name, value in flat(config).items() if not name.startswith(PLACES)}
-    options["model.name_or_path"] = model_title(options["model.name_or_path"])
+    """Of the options in a resolved configuration that decide what a run computes, and of the model by its title.
+
+    An option at its default has no part in it, so that a result outlives the options that are added after it.
+    """
+    defaults = flat(asdict(RunConfig()))
+    options = flat(config).items()
+    options = {name: value for name, value in options if value != defaults[name] and not name.startswith(PLACES)}
+    options["model.name_or_path"] = model_title(flat(config)["model.name_or_path"])
     if mixed_precision != "no":
         options["mixed_precision"] = mixed_precision
     return hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def build_grid(argv: list[str], presets: Path) -> Grid:
+def build_grid(argv: list[str], presets: Path) -> TableGrid:
     """Read the command line; every run's configuration is checked before the first one starts.
 
     Args:
@@ -123,7 +154,9 @@ def build_grid(argv: list[str], presets: Path) -> Grid:
         for task in dict.fromkeys(tasks)
         for method in dict.fromkeys(methods)
     ]
-    return Grid(table, cells, folder, options.accelerate and Path(options.accelerate), options.dry_run)
+    accelerate = ["--config_file", options.accelerate] if options.accelerate is not None else []
+    launcher = (sys.executable, "-m", "accelerate.commands.launch", *accelerate)
+    return TableGrid(cells, folder, f"table {table.number}", launcher, table, options.dry_run)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -10,14 +10,14 @@ from srlora_dist.figures.runs import Run, name_runs
 from srlora_dist.figures.style import TITLES
 from srlora_dist.figures.table import Column, draw_table
 from srlora_dist.paper import METRICS, PaperTable, differs
-from srlora_dist.reproduce.grid import Cell, Grid
+from srlora_dist.reproduce.grid import Cell, TableGrid
 from srlora_dist.reproduce.results import Results
 
 Found = dict[tuple[str, str], list[tuple[Cell, dict]]]
 """By task and method the runs that have a result, with it."""
 
 
-def found_results(grid: Grid, results: Results) -> Found:
+def found_results(grid: TableGrid, results: Results) -> Found:
     """The good results of the grid's own runs; others in the file are of other options."""
     found: Found = {}
     for cell in grid.cells:
@@ -27,7 +27,7 @@ def found_results(grid: Grid, results: Results) -> Found:
     return found
 
 
-def write_table(grid: Grid, found: Found, failed: list[str], path: Path) -> str:
+def write_table(grid: TableGrid, found: Found, failed: list[str], path: Path) -> str:
     """Write the table as Markdown, with what differs from the paper above it and the options below it."""
     tasks, methods = _tasks(grid), _methods(grid)
     columns = [(name, metric) for name in tasks for metric in grid.table.tasks[name].metrics]
@@ -48,7 +48,7 @@ def write_table(grid: Grid, found: Found, failed: list[str], path: Path) -> str:
     return text
 
 
-def draw_figures(grid: Grid, found: Found, folder: Path) -> list[Path]:
+def draw_figures(grid: TableGrid, found: Found, folder: Path) -> list[Path]:
     """The table as points with their deviation, and Figures 3, 4 and 5 of the runs."""
     columns = [
         Column(
@@ -76,7 +76,7 @@ def values(found: Found, task: str, method: str, metric: str, which: str) -> lis
     return [line[which][metric] for _, line in found.get((task, method), [])]
 
 
-def _main(grid: Grid, found: Found, task: str, method: str) -> list[float | None]:
+def _main(grid: TableGrid, found: Found, task: str, method: str) -> list[float | None]:
     return values(found, task, method, grid.table.tasks[task].metrics[0], "final")
 
 
@@ -101,7 +101,7 @@ def _theirs(table: PaperTable, name: str, method: str, metric: str) -> str:
     return "not in it" if figures is None else f"{figures[task.metrics.index(metric)]:.{table.decimals}f}"
 
 
-def _caption(grid: Grid, found: Found) -> str:
+def _caption(grid: TableGrid, found: Found) -> str:
     lines = [line for runs in found.values() for _, line in runs]
     models = list(dict.fromkeys(line["model"] for line in lines)) or [grid.table.model]
     dates = sorted({line["date"] for line in lines})
@@ -113,7 +113,7 @@ def _caption(grid: Grid, found: Found) -> str:
     )
 
 
-def _settings(grid: Grid, found: Found) -> list[str]:
+def _settings(grid: TableGrid, found: Found) -> list[str]:
     """For each task what was trained, as it differs between tasks and not between methods."""
     lines = []
     for name in _tasks(grid):
@@ -132,9 +132,9 @@ def _settings(grid: Grid, found: Found) -> list[str]:
     return lines
 
 
-def _tasks(grid: Grid) -> list[str]:
+def _tasks(grid: TableGrid) -> list[str]:
     return list(dict.fromkeys(cell.task for cell in grid.cells))
 
 
-def _methods(grid: Grid) -> list[str]:
+def _methods(grid: TableGrid) -> list[str]:
     return list(dict.fromkeys(cell.method for cell in grid.cells))

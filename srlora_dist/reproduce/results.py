@@ -41,14 +41,14 @@ class Results:
         good = [line for line in read_lines(self.path) if line["config"] == cell.digest and line["status"] == "done"]
         return good[-1] if good else None
 
-    def add_done(self, cell: Cell, table: int, summary: dict[str, object], seconds: float) -> None:
+    def add_done(self, cell: Cell, summary: dict[str, object], seconds: float, more: dict[str, object]) -> None:
         """Append the result of a run.
 
         Args:
             cell: The run.
-            table: The paper's table that it belongs to.
             summary: Its ``summary.json``.
             seconds: From the start of the command to its end; of the last start, if it was resumed.
+            more: What else to note.
         """
         found = {name: summary[name] for name in FROM_SUMMARY}
         findings = sorted({finding["kind"] for finding in summary["findings"]})
@@ -56,14 +56,14 @@ class Results:
             "model": model_title(summary["model"]),
             "epochs": read_lines(cell.folder / "metrics.jsonl")[-1]["epoch"],
         }
-        self._append(cell, table, "done", {**about, **found, "findings": findings, "seconds": round(seconds, 1)})
+        self._append(cell, "done", {**about, **found, "findings": findings, "seconds": round(seconds, 1), **more})
 
-    def add_failed(self, cell: Cell, table: int, error: str, status: int) -> None:
+    def add_failed(self, cell: Cell, error: str, status: int) -> None:
         """Append that a run has failed; it is tried again by the next call of the grid."""
-        self._append(cell, table, "failed", {"error": error, "exit_status": status})
+        self._append(cell, "failed", {"error": error, "exit_status": status})
 
-    def _append(self, cell: Cell, table: int, status: str, more: dict[str, object]) -> None:
-        line = {"table": table, "task": cell.task, "method": cell.method, "seed": cell.seed, "status": status}
+    def _append(self, cell: Cell, status: str, more: dict[str, object]) -> None:
+        line = {"task": cell.task, "method": cell.method, "seed": cell.seed, "status": status}
         line |= {"config": cell.digest, "date": date.today().isoformat(), "options": changed_options(cell.config)}
         with self.path.open("a") as file:
             file.write(json.dumps(line | more) + "\n")

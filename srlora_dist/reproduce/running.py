@@ -73,14 +73,14 @@ def run_grid(grid: Grid, train: Path) -> tuple[list[str], bool]:
         message = f"a grid runs in {grid.folder} already: wait for it, or choose another --output_dir"
         raise ValueError(message) from None
     with held, Stopped() as stopped:
-        return _run_all(grid, train, Results(grid.folder / "results.jsonl"), stopped)
+        return _run_all(grid, train, Results(grid.results), stopped)
 
 
 def _run_all(grid: Grid, train: Path, results: Results, stopped: Stopped) -> tuple[list[str], bool]:
     failed: list[str] = []
     missing = [cell for cell in grid.cells if results.of(cell) is None]
     numbers = {"total": len(grid.cells), "initial": len(grid.cells) - len(missing)}
-    with tqdm(**numbers, unit="run", desc=f"table {grid.table.number}") as bar:
+    with tqdm(**numbers, unit="run", desc=grid.title) as bar:
         for cell in missing:
             bar.set_postfix_str(cell.name)
             error = _run_one(grid, cell, train, results, stopped)
@@ -100,19 +100,17 @@ def _run_one(grid: Grid, cell: Cell, train: Path, results: Results, stopped: Sto
         status = _launch(grid, cell, train, stopped)
     summary = finished_summary(cell)
     if summary is not None:
-        results.add_done(cell, grid.table.number, summary, time.perf_counter() - began)
+        results.add_done(cell, summary, time.perf_counter() - began, grid.about(cell))
         return None
     error = _last_error(_log_of(grid, cell))
     if not stopped.asked:
-        results.add_failed(cell, grid.table.number, error, status)
+        results.add_failed(cell, error, status)
     return error
 
 
 def command(grid: Grid, cell: Cell, train: Path) -> list[str]:
     """What starts a run."""
-    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
-    file = ["--config_file", str(grid.accelerate)] if grid.accelerate else []
-    return [*launcher, *file, str(train), *cell.arguments]
+    return [*grid.launcher, str(train), *cell.arguments]
 
 
 def _launch(grid: Grid, cell: Cell, train: Path, stopped: Stopped) -> int:

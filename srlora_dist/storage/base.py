@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from srlora_dist.digest import digest_run
 from srlora_dist.pairs import add_pairs_, add_pairs_to_sum_, fill_pairs_, places_of_pairs
 from srlora_dist.sites import PAIR_DIM, Site
-from srlora_dist.storage.moments import resettable_moments
+from srlora_dist.storage.moments import SECOND_MOMENTS, resettable_moments
 from srlora_dist.storage.quantised import dequantise, digest_scales
 from srlora_dist.storage.ranks import Ranks
 
@@ -285,16 +285,32 @@ class Storage(Ranks, ABC):
             )
         self.raise_together(error)
 
-    def write_pairs_(self, number: int, factor: str, slots: Tensor, whole: Tensor, optimizer_reset: str) -> None:
-        """Write the given slots of a whole factor to all copies this rank holds and reset their optimizer moments."""
+    def write_pairs_(
+        self, number: int, factor: str, slots: Tensor, whole: Tensor, optimizer_reset: str, second_moment: float = 0.0
+    ) -> None:
+        """Write the given slots of a whole factor to all copies this rank holds and reset their optimizer moments.
+
+        Args:
+            number: Of the site.
+            factor: ``"A"`` or ``"B"``.
+            slots: (k,) on the CPU.
+            whole: The factor as it shall be.
+            optimizer_reset: ``srlora.optimizer_reset``.
+            second_moment: What the second moments become with ``survivors``.
+        """
         pair_dim = PAIR_DIM[factor]
         for run in (run for run in self._held_of_site[number] if run.factor == factor):
             fill_pairs_(run.of(run.owner), run.start, pair_dim, slots, whole)
             state = self.optimizer.state.get(run.owner, {})
             at = places_of_pairs(run.start, run.numel, whole.shape, pair_dim, slots)
-            for moment, zero in resettable_moments(state, run.owner, optimizer_reset):
-                run.of(moment).index_fill_(0, at.to(moment.device), zero)
+            for moment, value in resettable_moments(state, run.owner, optimizer_reset, second_moment):
+                run.of(moment).index_fill_(0, at.to(moment.device), value)
         self.write_parameter_(self.sites[number].factor(factor), pair_dim, slots, whole)
+
+    def second_moment(self, run: Run) -> Tensor:
+        """Of a run, flat; 0 before the first step."""
+        state = self.optimizer.state.get(run.owner, {})
+        return next((run.of(state[key]) for key in SECOND_MOMENTS if key in state), torch.zeros(run.numel))
 
     @contextmanager
     def changed_by_switch(self, number: int) -> Iterator[list[Tensor]]:
@@ -309,8 +325,14 @@ class Storage(Ranks, ABC):
             yield views
             self.after_edit(number)
 
-    def on_optimizer_step(self, hook: Callable[[list[Tensor]], None]) -> None:
-        """Call ``hook`` with the tensors that are about to be stepped, their final gradients in ``.grad``."""
+    def on_optimizer_step(self, before: Callable[[list[Tensor]], None], after: Callable[[list[Tensor]], None]) -> None:
+        """Call ``before`` with the tensors that are about to be stepped, their final gradients in ``.grad``.
+
+        And ``after`` with those that were: before DeepSpeed publishes what it has stepped.
+        """
+
+        def stepped(optimizer: Optimizer) -> list[Tensor]:
+            return [owner for group in optimizer.param_groups for owner in group["params"]]
 
         def pre_hook(optimizer: Optimizer, *_: object) -> None:
             if getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None:
@@ -318,9 +340,10 @@ class Storage(Ranks, ABC):
                     "the optimizer unscales fp16 gradients itself (fused=True with a GradScaler), so they cannot be "
                     "observed: use fused=False, or train in fp32"
                 )
-            hook([owner for group in optimizer.param_groups for owner in group["params"]])
+            before(stepped(optimizer))
 
         self.optimizer.register_step_pre_hook(pre_hook)
+        self.optimizer.register_step_post_hook(lambda optimizer, *_: after(stepped(optimizer)))
 
 
 def not_stepped(sites: list[Site], parameter: nn.Parameter) -> ValueError:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer", "state1")
+SECOND_MOMENTS = ("exp_avg_sq", "state2")
 
 # Of bitsandbytes these, with 8-bit, 32-bit and paged forms under longer names.
 ELEMENTWISE = {
@@ -18,6 +19,9 @@ ELEMENTWISE = {
 }
 """Optimizers, by package, whose every moment has the shape of the weight."""
 
+ADAM = ("Adam", "AdamW", "DeepSpeedCPUAdam", "FusedAdam")
+"""Those of them that divide both moments by one minus their decay to the power of the step."""
+
 
 def require_resettable(optimizer: Optimizer, optimizer_reset: str) -> None:
     """Refuse a reset that the layout of the optimizer's state does not permit.
@@ -25,11 +29,16 @@ def require_resettable(optimizer: Optimizer, optimizer_reset: str) -> None:
     Raises:
         ValueError: With the reason and the remedy.
     """
-    if optimizer_reset == "keep" or any(_is_elementwise(kind) for kind in type(optimizer).__mro__):
-        return
+    kinds = type(optimizer).__mro__
     name = type(optimizer).__name__
     reason, remedy = "the layout of its state is not known", "use AdamW or SGD, or choose keep"
-    if name == "Adafactor":  # a first moment, where it has one, has the shape of the weight
+    if optimizer_reset in ("survivors", "pair_steps"):
+        if any(_is_elementwise(kind) and _plain_name(kind) in ADAM for kind in kinds) and not name.endswith("8bit"):
+            return
+        reason, remedy = "it is made for Adam with float32 moments", "use AdamW, or choose zero"
+    elif optimizer_reset == "keep" or any(_is_elementwise(kind) for kind in kinds):
+        return
+    elif name == "Adafactor":  # a first moment, where it has one, has the shape of the weight
         if optimizer_reset == "first_moment":
             return
         reason = "it keeps its second moment as one number a row and one a column, and pairs share those"
@@ -38,18 +47,31 @@ def require_resettable(optimizer: Optimizer, optimizer_reset: str) -> None:
 
 
 def _is_elementwise(kind: type) -> bool:
-    name = kind.__name__.removeprefix("Paged").removesuffix("8bit").removesuffix("32bit")
-    return name in ELEMENTWISE.get(kind.__module__.split(".")[0], ())
+    return _plain_name(kind) in ELEMENTWISE.get(kind.__module__.split(".")[0], ())
 
 
-def resettable_moments(state: dict[str, object], owner: Tensor, optimizer_reset: str) -> Iterator[tuple[Tensor, float]]:
-    """The moments of a tensor that a switch resets, each with the number that stands for zero in it."""
+def _plain_name(kind: type) -> str:
+    return kind.__name__.removeprefix("Paged").removesuffix("8bit").removesuffix("32bit")
+
+
+def resettable_moments(
+    state: dict[str, object], owner: Tensor, optimizer_reset: str, second_moment: float = 0.0
+) -> Iterator[tuple[Tensor, float]]:
+    """The moments of a tensor that a switch resets, each with the number that it becomes.
+
+    Args:
+        state: The optimizer's, of that tensor.
+        owner: The tensor.
+        optimizer_reset: ``srlora.optimizer_reset``.
+        second_moment: What the second moments become with ``survivors``.
+    """
     for key, moment in state.items():
         if optimizer_reset == "keep" or (optimizer_reset == "first_moment" and key not in FIRST_MOMENTS):
             continue
         if not torch.is_tensor(moment) or moment.shape != owner.shape:
             continue
         if moment.is_floating_point():
-            yield moment, 0.0
+            survives = optimizer_reset == "survivors" and key not in FIRST_MOMENTS
+            yield moment, second_moment if survives else 0.0
         else:  # 8-bit codes, which a table turns into shares of the largest value of their block
             yield moment, float(state[key.replace("state", "qmap")].abs().argmin())

@@ -64,7 +64,7 @@ def read_folder(data_dir: str) -> tuple[datasets.Dataset, datasets.Dataset, int]
 
     train, evaluation = find_splits(data_dir)
     if isinstance(train, tuple):
-        pairs = [_read_idx_pair(*files) for files in (train, evaluation)]
+        pairs = [read_idx_pair(*files) for files in (train, evaluation)]
         num_classes = int(pairs[0][1].max()) + 1
         if pairs[1][1].max() >= num_classes:
             raise ValueError(
@@ -118,7 +118,12 @@ def _idx_file(root: Path, name: str, this: str) -> Path:
     raise ValueError(f"{this}, but there is no file {root / name}-ubyte or {name}-ubyte.gz: the task needs it")
 
 
-def _read_idx_pair(pictures: Path, labels: Path) -> tuple[np.ndarray, np.ndarray]:
+def read_idx_pair(pictures: Path, labels: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures (n, height, width) and their labels (n,), bytes.
+
+    Raises:
+        ValueError: A file is broken, or they do not belong together.
+    """
     pair = _read_idx(pictures, 3), _read_idx(labels, 1)
     if len(pair[0]) != len(pair[1]):
         raise ValueError(f"{pictures} has {len(pair[0])} pictures, but {labels} has {len(pair[1])} labels: fetch both")

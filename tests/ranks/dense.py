@@ -34,7 +34,7 @@ def reference_run(precision: str, masters_in_fp32: bool, options: dict, due: lis
     Args:
         precision: Of the pretrained weights.
         masters_in_fp32: All of the model is in 16 bits and the optimizer steps fp32 copies, as DeepSpeed has it.
-        options: ``num_steps``, ``clip``, ``target``, ``ratio``, ``betas``.
+        options: ``num_steps``, ``clip``, ``target``, ``ratio``, ``betas``, and ``choices`` that are not the paper's.
         due: Steps after which to switch.
         rate_of: Learning rate of a step.
     """
@@ -51,7 +51,7 @@ def reference_run(precision: str, masters_in_fp32: bool, options: dict, due: lis
             weight = _stand_in_for_weight(layer.base_layer, precision)
         used_type = dtype if masters_in_fp32 else torch.float32
         sites[name] = Site(weight, a, b, layer.scaling["default"], min(options["target"], *SHAPES[name]), used_type)
-    reference = Reference(sites, options["ratio"], *options["betas"])
+    reference = Reference(sites, options["ratio"], *options["betas"], **options.get("choices", {}))
     masters.publish()
     optimizer = torch.optim.AdamW(masters.stepped, lr=1.0, weight_decay=0)
     losses, parts, scores = [], [], []
@@ -64,12 +64,12 @@ def reference_run(precision: str, masters_in_fp32: bool, options: dict, due: lis
         masters.take_gradients()
         torch.nn.utils.clip_grad_norm_(masters.stepped, options["clip"])
         reference.observe()
-        optimizer.step()
+        reference.step(optimizer, step + 1)
         losses.append(loss.detach())
         if step + 1 in due:
             scores.append({name: reference.scores(site) for name, site in sites.items()})
             held = {name: list(site.holds) for name, site in sites.items()}
-            chosen = {name: slots for name, slots in reference.switch(optimizer).items() if slots}
+            chosen = {name: slots for name, slots in reference.switch(optimizer, step + 1).items() if slots}
             pick = {
                 name: ([held[name][k] for k in ks], [sites[name].holds[k] for k in ks]) for name, ks in chosen.items()
             }

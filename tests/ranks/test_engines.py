@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,12 +57,20 @@ def input_type(precision: str) -> torch.dtype:
 
 
 def train(
-    rank: int, world_size: int, engine_name: str, precision: str, zero: dict, cache: str, accumulation: int, bucket: int
+    rank: int,
+    world_size: int,
+    engine_name: str,
+    precision: str,
+    zero: dict,
+    cache: str,
+    accumulation: int,
+    bucket: int,
+    choices: dict,
 ) -> dict:
     """The sharded run under test; returns what this rank saw."""
     model, dtype = make_odd_net(precision), input_type(precision)
     srlora_dist.exchange.BUCKET_BYTES = bucket
-    options = {"target_rank": TARGET, "fusion_ratio": RATIO, "beta1": BETAS[0], "beta2": BETAS[1]}
+    options = {"target_rank": TARGET, "fusion_ratio": RATIO, "beta1": BETAS[0], "beta2": BETAS[1], **choices}
     switcher = Switcher(model, SRLoRAConfig(svd_cache=cache, **options), NUM_STEPS)
     settings = {"bf16": {"enabled": True}} if precision == "bf16" else {}
     engine = prepare(engine_name, model, RATE, CLIP, accumulation, settings, **zero)
@@ -187,13 +196,35 @@ REFUSED = {  # tested in test_agreement.py; here for the matrix
     ],
 )
 def test_engine_equals_the_reference(engine: str, precision: str, tmp_path) -> None:
+    compare(engine, precision, tmp_path, {})
+
+
+OTHER_CHOICES = {
+    "plain": {"score": "relative", "choose": "highest", "optimizer_reset": "survivors"},
+    "ddp, 2 ranks": {"score": "change", "choose": "oldest", "optimizer_reset": "pair_steps"},
+    "zero2, 3 ranks, uneven": {"score": "relative", "grace": 2, "optimizer_reset": "pair_steps"},
+    "zero3, 4 ranks, empty spans": {"score": "change", "grace": 1, "optimizer_reset": "survivors"},
+    "fsdp2, 4 ranks, empty shards": {"score": "relative", "choose": "oldest", "optimizer_reset": "pair_steps"},
+}
+"""What is not the paper's, on an engine of each way to hold tensors."""
+
+
+@pytest.mark.timeout(150)
+@pytest.mark.parametrize("engine", OTHER_CHOICES)
+def test_other_choices_equal_the_reference(engine: str, tmp_path) -> None:
+    compare(engine, "fp32", tmp_path, OTHER_CHOICES[engine])
+
+
+def compare(engine: str, precision: str, tmp_path: Path, choices: dict) -> None:
+    """Train on the engine and with the reference, and compare all that there is."""
     name, world_size, zero, accumulation = ENGINES[engine]
     bucket_bytes = 1 if world_size == 3 else 1 << 20  # a bucket a site, or one for all
     leaves_settings = "zero_hpz_partition_size" in zero
-    arguments = (name, precision, zero, str(tmp_path), accumulation, bucket_bytes)
+    arguments = (name, precision, zero, str(tmp_path), accumulation, bucket_bytes, choices)
     ranks = run_ranks(train, world_size, *arguments, last=leaves_settings)
     masters_in_fp32 = precision == "bf16" and name.startswith("zero")
     options = {"num_steps": NUM_STEPS, "clip": CLIP, "target": TARGET, "ratio": RATIO, "betas": BETAS}
+    options["choices"] = {key.removeprefix("optimizer_"): value for key, value in choices.items()}
     expected = reference_run(precision, masters_in_fp32, options, DUE, rate_of)
     tolerance, first = TOLERANCES.get(precision, EXACT), ranks[0]
     assert first["storage"] == name  # the engine asked for is the one that ran

@@ -61,7 +61,7 @@ def test_both_averages_are_forgotten() -> None:
         owner.grad = torch.ones_like(owner)
     tracked.observe_(owners)
     assert all(bool(average.all()) for number in range(3) for average in tracked.of_site(number))
-    tracked.reset_(1, None)
+    tracked.reset_(1, torch.tensor([0]))
     assert not any(bool(average.any()) for average in tracked.of_site(1))
     assert all(bool(average.all()) for number in (0, 2) for average in tracked.of_site(number))
     tracked.clear_()

@@ -22,11 +22,13 @@ LAYERS = [
     ["switcher"],
     ["memory", "diagnostics", "exchange", "output_check", "saving"],
     ["export"],
-    ["svd", "importance", "fused", "training_state", "checkpoint"],
+    ["svd", "importance", "changes", "pair_steps", "fused", "training_state", "checkpoint"],
+    ["tracked"],
     ["ledger", "schedule", "original", "krylov"],
     ["storage"],
     ["pairs", "sites", "digest", "spans"],
     ["config"],
+    ["srlora_config"],
     ["options_file", "ranges", "safefiles", "cache", "errors", "compiling", "paper", "process", "arguments"]
     + ["live_pairs", "trainer_arguments"],
 ]

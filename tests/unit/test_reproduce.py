@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
 
 from srlora_dist.config import TrainOptions, parse
 from srlora_dist.paper import TABLES
-from srlora_dist.reproduce.grid import Grid, build_grid
+from srlora_dist.reproduce.grid import Grid, build_grid, digest
 from srlora_dist.reproduce.report import draw_figures, found_results, write_table
 from srlora_dist.reproduce.results import Results, finished_summary
 from srlora_dist.tasks import TASKS
@@ -35,7 +35,7 @@ def summary_of(accuracy: float, **more: float) -> dict:
 def add_done(results: Results, cell: object, summary: dict) -> None:
     cell.folder.mkdir(parents=True, exist_ok=True)
     (cell.folder / "metrics.jsonl").write_text(json.dumps({"step": 12, "epoch": 1.5}) + "\n")
-    results.add_done(cell, 3, summary, 1.0)
+    results.add_done(cell, summary, 1.0, {})
 
 
 @pytest.mark.parametrize(("table", "name"), ALL_PRESETS, ids=[f"{table.presets}-{name}" for table, name in ALL_PRESETS])
@@ -148,7 +148,7 @@ def test_a_file_of_results_that_a_crash_has_cut_is_mended(tmp_path: Path) -> Non
     with results.path.open("a") as file:
         file.write('{"table": 3, "status": "do')
     results = Results(results.path)
-    results.add_failed(second, 3, "too hot", 1)
+    results.add_failed(second, "too hot", 1)
     assert results.of(first)["final"]["accuracy"] == 0.5
     assert results.of(second) is None  # it is tried again
     assert [json.loads(line)["status"] for line in results.path.read_text().splitlines()] == ["done", "failed"]
@@ -185,3 +185,10 @@ def test_the_table_has_means_deviations_and_the_papers_figures(tmp_path: Path) -
     assert "DeBERTa-v3-base" in text
     assert "Failed: mrpc lora seed 0: too hot" in text
     assert (tmp_path / "table.md").read_text() == text
+
+
+def test_a_result_outlives_options_that_are_added_later(tmp_path: Path) -> None:
+    config = asdict(grid(tmp_path).cells[0].config)
+    older = {**config, "srlora": {name: value for name, value in config["srlora"].items() if name != "grace"}}
+    assert digest(older, "no") == digest(config, "no")
+    assert digest({**config, "srlora": {**config["srlora"], "grace": 1}}, "no") != digest(config, "no")

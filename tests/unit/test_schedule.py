@@ -56,8 +56,25 @@ def test_the_window_is_as_long_as_a_gradient_weighs() -> None:
 
 
 def test_ties_go_to_the_lower_slot() -> None:
-    assert choose_slots(torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0]), 2) == [1, 3]
-    assert choose_slots(torch.zeros(4), 0) == []
+    assert choose_slots(torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0]), 2, [1] * 5) == [1, 3]
+    assert choose_slots(torch.zeros(4), 0, [1] * 4) == []
+
+
+def test_which_pairs_are_fused() -> None:
+    scores, ages = torch.tensor([5.0, 1.0, 3.0, 4.0, 2.0]), [1, 1, 2, 3, 3]
+    assert choose_slots(scores, 2, ages, "lowest") == [1, 4]
+    assert choose_slots(scores, 2, ages, "highest") == [0, 3]
+    assert choose_slots(scores, 3, ages, "oldest") == [2, 3, 4]
+    assert choose_slots(scores, 1, ages, "oldest") == [4]  # of equal age the lower score
+    assert choose_slots(scores, 2, ages, "lowest", grace=2) == [2, 4]
+    assert choose_slots(scores, 4, ages, "lowest", grace=2) == [1, 2, 3, 4]  # too few have lived that long
+    assert choose_slots(scores, 2, ages, "lowest", grace=9) == choose_slots(scores, 2, ages, "lowest")
+
+
+def test_all_switches_can_happen_early() -> None:
+    assert due_steps(240, [(8, 32)], 0.5, until=0.5) == [20, 40, 60, 80, 100, 120]  # the last one counts now
+    with pytest.raises(ValueError, match="6 switches in 4 steps"):
+        due_steps(40, [(8, 32)], 0.5, until=0.1)
 
 
 def test_sites_are_dealt_evenly() -> None:

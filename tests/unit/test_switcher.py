@@ -232,7 +232,7 @@ def test_a_switch_resets_the_chosen_slots_only(tmp_path, reset: str, first: int,
     state = {key: optimizer.state[site.lora_a][key].clone() for key in ("exp_avg", "exp_avg_sq")}
     factors = site.lora_a.detach().clone(), site.lora_b.detach().clone()
     head = optimizer.state[switcher._model.base_model.model.head.modules_to_save["default"].weight]["exp_avg"].clone()
-    scores = switcher._importance._means[switcher.storage.tracked[0]].view(4, -1).clone()
+    scores = switcher._importance.of(switcher.storage.tracked[0], "mean").view(4, -1).clone()
     report = switcher.step()
     chosen = report.sites[0].slots
     others = [slot for slot in range(4) if slot not in chosen]
@@ -246,7 +246,7 @@ def test_a_switch_resets_the_chosen_slots_only(tmp_path, reset: str, first: int,
     assert torch.equal(
         optimizer.state[switcher._model.base_model.model.head.modules_to_save["default"].weight]["exp_avg"], head
     )
-    now = switcher._importance._means[switcher.storage.tracked[0]].view(4, -1)
+    now = switcher._importance.of(switcher.storage.tracked[0], "mean").view(4, -1)
     assert torch.equal(now[others], scores[others])
     assert not now[chosen].any()
 

@@ -1,0 +1,185 @@
+"""Makes RESULTS.md and its figures from the lines of results.jsonl: ``python benchmarks/learning/report.py``."""
+
+from __future__ import annotations
+
+import statistics
+
+import drawing
+from measures import (
+    Mean,
+    final_loss,
+    main_figure,
+    mean_lifetime,
+    mean_of,
+    recycled,
+    share_to_reach,
+)
+from studies import (
+    ABLATION_TASKS,
+    HERE,
+    METHODS,
+    QUESTIONS,
+    RESULTS,
+    TASKS,
+    Run,
+    chosen_rate,
+    main_runs,
+    rate_runs,
+    variant_runs,
+)
+
+from srlora_dist.figures.style import TITLES
+from srlora_dist.reproduce.results import Results
+
+PAPER = "the paper's"
+GOAL = 0.7
+Lines = dict[int, dict]
+"""Results by seed."""
+
+
+def main() -> None:
+    """Write all that the lines allow."""
+    results = Results(RESULTS)
+    text = [INTRODUCTION, *_rates(results), *_main(results)]
+    for name, question in QUESTIONS.items():
+        text += _question(results, name, question.title, question.conclusion)
+    (HERE / "RESULTS.md").write_text("\n".join(text) + "\n")
+
+
+INTRODUCTION = """# Does it learn better?
+
+Made by `python benchmarks/learning/report.py` from the lines of [results.jsonl](results.jsonl), one a run, on CPUs.
+How it was run is in [run_studies.py](run_studies.py), what in [studies.py](studies.py) and [tasks/](tasks). What
+follows from it for a user: [docs/when-it-helps.md](../../docs/when-it-helps.md).
+
+- ± is half of the 95% interval of the mean over n seeds, by Student's t. With three seeds that is 2.5 deviations: wide.
+- The training loss is the mean over the last tenth of the steps.
+- Steps: after what share of its steps a run's training loss, averaged over the tenth before, is down at plain LoRA's
+  final one with the same seed. A run that never gets there counts as 1 in the mean, and is named. Time is that share
+  times the run's seconds a step over LoRA's, both medians; two runs shared the machine.
+- Differences are taken seed by seed: the same seed has the same data in the same order."""
+
+
+def _collect(results: Results, runs: list[Run]) -> dict[tuple[str, str], Lines]:
+    """By method and variant, the lines by seed."""
+    found: dict[tuple[str, str], Lines] = {}
+    for run in runs:
+        line = results.of(run.cell)
+        if line is not None:
+            found.setdefault((run.method, str(run.variant)), {})[run.cell.seed] = line
+    return found
+
+
+def _rates(results: Results) -> list[str]:
+    lines = ["", "## Learning rates", ""]
+    lines += ["Chosen for each method from the same three, by the lowest final validation loss on a seed of its own."]
+    lines += ["", "| task | method | rate: validation loss | chosen |", "|---|---|---|---|"]
+    for task in TASKS:
+        for method in METHODS:
+            losses = {
+                run.rate: line["final"]["loss"]
+                for run in rate_runs(task)
+                if run.method == method and (line := results.of(run.cell)) is not None
+            }
+            if losses:
+                cells = ", ".join(f"{rate:g}: {loss:.4f}" for rate, loss in losses.items())
+                chosen = chosen_rate(task, method)
+                lines.append(f"| {task} | {TITLES[method]} | {cells} | {chosen or 'not all run'} |")
+    return lines
+
+
+def _main(results: Results) -> list[str]:
+    header = "| task | method | training loss | validation loss | metric | steps | time | n |"
+    lines = ["", "## The methods side by side", "", header, "|---|---|---|---|---|---|---|---|"]
+    verdicts, curves = [], {}
+    for task in TASKS:
+        found = {method: lines for (method, _), lines in _collect(results, main_runs(task)).items()}
+        if not set(METHODS) <= set(found):
+            continue
+        curves[task] = found
+        for method in METHODS:
+            lines.append(_row(task, method, found[method], found["lora"]))
+        verdicts.append(_verdict(task, found))
+    if curves:
+        drawing.draw_curves(curves, HERE / "figures" / "main.png")
+        lines += ["", "![training losses](figures/main.png)", "", "### The goal", "", GOAL_TEXT, "", *verdicts]
+    return lines
+
+
+GOAL_TEXT = (
+    f"Plain LoRA's final training loss in at most {GOAL:.0%} of the steps, and a final metric nowhere worse than "
+    "LoRA's or PiSSA's by more than the interval of the difference."
+)
+
+
+def _row(task: str, method: str, lines: Lines, base: Lines) -> str:
+    shares = _shares(lines, base)
+    missed = sum(share is None for share in shares.values())
+    steps = [1.0 if share is None else share for share in shares.values()]
+    times = [
+        share * lines[seed]["step_seconds"] / base[seed]["step_seconds"]
+        for seed, share in zip(shares, steps, strict=True)
+    ]
+    cells = [
+        *(task, TITLES[method], mean_of([final_loss(line) for line in lines.values()])),
+        mean_of([line["final"]["loss"] for line in lines.values()]),
+        mean_of([main_figure(line) for line in lines.values()]),
+        f"{mean_of(steps)}{f' ({missed} never)' if missed else ''}",
+        *(mean_of(times), len(lines)),
+    ]
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _shares(lines: Lines, base: Lines) -> dict[int, float | None]:
+    return {seed: share_to_reach(line, final_loss(base[seed])) for seed, line in lines.items() if seed in base}
+
+
+def _verdict(task: str, found: dict[str, Lines]) -> str:
+    shares = [1.0 if share is None else share for share in _shares(found["srlora"], found["lora"]).values()]
+    steps = statistics.mean(shares)
+    met = "met" if steps <= GOAL else f"missed by {steps - GOAL:.2f}"
+    parts = [f"- {task}: {steps:.2f} of the steps, {met}"]
+    for other in ("lora", "pissa"):
+        parts.append(f"metric against {TITLES[other]} {_difference(found['srlora'], found[other], main_figure)}")
+    return "; ".join(parts)
+
+
+def _difference(lines: Lines, base: Lines, figure: callable) -> Mean:
+    seeds = [seed for seed in lines if seed in base]
+    return mean_of([figure(lines[seed]) - figure(base[seed]) for seed in seeds])
+
+
+def _question(results: Results, name: str, title: str, conclusion: str) -> list[str]:
+    header = "| task | variant | training loss | metric | fused after one interval | lifetime | n |"
+    rows, points = [], {}
+    for task in ABLATION_TASKS:
+        base = _collect(results, main_runs(task)).get(("srlora", "{}"), {})
+        found = _collect(results, variant_runs(task, name))
+        if not base or not found:
+            continue
+        named = {PAPER: base}
+        for key, variant in QUESTIONS[name].variants.items():
+            named |= {key: found[("srlora", str(variant))]} if ("srlora", str(variant)) in found else {}
+        points[task] = named
+        for key, lines in named.items():
+            rows.append(_variant_row(task, key, {s: line for s, line in lines.items() if s in base}, base))
+    if not rows:
+        return []
+    drawing.draw_variants(points, title, HERE / "figures" / f"{name}.png")
+    text = ["", f"## {title}", "", "Differences from the paper's choice.", "", header, "|---|---|---|---|---|---|---|"]
+    return [*text, *rows, "", f"![{title}](figures/{name}.png)", *(["", conclusion] if conclusion else [])]
+
+
+def _variant_row(task: str, key: str, lines: Lines, base: Lines) -> str:
+    share, lifetime = ([figure(line) for line in lines.values()] for figure in (recycled, mean_lifetime))
+    if key == PAPER:
+        loss = f"{mean_of([final_loss(line) for line in lines.values()])} itself"
+        metric = f"{mean_of([main_figure(line) for line in lines.values()])} itself"
+    else:
+        loss, metric = (_difference(lines, base, figure) for figure in (final_loss, main_figure))
+    cells = [task, key, loss, metric, f"{statistics.mean(share):.0%}", f"{statistics.mean(lifetime):.2f}", len(lines)]
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""What the study runs: which methods with which options, on which tasks, with which seeds."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from typing_extensions import override
+
+from srlora_dist.config import parse
+from srlora_dist.reproduce.grid import Cell, Grid, digest
+from srlora_dist.reproduce.results import Results
+from srlora_dist.runlog import read_lines
+from srlora_dist.tasks.packaged import MINILM
+
+HERE = Path(os.path.relpath(Path(__file__).resolve().parent))
+RUNS = Path("runs/learning")
+RESULTS = HERE / "results.jsonl"
+
+METHODS = ("lora", "pissa", "srlora")
+GLUE = ("sst2", "stsb", "mrpc")
+RATES = {  # the same three for every method; the middle one is where a first guess would be
+    **dict.fromkeys(("sst2", "stsb", "mrpc", "mnist", "fashion_mnist"), (3e-4, 1e-3, 3e-3)),
+    "mnist_sgd": (0.02, 0.06, 0.2),
+    "reviews": (1e-4, 3e-4, 1e-3),
+}
+TASKS = tuple(RATES)
+RATE_SEEDS = (100,)
+MAIN_SEEDS = (0, 1, 2)
+ABLATION_TASKS, ABLATION_SEEDS = ("sst2", "mnist"), (0, 1)
+
+
+@dataclass(frozen=True)
+class Question:
+    """One comparison of options.
+
+    Args:
+        title: What is asked.
+        variants: By their names the options beside the paper's; the paper's method stands in every comparison.
+        conclusion: What the figures say, written when they were there.
+    """
+
+    title: str
+    variants: dict[str, dict[str, object]]
+    conclusion: str = ""
+
+
+QUESTIONS = {
+    "moments": Question(
+        "What should a restarted pair keep of the optimizer's moments?",
+        {
+            "keep": {"optimizer_reset": "keep"},
+            "first_moment": {"optimizer_reset": "first_moment"},
+            "survivors": {"optimizer_reset": "survivors"},
+            "pair_steps": {"optimizer_reset": "pair_steps"},
+        },
+    ),
+    "score": Question(
+        "Which pairs should be fused?",
+        {
+            "relative": {"score": "relative"},
+            "change": {"score": "change"},
+            "most changed": {"score": "change", "choose": "highest"},
+            "highest": {"choose": "highest"},
+            "oldest": {"choose": "oldest"},
+            "quarter": {"fusion_ratio": 0.25},
+            "quarter, grace 2": {"fusion_ratio": 0.25, "grace": 2},
+        },
+    ),
+    "schedule": Question(
+        "When should the switches happen? All have 5 of them.",
+        {
+            "first half": {"target_rank": 28, "switch_until": 0.5},
+            "first three quarters": {"target_rank": 28, "switch_until": 0.75},
+        },
+    ),
+    "gamma": Question(
+        "How many pairs should a switch fuse?", {"0.25": {"fusion_ratio": 0.25}, "0.75": {"fusion_ratio": 0.75}}
+    ),
+    "target": Question(
+        "How many directions should a run use?", {str(rank): {"target_rank": rank} for rank in (16, 64, 128)}
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A cell and what it stands for.
+
+    Args:
+        task: Its name here, that of a file in ``tasks/``.
+        method: Its method.
+        variant: Options of ``srlora`` beside the paper's.
+        cell: How it is run.
+    """
+
+    task: str
+    method: str
+    variant: dict[str, object]
+    cell: Cell
+
+    @property
+    def rate(self) -> float:
+        """Its learning rate."""
+        return self.cell.config.train.learning_rate
+
+
+class Study(Grid):
+    """Runs whose curves and switches are kept in their line, so that the report needs nothing else."""
+
+    @property
+    @override
+    def results(self) -> Path:
+        return RESULTS
+
+    @override
+    def about(self, cell: Cell) -> dict[str, object]:
+        lines = read_lines(cell.folder / "metrics.jsonl")
+        train = [line for line in lines if line["split"] == "train"]
+        skipped = ("split", "epoch")
+        return {
+            "curve": [[line["step"], round(line["loss"], 5)] for line in train],
+            "step_seconds": round(statistics.median(line["step_time"] for line in train), 5),
+            "evaluations": [{k: v for k, v in line.items() if k not in skipped} for line in lines if line not in train],
+            "switches": summarise_switches(read_lines(cell.folder / "switches.jsonl")),
+        }
+
+
+def make_run(task: str, method: str, rate: float, seed: int, variant: dict[str, object] | None = None) -> Run:
+    """One run; what stands in ``tasks/<task>.yaml`` holds for all methods."""
+    variant = variant or {}
+    options = [f"--config={HERE / 'tasks' / f'{task}.yaml'}", f"--method={method}", f"--seed={seed}"]
+    options += [f"--train.learning_rate={rate:g}", *(f"--srlora.{name}={value}" for name, value in variant.items())]
+    if task in GLUE:
+        options += [f"--model.name_or_path={MINILM.folder()}", f"--task.data_dir={os.environ.get('GLUE_DIR', '')}"]
+    config = parse(options)
+    folder = RUNS / f"{task}-{method}-seed{seed}-{digest(asdict(config), 'no')[:8]}"
+    config = replace(config, output_dir=str(folder))
+    return Run(task, method, variant, Cell(task, method, seed, (*options, f"--output_dir={folder}"), config))
+
+
+def rate_runs(task: str) -> list[Run]:
+    """Those that choose each method's learning rate."""
+    return [make_run(task, m, rate, seed) for seed in RATE_SEEDS for rate in RATES[task] for m in METHODS]
+
+
+def chosen_rate(task: str, method: str) -> float | None:
+    """Of the lowest mean final validation loss; None while some run has no result."""
+    results, losses = Results(RESULTS), {}
+    for run in rate_runs(task):
+        if run.method == method:
+            line = results.of(run.cell)
+            if line is None:
+                return None
+            losses.setdefault(run.rate, []).append(line["final"]["loss"])
+    return min(losses, key=lambda rate: statistics.mean(losses[rate]))
+
+
+def main_runs(task: str) -> list[Run]:
+    """The methods side by side; empty while the rates are not chosen."""
+    rates = {method: chosen_rate(task, method) for method in METHODS}
+    if None in rates.values():
+        return []
+    return [make_run(task, m, rates[m], seed) for seed in MAIN_SEEDS for m in METHODS]
+
+
+def variant_runs(task: str, name: str) -> list[Run]:
+    """The variants of a question, at the rate of the paper's method."""
+    rate = chosen_rate(task, "srlora")
+    if rate is None:
+        return []
+    variants = QUESTIONS[name].variants.values()
+    return [make_run(task, "srlora", rate, seed, variant) for seed in ABLATION_SEEDS for variant in variants]
+
+
+def summarise_switches(lines: list[dict]) -> dict[str, object]:
+    """How long pairs live, over all sites.
+
+    Returns:
+        ``recycled``, for each switch after the first the share of fused pairs that the switch before had started;
+        ``by_chance``, what that share would be if pairs were drawn at random; ``lifetimes``, how many fused pairs
+        had lived 1, 2, ... intervals.
+    """
+    born: dict[tuple[str, int], int] = {}
+    fused: dict[int, list[int]] = {}
+    young: dict[int, list[float]] = {}
+    for line in lines:
+        number, site = line["switch"], line["site"]
+        ages = [number - born[site, slot] for slot in line["slots"] if (site, slot) in born]
+        if number > 1:
+            fused.setdefault(number, []).extend(ages)
+            all_ages = [number - at for (name, _), at in born.items() if name == site]
+            young.setdefault(number, []).append(all_ages.count(1) / len(all_ages))
+        elif number == 1:
+            fused.setdefault(1, []).extend(ages)
+        born.update({(site, slot): number for slot in line["slots"]})
+    lifetimes = [age for ages in fused.values() for age in ages]
+    return {
+        "recycled": [round(ages.count(1) / len(ages), 4) for number, ages in fused.items() if number > 1],
+        "by_chance": [round(statistics.mean(shares), 4) for shares in young.values()],
+        "lifetimes": [lifetimes.count(k) for k in range(1, max(lifetimes, default=0) + 1)],
+    }
+
+
+def as_grid(runs: list[Run], folder: Path) -> Study:
+    """For :func:`srlora_dist.reproduce.running.run_grid`."""
+    return Study([run.cell for run in runs], folder, "study", (sys.executable,))

@@ -1,0 +1,94 @@
+"""The options of the method: the section ``srlora`` of a run, and what the Switcher and the callback take."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from srlora_dist.ranges import BELOW_ONE, COUNT, COUNT_OR_NONE, POSITIVE, expand_home, require
+
+
+@dataclass
+class SRLoRAConfig:
+    """How pairs are scored, fused and restarted (SRLoRA, arXiv 2505.12433).
+
+    Args:
+        target_rank: Directions of each pretrained weight to share out over the run; the paper's r_target. The last
+            switch of the paper's schedule falls on the end of training and is left out, so the last ones stay unused.
+        fusion_ratio: Share of a site's pairs that one switch fuses, in (0, 1]; the paper's gamma (Eq. 13).
+        beta1: Decay of the moving average of the sensitivity (Eq. 4).
+        beta2: Decay of the moving average of its deviation (Eq. 5).
+        importance_window: Steps before a switch whose gradients count for its choice: ``all``, their number, or
+            ``auto``, which leaves out those that weigh less than a millionth. It begins with statistics of 0; where
+            switches follow each other more closely it never begins, and ``score_reset`` alone clears them.
+        score: What a pair is worth: ``sensitivity`` is the paper's (Eq. 3 to 7), ``relative`` the same, divided by the
+            mean square of the pair's elements, so that a large pair is not important by its size alone, ``change`` how
+            far the pair has come since it was started.
+        choose: Which pairs a switch fuses: those of the ``lowest`` scores (Eq. 8), of the ``highest``, or the
+            ``oldest``, and of equal age those of the lowest scores.
+        grace: Intervals between switches that a pair has to live before it may be fused; where too few have, younger
+            ones are.
+        switch_until: Share of the run in which all switches happen; the paper's is 1.
+        score_reset: What a switch clears: the statistics of ``all`` pairs (the paper's section 3.1) or only those of
+            the ``restarted`` ones (its Algorithm 1).
+        optimizer_reset: What a restarted pair keeps of the optimizer's state: ``zero`` clears it, ``first_moment``
+            clears the momentum alone, ``keep`` clears nothing. For Adam also ``survivors``, which gives the second
+            moment the mean of the pairs that stay, and ``pair_steps``, which clears both and counts the steps of its
+            bias correction from the start of the pair.
+        fusion: Where fused pairs go: ``in_place`` edits W (a 16-bit W keeps a second term, so that roundings do not add
+            up), ``adapter`` fills a frozen second adapter and never writes W, ``auto`` is ``adapter`` for quantised
+            weights and ``in_place`` for others.
+        fused_rank: Largest rank of that second adapter; ``null`` takes the ``2 target_rank - rank`` that a run fills. A
+            smaller one is compressed by SVD as it fills up, and the error is logged.
+        residual_device: Where the second term of a 16-bit W lies: ``weight`` is beside it, ``cpu`` in host memory.
+        directions_from: Folder of the original checkpoint (safetensors) to take the directions from; ``null`` takes
+            them from the loaded weights, dequantised if they are quantised.
+        check_switch: Compare the model's output on the last training batch before and after each switch, and undo a
+            switch that changes it; costs two forward passes and, for a moment, a copy of this rank's weights in host
+            memory.
+        switch_tolerance: Largest relative change of the output then; ``null`` is 1e-4 for float32, 4e-3 for float16 and
+            3e-2 for bfloat16.
+        agreement_every: Steps between comparisons of all that ranks hold copies of; 0 compares at switches alone.
+        adapter_name: The PEFT adapter to work on.
+        svd_cache: Folder of the computed directions; ``null`` is ``srlora_dist/svd`` in the user's cache folder.
+        svd_distribute: Share the decompositions out over the ranks instead of leaving all of them to rank 0.
+        ledger_dir: Folder to which each switch is appended; ``null`` keeps the ledger in memory alone.
+    """
+
+    target_rank: int = 32
+    fusion_ratio: float = 0.5
+    beta1: float = 0.85
+    beta2: float = 0.85
+    importance_window: int | Literal["auto", "all"] = "auto"
+    score: Literal["sensitivity", "relative", "change"] = "sensitivity"
+    choose: Literal["lowest", "highest", "oldest"] = "lowest"
+    grace: int = 0
+    switch_until: float = 1.0
+    score_reset: Literal["all", "restarted"] = "all"
+    optimizer_reset: Literal["zero", "first_moment", "keep", "survivors", "pair_steps"] = "zero"
+    fusion: Literal["auto", "in_place", "adapter"] = "auto"
+    fused_rank: int | None = None
+    residual_device: Literal["weight", "cpu"] = "weight"
+    directions_from: str | None = None
+    check_switch: bool = False
+    switch_tolerance: float | None = None
+    agreement_every: int = 0
+    adapter_name: str = "default"
+    svd_cache: str | None = None
+    svd_distribute: bool = False
+    ledger_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        share = (lambda value: 0 < value <= 1, "a share of the pairs in (0, 1], such as 0.5")
+        decay = (BELOW_ONE[0], "a decay in [0, 1), such as 0.85")
+        name = (lambda value: re.fullmatch(r"[\w-]+", value), "a name of letters, digits, _ and -")
+        rules = {"fusion_ratio": share, "beta1": decay, "beta2": decay, "fused_rank": COUNT, "adapter_name": name}
+        steps = (
+            lambda x: x in ("auto", "all") or (isinstance(x, int) and COUNT[0](x)),
+            f"auto, all or {COUNT[1]} steps",
+        )
+        rules |= {"grace": COUNT_OR_NONE, "switch_until": (share[0], "a share of the steps in (0, 1], such as 0.5")}
+        rules |= {"importance_window": steps, "switch_tolerance": POSITIVE, "agreement_every": COUNT_OR_NONE}
+        require("srlora.", self, rules | {"target_rank": (COUNT[0], "at least the rank of the adapter")})
+        expand_home(self, "directions_from", "svd_cache", "ledger_dir")
