@@ -106,7 +106,8 @@ class SRLoRACallback(TrainerCallback):
         self._require_fresh(args, state, model)
         self.switcher.plan(state.max_steps)
         resumes = state.global_step > 0
-        activate_again_(self.switcher.sites)  # a model with another adapter, or name of it, was loaded in its own way
+        # Where a model has several adapters or one of another name, a Trainer that resumes leaves one active.
+        activate_again_(self.switcher.sites)
         source = together(lambda: self._find_checkpoint(args, state) if resumes and args.process_index == 0 else None)
         report = self.switcher.bind(model, optimizer, source)
         require_launched_engine(args, self.switcher.storage.name)
