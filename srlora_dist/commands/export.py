@@ -30,6 +30,9 @@ def run(argv: list[str]) -> None:
 
     checkpoint = find_checkpoint(options.checkpoint)
     if checkpoint is None:
-        raise ValueError(f"there is no checkpoint in {options.checkpoint}: give the checkpoints/ folder of a run")
+        raise ValueError(
+            f"there is no checkpoint in {options.checkpoint}: give the checkpoints/ folder of a run, or "
+            "checkpoint-N/srlora where the HF Trainer saved it"
+        )
     export_checkpoint(checkpoint, options.folder, options.max_rank)
     print(f"adapter of step {checkpoint.step}: {options.folder}")
