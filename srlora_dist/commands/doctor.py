@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from srlora_dist.arguments import Arguments
+from srlora_dist.health import Found
 from srlora_dist.process import prepare_process
-
-if TYPE_CHECKING:
-    from srlora_dist.health import Found
 
 GROUP_SECONDS = 120
 
@@ -26,9 +25,8 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--config_file", type=Path, help="try this Accelerate file, in place of ZeRO-2 and ZeRO-3")
     parser.add_argument("--quick", action="store_true", help="start no processes")
     options = parser.parse(argv)
-    prepare_process()
     if options.config_file is not None:
-        from srlora_dist.health.runs import num_launched
+        from srlora_dist.health.launch_file import num_launched
 
         num_launched(options.config_file)
     count = {"ok": 0, "warning": 0, "failed": 0}
@@ -42,36 +40,65 @@ def run(argv: list[str]) -> int:
 
 
 def _findings(file: Path | None, quick: bool) -> Iterator[Found]:
-    from srlora_dist.health.machine import check_compiler, check_devices, check_disks, check_quantisation
-    from srlora_dist.health.packages import check_packages
-
-    yield from check_packages()
-    yield from check_devices()
-    yield from check_compiler()
-    yield from check_disks(Path.cwd())
-    yield from check_quantisation()
+    # The packages come first: what the others import may be missing or of a version that cannot be imported.
+    yield from _tried("packages", lambda: _check("packages", "packages"))
+    yield from _tried("torch", _prepare)
+    yield from _tried("devices", lambda: _check("machine", "devices"))
+    yield from _tried("compiler", lambda: _check("machine", "compiler"))
+    yield from _tried("disks", lambda: _check("machine", "disks", Path.cwd()))
+    yield from _tried("bitsandbytes", lambda: _check("machine", "quantisation"))
     if not quick:
-        yield from _process_findings(file)
+        yield from _tried("process group", _process_group)
+        yield from _tried("three steps", lambda: _three_steps(file))
 
 
-def _process_findings(file: Path | None) -> Iterator[Found]:
-    """A process group, and three steps on ZeRO-2 and ZeRO-3, or where DeepSpeed is not installed on DDP."""
-    from importlib.util import find_spec
+def _tried(name: str, check: Callable[[], Iterable[Found]]) -> Iterator[Found]:
+    """What a check finds; it has failed if it raises whatever a package or a driver raises on this machine."""
+    try:
+        yield from check()
+    except Exception as error:
+        if os.environ.get("SRLORA_DEBUG"):
+            raise
+        reason = (str(error).strip().splitlines() or ["without a message"])[0]
+        remedy = "fix what failed above, or that; SRLORA_DEBUG=1 shows where it came from"
+        yield Found("failed", f"{name}: {type(error).__name__}: {reason}", remedy)
 
+
+def _check(module: str, name: str, *arguments: object) -> Iterable[Found]:
+    return getattr(import_module(f"srlora_dist.health.{module}"), f"check_{name}")(*arguments)
+
+
+def _prepare() -> Iterable[Found]:
+    prepare_process()
+    return ()
+
+
+def _num_processes() -> int:
+    """One GPU takes one process, and the CPU any number."""
     import torch
 
-    from srlora_dist.health import Found
-    from srlora_dist.health.runs import try_run, write_files, write_launch_file
+    return min(2, torch.accelerator.device_count()) if torch.accelerator.is_available() else 2
+
+
+def _process_group() -> Iterator[Found]:
     from srlora_dist.storage import try_process_group
 
-    # One GPU takes one process, and the CPU any number.
-    num_processes = min(2, torch.accelerator.device_count()) if torch.accelerator.is_available() else 2
+    num_processes = _num_processes()
     problem = try_process_group(num_processes, GROUP_SECONDS)
     if problem is None:
         yield Found("ok", f"process group: {num_processes} processes on this machine add up a number")
     else:
         yield Found("failed", f"process group: {problem}", "see that processes may connect to 127.0.0.1")
-    with tempfile.TemporaryDirectory(prefix="srlora-doctor-") as name:
+
+
+def _three_steps(file: Path | None) -> Iterator[Found]:
+    """On the given engine, or on ZeRO-2 and ZeRO-3, or where DeepSpeed is not installed on DDP."""
+    from importlib.util import find_spec
+
+    from srlora_dist.health.runs import try_run, write_files, write_launch_file
+
+    num_processes = _num_processes()
+    with tempfile.TemporaryDirectory(prefix="srlora-doctor-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         write_files(folder)
         if file is not None:

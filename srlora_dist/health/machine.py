@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -41,16 +42,20 @@ def check_devices() -> Iterator[Found]:
 
 
 def check_compiler() -> Iterator[Found]:
-    """DeepSpeed compiles an operator at its first start on a CPU, and its own optimizer where that is offloaded."""
+    """DeepSpeed compiles an operator at its first start on a CPU, and its own optimizer where that is offloaded.
+
+    With a GPU it does without a compiler, but for that optimizer.
+    """
     if find_spec("deepspeed") is None:
         return
-    compiler = os.environ.get("CXX") or "c++"
+    compiler = (shlex.split(os.environ.get("CXX", "")) or ["c++"])[-1]  # behind ccache, for example
+    lacking = "warning" if torch.accelerator.is_available() else "failed"
     for tool, remedy in (
         (compiler, "install a C++ compiler, such as Debian's g++"),
         ("ninja", "activate the environment, whose bin/ has it, or pip install ninja"),
     ):
         path = shutil.which(tool)
-        yield Found("ok", f"{tool}: {path}") if path else Found("failed", f"{tool} is not on the PATH", remedy)
+        yield Found("ok", f"{tool}: {path}") if path else Found(lacking, f"{tool} is not on the PATH", remedy)
 
 
 def check_disks(folder: Path) -> Iterator[Found]:
@@ -88,17 +93,17 @@ def _space(folder: Path, use: str, remedy: str) -> Found:
 
 def _files_of_directions(folder: Path) -> Iterator[Found]:
     """Headers alone: a run compares the content of the file that it takes with its digest."""
-    files = sorted(folder.glob("*.safetensors"))
-    for path in files:
+    sizes = []
+    for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, "pt") as file:
                 if "digest" not in (file.metadata() or {}):
                     raise ValueError("it has no digest")
+            sizes.append(path.stat().st_size)
         except (SafetensorError, OSError, ValueError) as error:
             yield Found("warning", f"{path} is damaged ({error})", "remove it: a run computes it again")
-    if files:
-        size = sum(path.stat().st_size for path in files)
-        yield Found("ok", f"{len(files)} files of directions, {size / 1e6:.1f} MB")
+    if sizes:
+        yield Found("ok", f"{len(sizes)} files of directions, {sum(sizes) / 1e6:.1f} MB")
 
 
 def _tensorboard(folder: Path) -> Found:

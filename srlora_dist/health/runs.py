@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,7 @@ import torch
 import yaml
 
 from srlora_dist.health import Found
+from srlora_dist.health.launch_file import num_launched
 from srlora_dist.tasks.models import quiet
 
 LIMIT_SECONDS = 240
@@ -73,19 +75,6 @@ def write_launch_file(folder: Path, engine: str, num_processes: int) -> Path:
     return file
 
 
-def num_launched(file: Path) -> int:
-    """The processes that an Accelerate file starts.
-
-    Raises:
-        ValueError: It cannot be read, or does not say.
-    """
-    try:
-        settings = yaml.safe_load(file.read_text())
-        return int(settings["num_processes"])
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
-        raise ValueError(f"{file} is no file of Accelerate with num_processes ({error})") from error
-
-
 def try_run(folder: Path, file: Path, engine: str | None, limit: float = LIMIT_SECONDS) -> Found:
     """Three steps, of which the first is followed by a switch.
 
@@ -137,22 +126,31 @@ def _start(command: list[str], limit: float) -> tuple[int | None, str]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
     environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(END_SECONDS)
     with tempfile.TemporaryFile("w+") as printed:  # a pipe would stay open as long as any rank
-        process = subprocess.Popen(command, env=environment, stdout=printed, stderr=subprocess.STDOUT)
+        # A group of its own, for a launcher of one process leaves it behind when it ends.
+        pipes = {"stdout": printed, "stderr": subprocess.STDOUT, "start_new_session": True}
+        process = subprocess.Popen(command, env=environment, **pipes)
         try:
             status = process.wait(timeout=limit)
         except subprocess.TimeoutExpired:
-            process.terminate()  # the launcher ends its ranks
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=3 * END_SECONDS)
             status = None
         finally:
-            process.kill()
-            process.wait()
+            _end(process)
         printed.seek(0)
         text = printed.read()
     if status != 0 and os.environ.get("SRLORA_DEBUG"):
         sys.stderr.write(text)
     return status, text
+
+
+def _end(process: subprocess.Popen) -> None:
+    """End a launcher with its ranks, whatever it is doing."""
+    if process.poll() is None:
+        process.terminate()  # the launcher ends its ranks
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=3 * END_SECONDS)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _reason(text: str) -> str:

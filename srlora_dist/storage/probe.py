@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from datetime import timedelta
 
@@ -27,18 +29,27 @@ def try_process_group(num_processes: int, timeout: float) -> str | None:
         port = free.getsockname()[1]
     # This file alone, without the package and its seconds of imports.
     command, end = [sys.executable, __file__, str(num_processes), str(port), str(timeout)], time.monotonic() + timeout
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen([*command, str(rank)], **pipes) for rank in range(num_processes)]
-    try:
-        texts = [process.communicate(timeout=max(0.0, end - time.monotonic()))[1] for process in processes]
-    except subprocess.TimeoutExpired:
-        return f"{num_processes} processes did not come together in {timeout:g} s"
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    failed = [text for process, text in zip(processes, texts, strict=True) if process.returncode]
-    return (failed[0].strip().splitlines() or ["it ended without a message"])[-1] if failed else None
+    with contextlib.ExitStack() as stack:
+        printed = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(num_processes)]
+        processes = [
+            subprocess.Popen([*command, str(rank)], stdout=subprocess.DEVNULL, stderr=file)
+            for rank, file in enumerate(printed)
+        ]
+        try:
+            # Those that are left would wait for one that has failed.
+            while None in (statuses := [process.poll() for process in processes]) and not any(statuses):
+                if time.monotonic() > end:
+                    return f"{num_processes} processes did not come together in {timeout:g} s"
+                time.sleep(0.05)
+            failed = [rank for rank, status in enumerate(statuses) if status]
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        if not failed:
+            return None
+        printed[failed[0]].seek(0)
+        return (printed[failed[0]].read().strip().splitlines() or ["it ended without a message"])[-1]
 
 
 def _add_up(num_processes: int, port: int, timeout: float, rank: int) -> None:

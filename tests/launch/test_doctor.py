@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from srlora_dist.health import runs
 from srlora_dist.health.runs import try_run, write_files, write_launch_file
-from srlora_dist.storage import try_process_group
+from srlora_dist.storage import probe, try_process_group
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +26,30 @@ def test_two_processes_come_together() -> None:
 
 def test_processes_that_are_late_are_reported() -> None:
     assert "2 processes did not come together in 0.1 s" in try_process_group(2, timeout=0.1)
+
+
+def test_a_process_that_fails_is_told_at_once_and_not_waited_for(tmp_path: Path, monkeypatch) -> None:
+    """The rank that is left would wait for the other one until the time is over."""
+    script = tmp_path / "probe.py"
+    script.write_text("import sys, time\nif sys.argv[4] == '1': sys.exit('CUDA error: busy')\ntime.sleep(60)\n")
+    monkeypatch.setattr(probe, "__file__", str(script))
+    began = time.monotonic()
+    assert try_process_group(2, timeout=60) == "CUDA error: busy"
+    assert time.monotonic() - began < 30
+
+
+def test_a_launcher_that_is_late_is_ended_with_what_it_has_started(tmp_path: Path) -> None:
+    (tmp_path / "child.py").write_text("import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(100)\n")
+    launcher = "import subprocess, sys; subprocess.Popen([sys.executable, sys.argv[1]]).wait()"
+    status, text = runs._start([sys.executable, "-c", launcher, str(tmp_path / "child.py")], limit=5)
+    assert status is None
+    for _ in range(100):  # it may be a zombie for a moment
+        state = Path(f"/proc/{int(text)}/stat")
+        if not state.exists() or state.read_text().split(")")[1].split()[0] == "Z":
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("the process that the launcher had started is still there")
 
 
 def test_three_steps_run_on_the_engine_that_was_asked_for(folder: Path) -> None:

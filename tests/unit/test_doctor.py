@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from srlora_dist.cli import main
-from srlora_dist.health.machine import check_disks, check_quantisation
+from srlora_dist.health.machine import check_compiler, check_disks, check_quantisation
 from srlora_dist.health.packages import check_packages
 from srlora_dist.storage import quantised_error
 
@@ -52,13 +55,65 @@ def test_a_machine_without_a_compiler_is_told_so(tmp_path: Path, monkeypatch, ca
     assert "2 failed" in text
 
 
+def test_a_compiler_behind_another_command_is_found(tmp_path: Path, monkeypatch) -> None:
+    pytest.importorskip("deepspeed")
+    compiler = tmp_path / "mine++"
+    compiler.write_text("")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CXX", "ccache mine++")
+    assert [line.status for line in check_compiler()] == ["ok", "failed"]  # ninja is not there
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert [line.status for line in check_compiler()] == ["ok", "warning"]  # a GPU does without
+
+
+BROKEN = """
+import sys
+from srlora_dist.cli import main
+sys.modules[sys.argv[1]] = None  # its import fails
+sys.exit(main(["doctor", "--quick"]))
+"""
+
+
+@pytest.mark.parametrize("package", ["torch", "transformers"])
+def test_a_package_that_cannot_be_imported_is_a_finding(package: str, tmp_path: Path) -> None:
+    environment = os.environ | {"SRLORA_CACHE": str(tmp_path)}
+    command = [sys.executable, "-c", BROKEN, package]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100, check=False)
+    assert ended.returncode == 1, ended.stderr
+    assert "Traceback" not in ended.stderr
+    first, *rest = ended.stdout.splitlines()
+    assert first.startswith("ok       python")
+    assert f"import of {package}" in ended.stdout
+    assert rest[-1].endswith(" failed")
+
+
+def test_a_check_that_raises_has_failed(tmp_path: Path, monkeypatch, capsys) -> None:
+    def full(_: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("srlora_dist.health.machine.check_disks", full)
+    assert main(["doctor", "--quick"]) == 1
+    text = capsys.readouterr().out
+    assert "failed   disks: OSError: [Errno 28] No space left on device" in text
+    assert text.index("disks") < text.index("bitsandbytes nf4")  # the others are tried all the same
+
+
+def test_a_file_for_several_machines_is_refused(tmp_path: Path, capsys) -> None:
+    (tmp_path / "nodes.yaml").write_text("num_machines: 2\nnum_processes: 16\n")
+    assert main(["doctor", "--config_file", str(tmp_path / "nodes.yaml")]) == 2
+    assert "is for 2 machines" in capsys.readouterr().err
+
+
 def test_a_damaged_file_of_directions_is_named(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("SRLORA_CACHE", str(tmp_path))
     (tmp_path / "svd").mkdir()
     (tmp_path / "svd" / "abc.safetensors").write_bytes(b"cut")
-    found = [line for line in check_disks(tmp_path) if line.status == "warning" and "abc" in line.what]
-    assert len(found) == 1
-    assert "remove it" in found[0].remedy
+    found = list(check_disks(tmp_path))
+    named = [line for line in found if line.status == "warning" and "abc" in line.what]
+    assert len(named) == 1
+    assert "remove it" in named[0].remedy
+    assert not any("files of directions" in line.what for line in found)  # it is not counted as good
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch) -> None:
