@@ -12,3 +12,8 @@ class RunStoppedError(RuntimeError):
 
 class StoppedBySignalError(Exception):
     """The run was asked to stop, and the checkpoint that it goes on from is written. Raised on every rank."""
+
+
+def short(error: Exception) -> str:
+    """What an error says, without the hundreds of names that Transformers lists where it does not know a model."""
+    return str(error).split("Model type should be one of")[0].strip() or type(error).__name__

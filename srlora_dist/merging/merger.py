@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from srlora_dist.errors import short
 from srlora_dist.merging.compare import logits, random_inputs, relative_difference
 from srlora_dist.merging.stored_as import StoredAs, named_in_readme
 from srlora_dist.safefiles import write_folder
@@ -186,7 +187,8 @@ class Merger:
         try:
             model, report = self.auto_class.from_pretrained(self.base, config=self.settings, **options)
         except (OSError, ValueError, ImportError) as error:
-            raise ValueError(f"the base {self.base!r} cannot be loaded ({error}): give another with --base") from error
+            reason = short(error)
+            raise ValueError(f"the base {self.base!r} cannot be loaded ({reason}): give another with --base") from error
         not_loaded = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
         nowhere = sorted(key for key in not_loaded if f"base_model.model.{key}" not in self.names)
         if nowhere:

@@ -34,6 +34,7 @@ from transformers.utils import cached_file
 
 from srlora_dist.cache import cache_dir
 from srlora_dist.config import RunConfig
+from srlora_dist.errors import short
 from srlora_dist.tasks.heads import never_quantised, new_parts
 from srlora_dist.tasks.packaged import base_model
 
@@ -250,7 +251,7 @@ def _reading(name: str, part: str, remedy: str) -> Iterator[None]:
         if "trust_remote_code" in str(error):
             remedy = "it comes with code of its own; read that, then set model.trust_remote_code to true"
         raise ValueError(
-            f"model.name_or_path is {name!r}, whose {part} cannot be read ({error or type(error).__name__}): {remedy}"
+            f"model.name_or_path is {name!r}, whose {part} cannot be read ({short(error)}): {remedy}"
         ) from error
 
 

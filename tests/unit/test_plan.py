@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from transformers import BertConfig, DebertaV2Config, GPT2Config, LlamaConfig, ViTConfig
+from transformers import BertConfig, DebertaV2Config, GPT2Config, LlamaConfig, ViTConfig, WhisperConfig
 
 from srlora_dist.cli import main
 from srlora_dist.config import ModelOptions
@@ -102,6 +102,14 @@ def test_a_quantised_weight_is_counted_as_bitsandbytes_stores_it(precision: str)
     stored = pack((300, 200), ModelOptions(quantization=kind, double_quantization=bool(double)))
     assert layer.weight.numel() * layer.weight.element_size() == stored.numel * stored.element_size
     assert held(scales_of(layer), set()) == stored.beside
+
+
+def test_a_model_of_another_kind_is_refused_without_a_list_of_all_kinds(tmp_path, capsys) -> None:
+    WhisperConfig(architectures=["WhisperForConditionalGeneration"]).save_pretrained(tmp_path)
+    assert main(["plan", "--model", str(tmp_path)]) == 2
+    message = capsys.readouterr().err
+    assert "cannot be built from its configuration" in message
+    assert "BertConfig" not in message
 
 
 def test_moments_are_those_of_the_optimizer(tmp_path, capsys) -> None:
