@@ -6,11 +6,10 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from srlora_dist.checkpoint import LEDGER, Checkpoint, find_checkpoint
-from srlora_dist.runlog import read_lines
-from srlora_dist.schedule import due_steps
+from srlora_dist.ledger import read_metadata
 from srlora_dist.sites import some
 
 
@@ -92,39 +91,22 @@ def _options(state: dict) -> dict:
 
 
 def _switches(checkpoint: Checkpoint) -> list[dict]:
-    """The report of each switch up to the checkpoint; [] where it was kept nowhere.
-
-    They are in the entries of a ledger that was on disk, and else in the run's ``switches.jsonl``, a line a site.
-    """
-    reports = []
-    for path in checkpoint.ledger:
-        try:
-            with safe_open(path, "pt") as entry:
-                reports.append(json.loads(entry.metadata()["report"]))
-        except (SafetensorError, KeyError, TypeError):
-            break
-    if len(reports) == len(checkpoint.ledger):
-        return reports
-    by_switch: dict[int, dict] = {}
-    for line in read_lines(checkpoint.folder.parent.parent / "switches.jsonl"):
-        if line["step"] <= checkpoint.step:
-            switch = by_switch.setdefault(line["switch"], {"step": line["step"], "switch": line["switch"], "sites": []})
-            switch["sites"].append(line)
-    return list(by_switch.values())
+    """The report of each switch up to the checkpoint; [] in one of a version that did not keep them."""
+    try:
+        return [json.loads(read_metadata(path)["report"]) for path in checkpoint.ledger]
+    except (SafetensorError, KeyError):
+        return []
 
 
 def _schedule(state: dict, switches: list[dict]) -> dict[str, object]:
     """Steps of the run, of the switches that were made (switch 0 is the start), and of those to come."""
     if "num_switches" not in state:
         return {"steps": None, "num_made": 0, "made": [], "to_come": []}
-    length, options = state["num_training_steps"], _options(state).get("srlora", {})
-    to_come = None
-    if options:
-        ranks = [(site["rank"], site["target_rank"]) for site in state["sites"]]
-        due = due_steps(length, ranks, options["fusion_ratio"], options["switch_until"])
-        to_come = [step for step in due if step > state["num_steps"]]
+    due = state.get("due_steps")
+    to_come = [step for step in due if step > state["num_steps"]] if due is not None else None
     made = [switch["step"] for switch in switches]
-    return {"steps": length, "num_made": state["num_switches"], "made": made, "to_come": to_come}
+    steps = state["num_training_steps"]
+    return {"steps": steps, "num_made": state["num_switches"], "made": made, "to_come": to_come}
 
 
 def _sizes(checkpoint: Checkpoint) -> dict[str, int]:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -82,6 +82,7 @@ class Ledger:
     def __init__(self, folder: str | Path | None, start_from: list[Path] | None = None) -> None:
         self.folder = Path(folder) if folder is not None else None
         self._entries: list[dict[str, Tensor]] = []
+        self._metadata: list[dict[str, str]] = []
         self._pending: dict[str, Tensor] = {}
         if self.folder is not None:
             require_writable(self.folder, "srlora.ledger_dir")
@@ -96,6 +97,7 @@ class Ledger:
                 path.unlink()
         if start_from is not None and self.folder is None:
             self._entries = list(read_entries(start_from))
+            self._metadata = [read_metadata(path) for path in start_from]
         elif start_from is not None:
             for path in start_from:
                 shutil.copyfile(path, self.folder / path.name)
@@ -112,17 +114,18 @@ class Ledger:
     def close_switch(self, report: SwitchReport) -> None:
         """Append the switch, whole or not at all."""
         entry, self._pending = self._pending, {}
+        metadata = {"format": FORMAT, "report": json.dumps(asdict(report))}
         if self.folder is None:
             self._entries.append(entry)
+            self._metadata.append(metadata)
             return
-        metadata = {"format": FORMAT, "report": json.dumps(asdict(report))}
         write_whole(self.folder / _name(report.switch), lambda path: save_file(entry, path, metadata=metadata))
 
     def copy_to(self, folder: Path) -> None:
         """Write all entries into a new folder."""
         folder.mkdir()
-        for number, entry in enumerate(self._entries):
-            save_file(entry, folder / _name(number), metadata={"format": FORMAT})
+        for number, (entry, metadata) in enumerate(zip(self._entries, self._metadata, strict=True)):
+            save_file(entry, folder / _name(number), metadata=metadata)
         for path in entry_paths(self.folder) if self.folder is not None else []:
             shutil.copyfile(path, folder / path.name)
 
@@ -162,6 +165,12 @@ def read_entries(paths: list[Path]) -> Iterator[dict[str, Tensor]]:
             yield load_file(path)
         except SafetensorError as error:
             raise ValueError(f"{path} is no ledger entry ({error})") from error
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What an entry says of its switch: ``report`` is a :class:`SwitchReport` in JSON."""
+    with safe_open(path, "pt") as entry:
+        return entry.metadata() or {}
 
 
 def require_entries(paths: list[Path], num_switches: int) -> None:

@@ -227,6 +227,7 @@ class Switcher:
             "num_steps": self.num_steps,
             "num_switches": self.num_switches,
             "num_training_steps": self.num_training_steps,
+            "due_steps": self.due_steps,
             "importance_window": self.window,
             "extra": extra or {},
         }

@@ -12,10 +12,12 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+from srlora_dist import SRLoRAConfig, Switcher
 from srlora_dist.cli import COMMANDS, main, usage
 from srlora_dist.preemption import SIGNALS
 from tests.launch.conftest import Bench, write_model, write_rte
-from tests.unit.test_switcher import bound, take_steps
+from tests.ranks.engines import make_net
+from tests.unit.test_switcher import take_steps
 
 
 @pytest.fixture(scope="module")
@@ -126,13 +128,22 @@ def test_inspect_shows_one_site(run: dict, capsys) -> None:
 
 
 def test_inspect_knows_checkpoints_of_another_loop(tmp_path: Path, capsys) -> None:
-    """They hold no options, and without a ledger folder no reports either."""
-    model, optimizer, switcher = bound(tmp_path, steps=20, target_rank=10)
-    take_steps(model, optimizer, switcher, 8)
-    switcher.save_checkpoint(tmp_path / "mine")
+    """They hold no options; a ledger in memory keeps its reports as well, also of before it was resumed."""
+    config = SRLoRAConfig(target_rank=10, svd_cache=str(tmp_path / "svd"))
+    for folder, resumed, num_steps in (("mine", None, 8), ("more", tmp_path / "mine", 6)):
+        model = make_net()
+        switcher = Switcher(model, config, 20)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        switcher.bind(model, optimizer, resumed)
+        take_steps(model, optimizer, switcher, num_steps)
+        switcher.save_checkpoint(tmp_path / folder)
+    first, second = switcher.due_steps
     text = shown(capsys, "inspect", tmp_path / "mine")
     assert "a loop of your own" in text
-    assert "2 switches made, after steps not noted; the checkpoint does not say which are to come" in text
+    assert f"2 switches made, after steps 0, {first}; to come: {second}" in text
+    text = shown(capsys, "inspect", tmp_path / "more")
+    assert f"3 switches made, after steps 0, {first}, {second}; to come: none" in text
+    assert "retired most often: " in text
 
 
 def test_inspect_knows_methods_without_switches(bench: Bench, capsys) -> None:
