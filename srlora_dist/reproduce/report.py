@@ -12,6 +12,7 @@ from srlora_dist.figures.table import Column, draw_table
 from srlora_dist.paper import METRICS, PaperTable, differs
 from srlora_dist.reproduce.grid import Cell, TableGrid
 from srlora_dist.reproduce.results import Results
+from srlora_dist.runlog import read_lines
 
 Found = dict[tuple[str, str], list[tuple[Cell, dict]]]
 """By task and method the runs that have a result, with it."""
@@ -64,7 +65,7 @@ def draw_figures(grid: TableGrid, found: Found, folder: Path) -> list[Path]:
     cells = sorted(
         (cell for runs in found.values() for cell, _ in runs), key=lambda cell: _methods(grid).index(cell.method)
     )
-    runs = [Run.read(cell.folder) for cell in cells if (cell.folder / "metrics.jsonl").exists()]
+    runs = [Run.read(cell.folder) for cell in cells if read_lines(cell.folder / "metrics.jsonl")]
     if runs:
         name_runs(runs, None)
         paths += compare(runs, folder)[0]
@@ -122,10 +123,11 @@ def _settings(grid: TableGrid, found: Found) -> list[str]:
             cell, line = runs[0]
             train, rank = cell.config.train, cell.config.lora.rank
             engines = dict.fromkeys(f"{each['world_size']} x {each['storage']}" for _, each in runs)
+            epochs = "" if line["epochs"] is None else f" ({line['epochs']:.3g} epochs)"
             mixed = f", mixed precision {cell.mixed_precision}" * (cell.mixed_precision != "no")
             lines.append(
-                f"- {grid.table.tasks[name].title}: {line['steps']} steps of {train.batch_size} samples "
-                f"({line['epochs']:.3g} epochs), rate {train.learning_rate:g}, inputs of up to "
+                f"- {grid.table.tasks[name].title}: {line['steps']} steps of {train.batch_size} samples"
+                f"{epochs}, rate {train.learning_rate:g}, inputs of up to "
                 f"{cell.config.task.max_length} tokens, rank {rank}, target rank {cell.config.srlora.target_rank}, "
                 f"{' / '.join(engines)}, {cell.config.model.stored_as}{mixed}."
             )

@@ -52,10 +52,8 @@ class Results:
         """
         found = {name: summary[name] for name in FROM_SUMMARY}
         findings = sorted({finding["kind"] for finding in summary["findings"]})
-        about = {
-            "model": model_title(summary["model"]),
-            "epochs": read_lines(cell.folder / "metrics.jsonl")[-1]["epoch"],
-        }
+        metrics = read_lines(cell.folder / "metrics.jsonl")  # a crash of the machine may have lost them
+        about = {"model": model_title(summary["model"]), "epochs": metrics[-1]["epoch"] if metrics else None}
         self._append(cell, "done", {**about, **found, "findings": findings, "seconds": round(seconds, 1), **more})
 
     def add_failed(self, cell: Cell, error: str, status: int) -> None:

@@ -141,6 +141,19 @@ def test_a_figure_that_is_not_finite_is_told(tmp_path: Path) -> None:
     assert [path.name for path in draw_figures(runs, found, tmp_path / "figures")] == ["table3.png"]
 
 
+def test_a_result_without_its_metrics_is_kept(tmp_path: Path) -> None:
+    """A crash of the machine can lose them when the summary is on disk; the grid has to go on."""
+    runs = grid(tmp_path, "--methods", "lora")
+    results = Results(tmp_path / "results.jsonl")
+    for cell in runs.cells:
+        cell.folder.mkdir(parents=True)
+        (cell.folder / "metrics.jsonl").write_text("")
+        results.add_done(cell, summary_of(0.5), 1.0, {})
+    found = found_results(runs, results)
+    assert "12 steps of 32 samples, rate" in write_table(runs, found, [], tmp_path / "table.md")
+    assert [path.name for path in draw_figures(runs, found, tmp_path / "figures")] == ["table3.png"]
+
+
 def test_a_file_of_results_that_a_crash_has_cut_is_mended(tmp_path: Path) -> None:
     first, second = grid(tmp_path, "--methods", "lora").cells
     results = Results(tmp_path / "results.jsonl")
