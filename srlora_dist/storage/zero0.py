@@ -7,6 +7,7 @@ float32 copy of each, from which the parameter is rebuilt after a step, so a wri
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -35,9 +36,13 @@ class Zero0Storage(PlainStorage):
         return {id(parameter): copy for parameter, copy in _pairs(self._wrapper)}
 
     @override
-    def on_optimizer_step(self, hook: Callable[[list[Tensor]], None]) -> None:
-        # A step that leave_out_bad_steps_ turned into nothing did not happen.
-        super().on_optimizer_step(lambda owners: None if getattr(self.optimizer, "overflow", False) else hook(owners))
+    def on_optimizer_step(self, before: Callable[[list[Tensor]], None], after: Callable[[list[Tensor]], None]) -> None:
+        def if_it_happens(hook: Callable[[list[Tensor]], None], owners: list[Tensor]) -> None:
+            # A step that leave_out_bad_steps_ turned into nothing did not.
+            if not getattr(self.optimizer, "overflow", False):
+                hook(owners)
+
+        super().on_optimizer_step(partial(if_it_happens, before), partial(if_it_happens, after))
 
 
 def leave_out_bad_steps_(optimizer: Optimizer) -> None:

@@ -202,6 +202,7 @@ def test_engine_equals_the_reference(engine: str, precision: str, tmp_path) -> N
 OTHER_CHOICES = {
     "plain": {"score": "relative", "choose": "highest", "optimizer_reset": "survivors"},
     "ddp, 2 ranks": {"score": "change", "choose": "oldest", "optimizer_reset": "pair_steps"},
+    "zero0, 2 ranks": {"grace": 2, "optimizer_reset": "pair_steps"},
     "zero2, 3 ranks, uneven": {"score": "relative", "grace": 2, "optimizer_reset": "pair_steps"},
     "zero3, 4 ranks, empty spans": {"score": "change", "grace": 1, "optimizer_reset": "survivors"},
     "fsdp2, 4 ranks, empty shards": {"score": "relative", "choose": "oldest", "optimizer_reset": "pair_steps"},

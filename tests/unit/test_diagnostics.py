@@ -80,7 +80,8 @@ LAYERS = ["layers.0", "layers.1", "layers.2"]
 
 def switch_of(scores: list[list[float]], count: int) -> SwitchReport:
     sites = [
-        SiteSwitch(f"layer{i}", choose_slots(torch.tensor(row), count), [], [], row) for i, row in enumerate(scores)
+        SiteSwitch(f"layer{i}", choose_slots(torch.tensor(row), count, [1] * len(row)), [], [], row)
+        for i, row in enumerate(scores)
     ]
     return SwitchReport(40, 2, sites)
 
