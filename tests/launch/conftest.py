@@ -125,7 +125,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 def forks(bench: Bench) -> Iterator[Forks]:
     forks = Forks(bench.environment())
     yield forks
-    forks.process.kill()
+    forks.kill()
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import select
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,19 +25,34 @@ OPTIONS = {
 
 
 class Forks:
-    """The process of forked.py."""
+    """The process of forked.py; one that did not answer in time is replaced, lest a later order gets its answer."""
 
     def __init__(self, environment: dict[str, str]) -> None:
-        command = [sys.executable, str(Path(__file__).with_name("forked.py"))]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)
+        self.environment = environment
+        self.process: subprocess.Popen | None = None
 
     def start(self, limit: float = 100, **order: object) -> dict:
-        self.process.stdin.write(json.dumps({"world_size": 2, "limit": limit, **order}) + "\n")
-        self.process.stdin.flush()
-        ready, _, _ = select.select([self.process.stdout], [], [], limit + 60)  # the first one waits for the imports
-        assert ready, "forked.py does not answer"
-        return json.loads(self.process.stdout.readline())
+        if self.process is None:
+            command = [sys.executable, str(Path(__file__).with_name("forked.py"))]
+            options = {"cwd": ROOT, "env": self.environment, "text": True, "start_new_session": True}
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **options)
+        try:
+            self.process.stdin.write(json.dumps({"world_size": 2, "limit": limit, **order}) + "\n")
+            self.process.stdin.flush()
+            # The first one waits for the imports.
+            ready, _, _ = select.select([self.process.stdout], [], [], limit + 60)
+            assert ready, "forked.py does not answer"
+            return json.loads(self.process.stdout.readline())
+        except BaseException:  # the time-out of a test too
+            self.kill()
+            raise
+
+    def kill(self) -> None:
+        """End it and the ranks that it has forked."""
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
 
 
 def lines(path: Path) -> list[dict]:

@@ -39,7 +39,7 @@ def assert_ended(ended: dict, killed: int, folder: Path) -> None:
         assert gone in ended["stderr"][other] or never_came in ended["stderr"][other], ended["stderr"][other]
 
 
-@pytest.mark.timeout(60 + 60 * NUM_KILLS)
+@pytest.mark.timeout(120 + 120 * NUM_KILLS)
 @pytest.mark.parametrize("yaml", ENGINES)
 def test_killed_at_random_moments(yaml: str, bench: Bench, forks: Forks, undisturbed: dict[str, float]) -> None:
     draw, num_kills, num_runs = random.Random(SEED), 0, 0
