@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,6 +55,20 @@ class EarlierRun:
     def discard(self) -> None:
         """The new run has begun: remove the earlier one."""
         shutil.rmtree(self.aside, ignore_errors=True)
+
+    def keep(self) -> Path:
+        """The new run has begun: move the earlier one to a folder beside the output folder, with a number."""
+        numbers = itertools.count(1)
+        place = next(p for p in (self.folder.with_name(f"{self.folder.name}.{k}") for k in numbers) if not p.exists())
+        return self.aside.rename(place)
+
+    def finished_config(self) -> dict[str, object] | None:
+        """The resolved configuration of what is aside, if that had come to its end."""
+        try:
+            config = yaml.safe_load((self.aside / "config.yaml").read_text())
+        except (OSError, yaml.YAMLError):
+            return None
+        return config if isinstance(config, dict) and (self.aside / "summary.json").exists() else None
 
     def _present(self) -> Iterator[Path]:
         yield from checkpoint_folders(self.folder / "checkpoints")

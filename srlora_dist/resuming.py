@@ -60,17 +60,28 @@ def choose_checkpoint(config: RunConfig) -> Checkpoint | None:
 
 def _require_same_run(checkpoint: Checkpoint, config: RunConfig) -> None:
     try:
-        theirs = _options(checkpoint.state["extra"]["config"])
+        name, theirs, ours = first_difference(checkpoint.state["extra"]["config"], config) or ("", None, None)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{checkpoint.folder} is not a checkpoint of srlora train: it has no options") from error
-    ours = _options(asdict(config))
-    for name in [*theirs, *ours]:
-        if theirs.get(name) != ours.get(name):
-            raise ValueError(
-                f"{checkpoint.folder} is of a run with {name} {theirs.get(name)}, and this one has {ours.get(name)}: "
-                "set it back to go on, choose another --output_dir, or start anew in its place with "
-                "--checkpoint.resume never"
-            )
+    if name:
+        given = config.checkpoint.resume not in ("auto", "must", "never")
+        other = "another --checkpoint.resume" if given else "another --output_dir"
+        raise ValueError(
+            f"{checkpoint.folder} is of a run with {name} {theirs}, and this one has {ours}: set it back to go on, "
+            f"choose {other}, or start anew with --checkpoint.resume never"
+        )
+
+
+def first_difference(theirs: dict[str, object], config: RunConfig) -> tuple[str, object, object] | None:
+    """The first option that decides what a run computes and is another here: its name, their value and this one's.
+
+    Args:
+        theirs: A resolved configuration, as ``config.yaml`` has it.
+        config: Of this run.
+    """
+    theirs, ours = _options(theirs), _options(asdict(config))
+    names = (name for name in [*theirs, *ours] if theirs.get(name) != ours.get(name))
+    return next(((name, theirs.get(name), ours.get(name)) for name in names), None)
 
 
 def _options(config: dict[str, object]) -> dict[str, object]:

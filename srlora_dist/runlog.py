@@ -19,6 +19,7 @@ from srlora_dist.config import RunConfig
 from srlora_dist.diagnostics import Finding
 from srlora_dist.earlier import EarlierRun
 from srlora_dist.ledger import SwitchReport
+from srlora_dist.resuming import first_difference
 from srlora_dist.safefiles import write_whole
 
 logger = logging.getLogger(__name__)
@@ -67,8 +68,15 @@ class RunLog:
         self._writer = SummaryWriter(str(self.folder / "tensorboard"))
 
     def begun(self) -> None:
-        """The run has begun, so the earlier one is not needed any more."""
-        self._earlier.discard()
+        """The run has begun. An earlier one that had ended is kept if it had other options, or else it is removed."""
+        theirs = self._earlier.finished_config()
+        difference = first_difference(theirs, self.config) if theirs is not None else None
+        if difference is None or self.config.checkpoint.resume == "never":
+            self._earlier.discard()
+            return
+        name, before, now = difference
+        what = (self.folder, name, before, now, self._earlier.keep())
+        logger.warning("the run that had ended in %s had %s %s, and this one has %s: that one is in %s now", *what)
 
     def put_back(self) -> None:
         """The run cannot begin: bring the earlier one back."""

@@ -299,6 +299,14 @@ def test_a_start_that_fails_leaves_the_run_that_was_there(bench: Bench, forks: F
     assert status == 0, text
     assert content().keys() - before.keys() <= {path for path in content() if "tfevents" in path.name}
     assert not (folders[0] / ".earlier").exists()
+    adapter = Path("adapter_last", "adapter_model.safetensors")
+    before = (folders[0] / adapter).read_bytes()
+    status, text = alone(forks, [*arguments, "--train.learning_rate=5e-3"])
+    assert status == 0, text
+    assert "had train.learning_rate" in text
+    kept = folders[0].with_name("replaced.1")
+    assert (kept / adapter).read_bytes() == before != (folders[0] / adapter).read_bytes()
+    assert (kept / "summary.json").exists()
 
 
 @pytest.mark.timeout(200)
