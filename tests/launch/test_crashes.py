@@ -124,6 +124,7 @@ def test_a_signal_ends_the_run_after_a_checkpoint(name: str, bench: Bench, forks
     assert_same_results(bench.folder / "runs", name, yaml)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_the_launcher_restarts_a_killed_run(bench: Bench, forks: Forks, undisturbed: dict, tmp_path: Path) -> None:
     assert undisturbed

@@ -192,7 +192,7 @@ STANDARD = ("--num_machines", "2", "--same_network", "--deepspeed_multinode_laun
 @pytest.mark.parametrize(
     ("name", "flags"),
     [
-        ("multi_node_static_cpu", ()),
+        pytest.param("multi_node_static_cpu", (), marks=pytest.mark.slow),
         ("multi_node_c10d_cpu", ()),
         pytest.param("zero3_cpu", STANDARD, marks=by_hand),  # as docs/engines.md says
     ],

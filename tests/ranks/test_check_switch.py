@@ -94,13 +94,13 @@ def undo(rank: int, world_size: int, engine_name: str, precision: str, zero: dic
 
 CELLS = [
     ("plain", 1, "fp32", {}),
-    ("ddp", 2, "bf16", {}),
+    pytest.param("ddp", 2, "bf16", {}, marks=pytest.mark.slow),
     ("zero2", 3, "bf16", {}),
     ("zero3", 2, "fp32", PARTITIONED),
     ("zero3", 4, "bf16", MIXED),
-    ("zero3", 2, "nf4", {}),
+    pytest.param("zero3", 2, "nf4", {}, marks=pytest.mark.slow),
     ("fsdp2", 2, "fp32", {}),
-    ("fsdp2", 4, "bf16", {}),
+    pytest.param("fsdp2", 4, "bf16", {}, marks=pytest.mark.slow),
 ]
 
 

@@ -254,7 +254,7 @@ def hold(
         ("fsdp2", 2, "bf16", {}),
     ],
 )
-@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("in_memory", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_memory_that_is_announced_is_what_is_held(
     engine: str, world_size: int, precision: str, zero: dict, in_memory: bool, tmp_path
 ) -> None:

@@ -72,7 +72,13 @@ def bind(engine: str, model: nn.Module) -> Storage:
 
 @pytest.mark.parametrize(
     ("engine", "rank", "num_layers"),
-    [("ddp", 0, 80), ("ddp", 1023, 80), ("fsdp2", 0, 4), ("fsdp2", 1023, 4), ("fsdp2", 511, 80)],
+    [
+        ("ddp", 0, 80),
+        ("ddp", 1023, 80),
+        ("fsdp2", 0, 4),
+        ("fsdp2", 1023, 4),
+        pytest.param("fsdp2", 511, 80, marks=pytest.mark.slow),
+    ],
 )
 def test_a_storage_among_1024_ranks_holds_what_is_planned(
     engine: str, rank: int, num_layers: int, monkeypatch, start_rank
