@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = "tests/ranks/test_engines.py"
+TESTS, TEST = "tests/ranks/test_engines.py", "test_engine_equals_the_reference"
 MARKS = "<!-- matrix: written by benchmarks/support_matrix.py -->", "<!-- end of matrix -->"
 
 
@@ -27,7 +27,7 @@ def run_tests() -> dict[tuple[str, str], str]:
         path = Path(folder) / "results.xml"
         subprocess.run([sys.executable, "-m", "pytest", TESTS, f"--junitxml={path}"], cwd=ROOT, check=False)
         cases = ElementTree.parse(path).getroot().iter("testcase")
-        return dict(map(_result, (case for case in cases if "[" in case.get("name"))))
+        return dict(map(_result, (case for case in cases if case.get("name").startswith(f"{TEST}["))))
 
 
 def _result(case: ElementTree.Element) -> tuple[tuple[str, str], str]:
