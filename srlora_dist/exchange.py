@@ -71,7 +71,8 @@ class Exchange:
             scores: All scores of each site.
 
         Collective: for each bucket one broadcast of the directions and, under ZeRO-3 and FSDP2, an all-reduce of the
-            factors; then one all-reduce of 16 bytes a site.
+            factors; then one all-reduce of 16 bytes a site. With ``optimizer_reset: survivors`` one of 16 bytes a pair
+            before all that.
 
         Raises:
             RunStoppedError: The ranks have fused, taken or written different things.

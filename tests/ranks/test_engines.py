@@ -196,7 +196,7 @@ REFUSED = {  # tested in test_agreement.py; here for the matrix
     ],
 )
 def test_engine_equals_the_reference(engine: str, precision: str, tmp_path) -> None:
-    compare(engine, precision, tmp_path, {})
+    assert_equals_the_reference(engine, precision, tmp_path, {})
 
 
 OTHER_CHOICES = {
@@ -213,10 +213,10 @@ OTHER_CHOICES = {
 @pytest.mark.timeout(150)
 @pytest.mark.parametrize("engine", OTHER_CHOICES)
 def test_other_choices_equal_the_reference(engine: str, tmp_path) -> None:
-    compare(engine, "fp32", tmp_path, OTHER_CHOICES[engine])
+    assert_equals_the_reference(engine, "fp32", tmp_path, OTHER_CHOICES[engine])
 
 
-def compare(engine: str, precision: str, tmp_path: Path, choices: dict) -> None:
+def assert_equals_the_reference(engine: str, precision: str, tmp_path: Path, choices: dict) -> None:
     """Train on the engine and with the reference, and compare all that there is."""
     name, world_size, zero, accumulation = ENGINES[engine]
     bucket_bytes = 1 if world_size == 3 else 1 << 20  # a bucket a site, or one for all
