@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -185,6 +186,11 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
+def answers(port: int) -> bool:
+    with socket.socket() as caller:
+        return caller.connect_ex(("127.0.0.1", port)) == 0
+
+
 STANDARD = ("--num_machines", "2", "--same_network", "--deepspeed_multinode_launcher", "standard")
 
 
@@ -199,22 +205,28 @@ STANDARD = ("--num_machines", "2", "--same_network", "--deepspeed_multinode_laun
 )
 def test_two_nodes_train_together(name: str, flags: tuple[str, ...], bench: Bench, forks: Forks) -> None:
     """Two launchers on this machine, each with a process of its own."""
-    address = ("--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port()))
+    port = free_port()
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(LAUNCH / f"{name}.yaml")]
-    command += [*flags, *address]
+    command += [*flags, "--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
     run = f"nodes {name}"
-    nodes = []
-    for node in range(2):
-        # c10d needs no number, but node 0 looks whether the port is free, and here both share it.
-        line = [*command, "--machine_rank", str(node), "launch/train.py", *options(bench, run)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        nodes.append(subprocess.Popen(line, cwd=ROOT, env=bench.environment(), **pipes))
+    logs = [bench.folder / f"{run} {node}.log" for node in range(2)]
+    nodes, end = [], time.monotonic() + 240
     try:
-        texts = [node.communicate(timeout=240)[1] for node in nodes]
+        for node in range(2):
+            # c10d needs no number. But Accelerate refuses, on node 0 alone, a port that is taken, and here node 1 can
+            # take it: it comes when node 0 has it.
+            while node == 1 and not answers(port) and nodes[0].poll() is None and time.monotonic() < end:
+                time.sleep(0.1)
+            line = [*command, "--machine_rank", str(node), "launch/train.py", *options(bench, run)]
+            with logs[node].open("w") as log:
+                nodes.append(subprocess.Popen(line, cwd=ROOT, env=bench.environment(), stdout=log, stderr=log))
+        # When one has failed the other one waits for it in vain.
+        while None in (statuses := [node.poll() for node in nodes]) and not any(statuses) and time.monotonic() < end:
+            time.sleep(0.1)
     finally:
         for node in nodes:
             node.kill()
-    assert [node.returncode for node in nodes] == [0, 0], texts
+    assert statuses == [0, 0], [log.read_text()[-3000:] for log in logs]
     summary = summary_of(bench, run)
     assert (summary["storage"], summary["world_size"]) == ("zero3" if "zero3" in name else "ddp", 2)
     assert choices(bench, run) == choices(bench, plain(bench, forks))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -67,9 +68,22 @@ def train(
     bucket: int,
     choices: dict,
 ) -> dict:
-    """The sharded run under test; returns what this rank saw."""
+    """The sharded run under test, its switches cut into buckets of so many bytes; returns what this rank saw."""
+    with patch.object(srlora_dist.exchange, "BUCKET_BYTES", bucket):
+        return _train(rank, world_size, engine_name, precision, zero, cache, accumulation, choices)
+
+
+def _train(
+    rank: int,
+    world_size: int,
+    engine_name: str,
+    precision: str,
+    zero: dict,
+    cache: str,
+    accumulation: int,
+    choices: dict,
+) -> dict:
     model, dtype = make_odd_net(precision), input_type(precision)
-    srlora_dist.exchange.BUCKET_BYTES = bucket
     options = {"target_rank": TARGET, "fusion_ratio": RATIO, "beta1": BETAS[0], "beta2": BETAS[1], **choices}
     switcher = Switcher(model, SRLoRAConfig(svd_cache=cache, **options), NUM_STEPS)
     settings = {"bf16": {"enabled": True}} if precision == "bf16" else {}
