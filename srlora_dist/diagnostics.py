@@ -129,16 +129,16 @@ def directions_exhausted(report: SwitchReport, sites: list[Site]) -> Finding | N
     holds no more was named already when its target was clamped.
     """
     taking = {part.site for part in report.sites}
-    last = [site.name for site in sites if site.name in taking and site.num_taken >= site.target_rank]
+    exhausted = [site.name for site in sites if site.num_taken >= site.target_rank == site.num_starts]
+    last = [name for name in exhausted if name in taking]
     if report.switch == 0 or not last:
         return None
-    num_exhausted = sum(site.num_taken >= site.target_rank for site in sites)
     message = (
-        f"switch {report.switch}: {some(last)} took the last directions; {num_exhausted} of {len(sites)} sites have "
+        f"switch {report.switch}: {some(last)} took the last directions; {len(exhausted)} of {len(sites)} sites have "
         "none left and train on without switches. Where the matrices hold more, raise srlora.target_rank"
     )
     return Finding(
-        "directions_exhausted", report.step, message, {"num_exhausted": num_exhausted, "num_sites": len(sites)}
+        "directions_exhausted", report.step, message, {"num_exhausted": len(exhausted), "num_sites": len(sites)}
     )
 
 

@@ -16,7 +16,8 @@ from srlora_dist.fused import append_pairs_
 from srlora_dist.ledger import Ledger, SiteSwitch, SwitchReport, read_entries
 from srlora_dist.sites import PAIR_DIM, Site
 from srlora_dist.storage import Storage
-from srlora_dist.svd import Directions
+from srlora_dist.svd import Directions, Triplet, compute_directions
+from srlora_dist.targets import next_directions
 from srlora_dist.tracked import Tracked, sum_by_pair
 
 logger = logging.getLogger(__name__)
@@ -70,12 +71,13 @@ class Exchange:
             slots: Of each site; a site without any is left alone.
             scores: All scores of each site.
 
-        Collective: for each bucket one broadcast of the directions and, under ZeRO-3 and FSDP2, an all-reduce of the
-            factors; then one all-reduce of 16 bytes a site. With ``optimizer_reset: survivors`` one of 16 bytes a pair
-            before all that.
+        Collective: for each bucket, under ZeRO-3 and FSDP2, an all-reduce of the factors, then one broadcast of the
+            directions; at last one all-reduce of 16 bytes a site. With ``optimizer_reset: survivors`` one of 16 bytes a
+            pair before all that; with ``exhausted: renew`` see :meth:`_renew`.
 
         Raises:
             RunStoppedError: The ranks have fused, taken or written different things.
+            ValueError: Rank 0 cannot read its directions any more, or cannot factor a weight anew.
         """
         self.storage.settle()
         self._compression, digests = [], []
@@ -84,18 +86,23 @@ class Exchange:
             bucket = [number for number in bucket if slots[number]]
             if not bucket:
                 continue
-            starts = [self.sites[number].num_taken for number in bucket]
-            wanted = [(number, start, start + len(slots[number])) for number, start in zip(bucket, starts, strict=True)]
-            triplets = self.directions.take(wanted)
-            factors = self.storage.gather_parameters(
-                [self.sites[number].factor(name) for number in bucket for name in ("A", "B")]
-            )
-            for j, number in enumerate(bucket):
+            of_bucket = [self.sites[number].factor(name) for number in bucket for name in ("A", "B")]
+            gathered = iter(self.storage.gather_parameters(of_bucket))
+            factors = {number: (next(gathered), next(gathered)) for number in bucket}
+            wanted, made = [], {}
+            for number in bucket:
+                site = self.sites[number]
+                numbers, site.num_taken = next_directions(site, slots[number], self.config.exhausted)
+                wanted.append((number, numbers))
+                if numbers[-1] >= site.target_rank:
+                    made[number] = self._renew(number, slots[number], *factors[number])
+            triplets = self.directions.take(wanted, made)
+            for (number, numbers), triplet in zip(wanted, triplets, strict=True):
                 score = scores[number].tolist() if scores is not None else []
-                whole = factors[2 * j : 2 * j + 2]
-                part = self._switch_site(number, slots[number], score, triplets[j], *whole, seconds.get(number))
-                for slot in slots[number]:
-                    self.sites[number].born[slot] = report.step
+                more = seconds.get(number)
+                part = self._switch_site(number, slots[number], numbers, score, triplet, *factors[number], more)
+                for slot, direction in zip(slots[number], numbers, strict=True):
+                    self.sites[number].held[slot], self.sites[number].born[slot] = direction, report.step
                 report.sites.append(part[0])
                 digests.append(part[1])
         if any(self._compression):
@@ -110,8 +117,9 @@ class Exchange:
         self,
         number: int,
         slots: list[int],
+        directions: list[int],
         scores: list[float],
-        triplet: tuple,
+        triplet: Triplet,
         a: Tensor,
         b: Tensor,
         second: tuple[float, float] | None,
@@ -135,13 +143,33 @@ class Exchange:
             self.storage.write_pairs_(number, factor, chosen, whole, config.optimizer_reset, moment)
         if self.importance is not None:
             self.importance.reset_(number, chosen)
-        taken = list(range(site.num_taken, site.num_taken + len(slots)))
-        part = SiteSwitch(site.name, slots, [site.held[slot] for slot in slots] if fuses else [], taken, scores)
-        for slot, direction in zip(slots, taken, strict=True):
-            site.held[slot] = direction
-        site.num_taken += len(slots)
+        part = SiteSwitch(site.name, slots, [site.held[slot] for slot in slots] if fuses else [], directions, scores)
         written = torch.cat([tensor.flatten().float() for tensor in (lefts, rights, whole_a, whole_b)])
-        return part, combine(*slots, *taken, digest_run(written))
+        return part, combine(*slots, *directions, digest_run(written))
+
+    def _renew(self, number: int, slots: list[int], a: Tensor, b: Tensor) -> Triplet | None:
+        """The first directions of a site's W as it will be once these pairs are fused, on rank 0; None elsewhere.
+
+        What the other pairs began with is not in that W, so these directions are none of theirs.
+
+        Collective: W is gathered on rank 0; under ZeRO-3 and FSDP2 the second adapter is on all; then one all-reduce
+            of 8 bytes.
+        """
+        storage, site = self.storage, self.sites[number]
+        with storage.in_memory(number):
+            stored = storage.gather_stored(number, 0)
+        parts = [(b[:, slots], a[slots])]
+        if site.fused_a is not None:
+            fused_a, fused_b = storage.gather_parameters([site.fused_a, site.fused_b])
+            parts.append((fused_b[:, : site.num_fused], fused_a[: site.num_fused]))
+
+        def factor() -> Triplet:
+            weight = storage.widen(number, stored)
+            for left, right in parts:
+                weight = weight + site.scale * (left.float() @ right.float())
+            return compute_directions(weight, len(slots))
+
+        return storage.on_rank_0(f"factor {site.name} anew", factor)
 
     def _surviving_moments(self, slots: list[list[int]]) -> dict[int, tuple[float, float]]:
         """For each site the mean second moment of the pairs that stay, in A and in B, if restarted ones shall get it.

@@ -51,7 +51,7 @@ def add_second_adapters_(sites: list[Site], fusion: str, budget: int | None) -> 
     if budget is not None and not needing:
         warnings.warn(f"srlora.fused_rank {budget} is without effect: no weight needs a second adapter", stacklevel=3)
     for site in needing:
-        most = 2 * site.target_rank - site.num_first
+        most = 2 * site.num_starts - site.num_first
         _add_to_layer_(site, most if budget is None else min(budget, most))
 
 

@@ -69,7 +69,7 @@ def count_extra_memory(
 def ledger_bytes(site: Site, num_switches: int, fusion_ratio: float) -> int:
     """Of a site's columns and rows in the ledger after switch 0 and so many others."""
     most = site.rank + num_switches * num_fused(site.rank, fusion_ratio)
-    restarted = max(0, min(site.target_rank, most) - site.rank)
+    restarted = max(0, min(site.num_starts, most) - site.rank)
     return site.lora_a.element_size() * sum(site.shape) * (site.num_first + 2 * restarted)
 
 

@@ -22,8 +22,18 @@ def num_to_fuse(rank: int, target_rank: int, num_taken: int, fusion_ratio: float
     return min(num_fused(rank, fusion_ratio), target_rank - num_taken)
 
 
+def count_switches(ranks: Iterable[tuple[int, int]], fusion_ratio: float) -> int:
+    """Eq. 14's N_switch: how many use up the directions of all sites, each of a (rank, target rank)."""
+    counts = (math.ceil((target - rank) / num_fused(rank, fusion_ratio)) for rank, target in ranks if target > rank)
+    return max(counts, default=0)
+
+
 def due_steps(
-    num_training_steps: int, ranks: Iterable[tuple[int, int]], fusion_ratio: float, until: float = 1.0
+    num_training_steps: int,
+    ranks: Iterable[tuple[int, int]],
+    fusion_ratio: float,
+    until: float = 1.0,
+    num_switches: int | None = None,
 ) -> list[int]:
     """Eq. 14: the optimizer steps after which a switch is due, t_interval = N_all / N_switch apart.
 
@@ -35,21 +45,21 @@ def due_steps(
         ranks: (rank, target rank) of each site; the site with the most switches sets the pace.
         fusion_ratio: The paper's gamma.
         until: Share of the run in which all switches happen; the paper's is 1.
+        num_switches: How many there are, in place of those that the ranks ask for.
 
     Raises:
         ValueError: There are more switches than steps.
     """
-    num_switches = max(
-        (math.ceil((target - rank) / num_fused(rank, fusion_ratio)) for rank, target in ranks if target > rank),
-        default=0,
-    )
     length = round(until * num_training_steps)
-    if num_switches > length:
-        raise ValueError(
-            f"srlora.target_rank asks for {num_switches} switches in {length} steps: "
-            "train longer, lower target_rank or raise fusion_ratio"
-        )
-    steps = [(k + 1) * length // num_switches for k in range(num_switches)]
+    count = count_switches(ranks, fusion_ratio)
+    if num_switches is not None:
+        count = num_switches + (length == num_training_steps)  # one more falls on the end, and is left out
+    if count > length:
+        asked_by, remedy = "target_rank", "lower target_rank or raise fusion_ratio"
+        if num_switches is not None:
+            asked_by, remedy, count = "num_switches", "lower it", num_switches
+        raise ValueError(f"srlora.{asked_by} asks for {count} switches in {length} steps: train longer, {remedy}")
+    steps = [(k + 1) * length // count for k in range(count)]
     return [step for step in steps if step < num_training_steps]
 
 

@@ -41,7 +41,9 @@ class Site:
         fused_rank: R, the pairs that the second adapter has room for.
         num_fused: Those of them in use.
         target_rank: Directions to use by the end of training, at most min(m, n).
-        num_taken: Directions used so far.
+        num_starts: Pairs that may be started in the whole run: as many as there are directions, or more where the site
+            goes on without unused ones.
+        num_taken: Number of the next direction; those used so far, while there are unused ones.
         held: The direction that the pair in each slot was started along, -1 for none.
         born: Optimizer steps that had been taken when it was started.
     """
@@ -61,6 +63,7 @@ class Site:
     fused_rank: int = 0
     num_fused: int = 0
     target_rank: int = 0
+    num_starts: int = 0
     num_taken: int = 0
     held: list[int] | None = None
     born: list[int] | None = None
@@ -130,29 +133,6 @@ def find_sites(model: nn.Module, adapter_name: str = "default") -> list[Site]:
     sites = [_site(name, layer, adapter_name) for name, layer in layers.items()]
     _require_supported_types(sites)
     return sites
-
-
-def clamp_target_ranks(sites: list[Site], target_rank: int) -> None:
-    """Set each site's target rank, at most min(m, n), with one warning that lists the sites where that is less.
-
-    Raises:
-        ValueError: The target is below the rank of a site.
-    """
-    low = [f"{site.name} (r={site.rank})" for site in sites if target_rank < site.rank]
-    if low:
-        raise ValueError(
-            f"srlora.target_rank {target_rank} is below the LoRA rank of {some(low)}: raise it, or lower r (lora.rank)"
-        )
-    clamped = []
-    for site in sites:
-        site.target_rank = min(target_rank, *site.shape)
-        if site.target_rank < target_rank:
-            clamped.append(f"{site.name} {site.shape}: {site.target_rank}")
-    if clamped:
-        warnings.warn(
-            f"srlora.target_rank {target_rank} is more than these matrices hold, clamped: {'; '.join(clamped)}",
-            stacklevel=3,
-        )
 
 
 def describe_base(sites: list[Site]) -> str:

@@ -30,6 +30,13 @@ class SRLoRAConfig:
         grace: Intervals between switches that a pair has to live before it may be fused; where too few have, younger
             ones are.
         switch_until: Share of the run in which all switches happen; the paper's is 1.
+        num_switches: Switches after the first choice of directions; ``null`` makes as many as ``target_rank`` has
+            directions for.
+        switch_when: ``due`` switches at fixed intervals (Eq. 14), ``settled`` already before that, once the choice of
+            pairs stays the same; never before half an interval.
+        exhausted: What a site does that has used all its directions: ``stop`` trains on without switches, ``wrap``
+            begins again with the first ones, but for those in use, ``renew`` takes the first ones of the weight as it
+            is by then.
         score_reset: What a switch clears: the statistics of ``all`` pairs (the paper's section 3.1) or only those of
             the ``restarted`` ones (its Algorithm 1).
         optimizer_reset: What a restarted pair keeps of the optimizer's state: ``zero`` clears it, ``first_moment``
@@ -65,6 +72,9 @@ class SRLoRAConfig:
     choose: Literal["lowest", "highest", "oldest"] = "lowest"
     grace: int = 0
     switch_until: float = 1.0
+    num_switches: int | None = None
+    switch_when: Literal["due", "settled"] = "due"
+    exhausted: Literal["stop", "wrap", "renew"] = "stop"
     score_reset: Literal["all", "restarted"] = "all"
     optimizer_reset: Literal["zero", "first_moment", "keep", "survivors", "pair_steps"] = "zero"
     fusion: Literal["auto", "in_place", "adapter"] = "auto"
@@ -88,7 +98,13 @@ class SRLoRAConfig:
             lambda x: x in ("auto", "all") or (isinstance(x, int) and COUNT[0](x)),
             f"auto, all or {COUNT[1]} steps",
         )
-        rules |= {"grace": COUNT_OR_NONE, "switch_until": (share[0], "a share of the steps in (0, 1], such as 0.5")}
+        part = (share[0], "a share of the steps in (0, 1], such as 0.5")
+        rules |= {"grace": COUNT_OR_NONE, "switch_until": part, "num_switches": COUNT}
         rules |= {"importance_window": steps, "switch_tolerance": POSITIVE, "agreement_every": COUNT_OR_NONE}
         require("srlora.", self, rules | {"target_rank": (COUNT[0], "at least the rank of the adapter")})
+        if self.switch_when == "settled" and isinstance(self.importance_window, int):
+            raise ValueError(
+                f"srlora.importance_window is {self.importance_window}, but with srlora.switch_when settled no step is "
+                "known to come before a switch: choose auto, which then counts all"
+            )
         expand_home(self, "directions_from", "svd_cache", "ledger_dir")

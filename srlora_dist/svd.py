@@ -27,12 +27,14 @@ from srlora_dist.pairs import exact_matmul
 from srlora_dist.storage import Storage
 
 METHOD = "krylov-1"
+Triplet = tuple[Tensor, Tensor, Tensor]
+"""Singular values with their vectors: U (m, k), S (k,), Vt (k, n)."""
 
 logger = logging.getLogger(__name__)
 
 
 @exact_matmul()
-def compute_directions(weight: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+def compute_directions(weight: Tensor, count: int) -> Triplet:
     """The first ``count`` singular triplets: U (m, count), S (count,) falling, Vt (count, n), of the weight's dtype.
 
     The largest entry of each column of U is positive, so that the signs do not depend on the driver. Where the
@@ -58,7 +60,7 @@ def compute_directions(weight: Tensor, count: int) -> tuple[Tensor, Tensor, Tens
     return (left * sign).contiguous(), values.contiguous(), (right * sign.T).contiguous()
 
 
-def _svd_in_float64(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _svd_in_float64(weight: Tensor) -> Triplet:
     try:
         triplet = scipy.linalg.svd(weight.double().cpu().numpy(), full_matrices=False, lapack_driver="gesvd")
     except scipy.linalg.LinAlgError as error:
@@ -109,8 +111,12 @@ class Directions:
         tensors = self._compute()
         self.storage.on_rank_0("write the directions (srlora.svd_cache)", lambda: self._write(tensors))
 
-    def take(self, wanted: list[tuple[int, int, int]]) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Directions ``first`` to ``last`` of each wanted (site number, first, last): U (m, k), S (k,), Vt (k, n).
+    def take(self, wanted: list[tuple[int, list[int]]], made: dict[int, Triplet]) -> list[Triplet]:
+        """The wanted directions of each (site number, their numbers): U (m, k), S (k,), Vt (k, n).
+
+        Args:
+            wanted: The same on every rank.
+            made: On rank 0, by site number, those that are to be spread in place of what the file has.
 
         Collective: one broadcast of all of them together from rank 0.
 
@@ -118,12 +124,12 @@ class Directions:
             ValueError: Rank 0 cannot read the file any more.
         """
         sites = self.storage.sites
-        shapes = [(sites[i].shape[0], last - first, sites[i].shape[1]) for i, first, last in wanted]
+        shapes = [(sites[i].shape[0], len(numbers), sites[i].shape[1]) for i, numbers in wanted]
         sizes = [size for m, k, n in shapes for size in (m * k, k, k * n)]
         packed = torch.zeros(sum(sizes) + 1, device=self.storage.device)  # the last element says that they were read
         *parts, were_read = packed.split([*sizes, 1])
         if self.storage.rank == 0:
-            were_read.fill_(self._read(wanted, parts))
+            were_read.fill_(self._read(wanted, made, parts))
         if not self.storage.broadcast_(packed)[-1].item():
             raise ValueError("rank 0 cannot read its file of directions any more: was it removed? Start the run again")
         triplets = zip(parts[0::3], parts[1::3], parts[2::3], shapes, strict=True)
@@ -134,13 +140,20 @@ class Directions:
         with safe_open(self.path, "pt") as file:
             return {site.name: file.get_tensor(f"{site.name}.S").tolist() for site in self.storage.sites}
 
-    def _read(self, wanted: list[tuple[int, int, int]], parts: list[Tensor]) -> bool:
-        """Fill the parts from the file; False where it cannot be read, for the other ranks wait."""
+    def _read(self, wanted: list[tuple[int, list[int]]], made: dict[int, Triplet], parts: list[Tensor]) -> bool:
+        """Fill the parts; False where the file cannot be read, for the other ranks wait."""
         try:
             with safe_open(self.path, "pt") as file:
-                for j, (number, first, last) in enumerate(wanted):
-                    for part, name in zip(parts[3 * j : 3 * j + 3], ("Ut", "S", "Vt"), strict=True):
-                        part.copy_(file.get_slice(f"{self.storage.sites[number].name}.{name}")[first:last].flatten())
+                for j, (number, rows) in enumerate(wanted):
+                    name, into = self.storage.sites[number].name, parts[3 * j : 3 * j + 3]
+                    if number in made:
+                        left, values, right = made[number]
+                        of_site = [left.T, values, right]
+                    else:
+                        slices = [file.get_slice(f"{name}.{part}") for part in ("Ut", "S", "Vt")]
+                        of_site = [torch.cat([each[row : row + 1] for row in rows]) for each in slices]
+                    for part, tensor in zip(into, of_site, strict=True):
+                        part.copy_(tensor.flatten())
         except (OSError, SafetensorError):
             return False
         return True
@@ -177,7 +190,7 @@ class Directions:
     def _compute(self) -> dict[str, Tensor]:
         """The triplets of all sites, on rank 0 and on the CPU; an empty dict elsewhere. Collective: see the class."""
         storage, sites = self.storage, self.storage.sites
-        made: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        made: dict[int, Triplet] = {}
         bar = tqdm(total=len(sites), desc="directions (SVD)", unit="matrix", disable=storage.rank != 0, leave=False)
         with bar, ThreadPoolExecutor(1) as pool:
             before: list[int] = []
@@ -211,7 +224,7 @@ class Directions:
         return mine
 
     @torch.no_grad()  # of the thread
-    def _factor(self, number: int, stored: Tensor | None) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+    def _factor(self, number: int, stored: Tensor | None) -> dict[int, Triplet]:
         """A site's directions as they are kept in the file: on the CPU, U transposed so that a direction is a row."""
         storage, site = self.storage, self.storage.sites[number]
         try:
@@ -222,7 +235,7 @@ class Directions:
             raise ValueError(f"cannot factor {site.name}: {error}") from error
         return {number: (left.T.contiguous().cpu(), values.cpu(), right.cpu())}
 
-    def _collect(self, made: dict[int, tuple[Tensor, Tensor, Tensor]]) -> dict[str, Tensor]:
+    def _collect(self, made: dict[int, Triplet]) -> dict[str, Tensor]:
         """All of them by their names in the file, on rank 0. Collective: they are collected if they were shared out."""
         sites = self.storage.sites
         names = [f"{site.name}.{part}" for site in sites for part in ("Ut", "S", "Vt")]

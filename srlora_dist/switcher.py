@@ -23,10 +23,12 @@ from srlora_dist.memory import ExtraMemory, count_extra_memory
 from srlora_dist.output_check import OutputCheck
 from srlora_dist.pair_steps import PairSteps
 from srlora_dist.saving import AVERAGES, SavedRun, open_run, save_run
-from srlora_dist.schedule import choose_slots, due_steps, num_to_fuse, window_length
-from srlora_dist.sites import Site, clamp_target_ranks, find_sites, keep_payloads_, warn_of_unsaved_parts
+from srlora_dist.schedule import choose_slots, window_length
+from srlora_dist.settling import Settling
+from srlora_dist.sites import Site, find_sites, keep_payloads_, warn_of_unsaved_parts
 from srlora_dist.storage import Storage, find_storage, release_gathered, require_resettable
 from srlora_dist.svd import Directions
+from srlora_dist.targets import num_next, plan_switches, share_out_directions_
 from srlora_dist.tracked import Tracked
 from srlora_dist.training_state import require_same_training, restore_training_state_, trained_parameters
 
@@ -59,14 +61,17 @@ class Switcher:
     def __init__(self, model: nn.Module, config: SRLoRAConfig, num_training_steps: int | None = None) -> None:
         self.config = config
         self.sites = find_sites(model, config.adapter_name)
-        clamp_target_ranks(self.sites, config.target_rank)
+        share_out_directions_(self.sites, config)
         warn_of_unsaved_parts(model, self.sites, config.adapter_name)
         keep_payloads_(model)
         self.num_training_steps: int | None = None
+        self._settling: Settling | None = None
         if num_training_steps is not None:
             self.plan(num_training_steps)
         add_second_adapters_(self.sites, config.fusion, config.fused_rank)
-        self.window = window_length(config.importance_window, config.beta1, config.beta2)
+        self.window = None  # where any step may come just before a switch
+        if config.switch_when == "due":
+            self.window = window_length(config.importance_window, config.beta1, config.beta2)
         self.num_steps = 0
         self.num_switches = 0
         self.svd_seconds = self.switch_seconds = 0.0
@@ -85,9 +90,10 @@ class Switcher:
         Raises:
             ValueError: There are more switches than steps.
         """
-        ranks = [(site.rank, site.target_rank) for site in self.sites]
-        self.due_steps = due_steps(num_training_steps, ranks, self.config.fusion_ratio, self.config.switch_until)
+        self.due_steps = plan_switches(self.sites, self.config, num_training_steps)
         self.num_training_steps = num_training_steps
+        if self.config.switch_when == "settled" and self.due_steps:
+            self._settling = Settling(self.due_steps[0])
 
     def bind(
         self, model: nn.Module, optimizer: object, resume_from: str | Path | Checkpoint | None = None
@@ -170,7 +176,7 @@ class Switcher:
             )
         if self.config.agreement_every and self.num_steps % self.config.agreement_every == 0:
             self.require_agreement()
-        return self._switch_now() if self.num_steps in self.due_steps else None
+        return self._switch_now() if self._is_due() else None
 
     def require_agreement(self) -> None:
         """Compare all that ranks hold copies of: trained parameters and, under DDP, their moments.
@@ -228,6 +234,7 @@ class Switcher:
             "num_switches": self.num_switches,
             "num_training_steps": self.num_training_steps,
             "due_steps": self.due_steps,
+            "choice_before": self._settling.before if self._settling is not None else None,
             "importance_window": self.window,
             "extra": extra or {},
         }
@@ -267,7 +274,7 @@ class Switcher:
         if [(site.name, site.shape) for site in sites] != [(site.name, site.shape) for site in self.sites]:
             raise ValueError("bind() got another model than Switcher(): pass what prepare() made of the same one")
         for site, known in zip(sites, self.sites, strict=True):
-            site.target_rank = known.target_rank
+            site.target_rank, site.num_starts = known.target_rank, known.num_starts
             site.held, site.born = [-1] * site.rank, [0] * site.rank
         return sites
 
@@ -304,6 +311,8 @@ class Switcher:
                 f"this run's is {self.window or 'all'}: resume with the same one"
             )
         self.num_steps, self.num_switches = state["num_steps"], state["num_switches"]
+        if self._settling is not None:
+            self.due_steps, self._settling.before = list(state["due_steps"]), state["choice_before"]
         require_same_training(self._model, self.storage, state)
         entries = saved.checkpoint.ledger if saved.checkpoint is not None else []
         self.storage.on_rank_0("count the ledger", lambda: require_entries(entries, self.num_switches))
@@ -325,7 +334,8 @@ class Switcher:
             list(self._exchange.buckets()),
         )
         num_sites, name = len(self.sites), self.storage.name
-        logger.info("SRLoRA on %s: %d sites, switches after steps %s", name, num_sites, self.due_steps)
+        when = "after" if self._settling is None else "at the latest after"
+        logger.info("SRLoRA on %s: %d sites, switches %s steps %s", name, num_sites, when, self.due_steps)
         logger.info("beside what LoRA needs this rank holds %s", self.extra_memory)
 
     def _make_scores(self) -> Tracked:
@@ -363,11 +373,21 @@ class Switcher:
         if self._pair_steps is not None:
             self._pair_steps.after_({id(owner) for owner in owners}, self.num_steps + 1)
 
-    def _num_to_fuse(self, site: Site) -> int:
-        return num_to_fuse(site.rank, site.target_rank, site.num_taken, self.config.fusion_ratio)
+    def _is_due(self) -> bool:
+        """Whether to switch after this step; with ``settled`` the next fixed step is brought forward to it.
 
-    def _switch_now(self) -> SwitchReport:
-        """Choose by the scores, and switch; undo it if it changed the output."""
+        Collective: nothing, or with ``settled`` an all-reduce of the pair scores some times in each interval.
+        """
+        if self.num_steps in self.due_steps or self._settling is None or self._steps_to_switch is None:
+            return self.num_steps in self.due_steps
+        since = self.num_steps - max((due for due in self.due_steps if due < self.num_steps), default=0)
+        if not self._settling.looks_after(since) or not self._settling.has_settled(self._choose()[0], since):
+            return False
+        self.due_steps[self.due_steps.index(self.num_steps + self._steps_to_switch)] = self.num_steps
+        return True
+
+    def _choose(self) -> tuple[list[list[int]], list[Tensor]]:
+        """The slots that a switch after this step fuses, and all scores. Collective: one all-reduce."""
         scores = self._importance.pair_scores()
         if not all(bool(score.isfinite().all()) for score in scores):
             raise RunStoppedError(
@@ -378,8 +398,13 @@ class Switcher:
         slots = []
         for site, score in zip(self.sites, scores, strict=True):
             ages = [sum(born < due <= self.num_steps for due in self.due_steps) for born in site.born]
-            slots.append(choose_slots(score, self._num_to_fuse(site), ages, config.choose, config.grace))
-        return self._switch(slots, scores)
+            slots.append(choose_slots(score, num_next(site, config.fusion_ratio), ages, config.choose, config.grace))
+        return slots, scores
+
+    def _switch_now(self) -> SwitchReport:
+        if self._settling is not None:
+            self._settling.before = None
+        return self._switch(*self._choose())
 
     def _switch(self, slots: list[list[int]], scores: list[Tensor] | None, *more: Finding | None) -> SwitchReport:
         began = time.perf_counter()

@@ -27,7 +27,7 @@ class Site:
     s: float
     target: int  # r_target of this site, at most min(m, n)
     used_type: torch.dtype = torch.float32  # of A and B in the forward pass
-    taken: int = 0  # directions used so far; the next unused one has this number
+    taken: int = 0  # number of the next direction
     holds: list[int] = field(default_factory=list)  # the direction that each slot was started along
     born: list[int] = field(default_factory=list)  # the switch that started it
     start: dict[str, Tensor] = None  # what it was started as, of A and of B
@@ -79,9 +79,13 @@ class Reference:
         choose: str = "lowest",
         grace: int = 0,
         reset: str = "zero",
+        exhausted: str = "stop",
+        interval: int | None = None,
     ) -> None:
         self.sites, self.gamma, self.b1, self.b2 = sites, gamma, b1, b2
         self.score, self.choose, self.grace, self.reset = score, choose, grace, reset
+        self.exhausted, self.interval = exhausted, interval  # of the fixed schedule, where switches may come earlier
+        self.last_look = None
         self.num_switches, self.switched_after = 0, [0]
         for site in sites.values():
             site.U, site.S, site.Vt = directions(site.W.float())
@@ -95,11 +99,21 @@ class Reference:
     @torch.no_grad()
     def restart(self, site: Site, slots: list[int]) -> None:
         """Eq. 2 and 10-12: start the slots along the next unused directions and take those out of W."""
+        U, S, Vt = site.U, site.S, site.Vt
+        renewed = self.exhausted == "renew" and site.taken + len(slots) > site.target
+        if renewed:  # of the weight as it is now
+            U, S, Vt = directions(site.W.float())
+            site.taken = max(site.taken, site.target)
         for k in slots:
-            d = site.taken
-            root = torch.sqrt(site.S[d] / site.s)
-            site.B[:, k] = site.used(site.U[:, d] * root)
-            site.A[k, :] = site.used(site.Vt[d, :] * root)
+            site.holds[k] = -1
+        for number, k in enumerate(slots):
+            while self.exhausted == "wrap" and site.taken % site.target in site.holds:
+                site.taken += 1
+            d = site.taken % site.target if self.exhausted == "wrap" else site.taken
+            row = number if renewed else d
+            root = torch.sqrt(S[row] / site.s)
+            site.B[:, k] = site.used(U[:, row] * root)
+            site.A[k, :] = site.used(Vt[row, :] * root)
             site.add(-site.s * torch.outer(site.B[:, k], site.A[k, :]))
             site.start["B"][:, k], site.start["A"][k, :] = site.B[:, k], site.A[k, :]
             site.holds[k], site.born[k] = d, self.num_switches
@@ -155,16 +169,35 @@ class Reference:
                 site.A[k] = a[k] + ratio * (site.A[k] - a[k])
                 site.B[:, k] = b[:, k] + ratio * (site.B[:, k] - b[:, k])
 
+    def settled(self, num_steps: int) -> bool:
+        """Whether to switch before the fixed step: the choice has stayed the same for an eighth of an interval."""
+        since = num_steps - self.switched_after[-1]
+        between = max(1, self.interval // 8)
+        if since % between != 0 or since < self.interval / 2 - between:
+            return False
+        before, self.last_look = self.last_look, {name: self.slots(site) for name, site in self.sites.items()}
+        if before is None or since < self.interval / 2:
+            return False
+        kept = sum(k in before[name] for name, slots in self.last_look.items() for k in slots)
+        return kept >= 0.9 * sum(len(slots) for slots in self.last_look.values())
+
+    def slots(self, site: Site) -> list[int]:
+        """Eq. 8 and 13: those that a switch fuses now."""
+        r = site.A.shape[0]
+        num_fused = max(1, round(self.gamma * r))
+        if self.exhausted == "stop" or site.target < r:
+            num_fused = min(num_fused, site.target - site.taken)
+        return sorted(self.order(site)[: max(num_fused, 0)])
+
     @torch.no_grad()
     def switch(self, optimizer: torch.optim.Optimizer | None = None, num_steps: int = 0) -> dict[str, list[int]]:
         """Eq. 8-12 on every site, after so many optimizer steps; gives the slots that were fused."""
         self.num_switches += 1
         self.switched_after.append(num_steps)
+        self.last_look = None
         chosen = {}
         for name, site in self.sites.items():
-            r = site.A.shape[0]
-            num_fused = min(max(1, round(self.gamma * r)), site.target - site.taken)
-            slots = sorted(self.order(site)[: max(num_fused, 0)])
+            slots = self.slots(site)
             for k in slots:  # Eq. 8-9
                 site.add(site.s * torch.outer(site.used(site.B[:, k]), site.used(site.A[k, :])))
             self.restart(site, slots)

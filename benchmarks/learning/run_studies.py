@@ -40,7 +40,7 @@ def main() -> int:
     failed: list[str] = []
     for part in options.parts:
         runs = [run for task in options.tasks for run in _runs(part, task)]
-        grid = as_grid(runs[number - 1 :: of], RUNS / f"worker-{number}")
+        grid = as_grid(runs[number - 1 :: of], RUNS / f"{'-'.join(options.tasks)}-{number}-of-{of}")
         errors, stopped = run_grid(grid, Path("launch/train.py"))
         failed += errors
         if stopped:

@@ -23,7 +23,8 @@ RESULTS = HERE / "results.jsonl"
 METHODS = ("lora", "pissa", "srlora")
 GLUE = ("sst2", "stsb", "mrpc")
 RATES = {  # the same three for every method; the middle one is where a first guess would be
-    **dict.fromkeys(("sst2", "stsb", "mrpc", "mnist", "fashion_mnist"), (3e-4, 1e-3, 3e-3)),
+    **dict.fromkeys(("sst2", "stsb", "mrpc"), (3e-4, 1e-3, 3e-3)),
+    **dict.fromkeys(("mnist", "fashion_mnist"), (1e-3, 3e-3, 1e-2)),
     "mnist_sgd": (0.02, 0.06, 0.2),
     "reviews": (1e-4, 3e-4, 1e-3),
 }

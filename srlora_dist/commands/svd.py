@@ -47,9 +47,10 @@ def _prepare(config: RunConfig, accelerator: Accelerator) -> Directions:
     import torch
 
     from srlora_dist.methods import adapt
-    from srlora_dist.sites import clamp_target_ranks, find_sites, keep_payloads_
+    from srlora_dist.sites import find_sites, keep_payloads_
     from srlora_dist.storage import find_storage
     from srlora_dist.svd import Directions
+    from srlora_dist.targets import clamp_target_ranks
     from srlora_dist.tasks import load_task
 
     task = load_task(config)

@@ -34,9 +34,9 @@ from srlora_dist.errors import short
 from srlora_dist.fused import add_second_adapters_
 from srlora_dist.methods import adapt
 from srlora_dist.precision import train_in_
-from srlora_dist.schedule import due_steps
-from srlora_dist.sites import FUSED, Site, clamp_target_ranks, find_sites
+from srlora_dist.sites import FUSED, Site, find_sites
 from srlora_dist.spans import longest_padded, longest_rows
+from srlora_dist.targets import plan_switches, share_out_directions_
 from srlora_dist.tasks.heads import heads_of
 
 LLAMAS = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
@@ -170,9 +170,8 @@ def draw_from(
     packed = _pack(model, config)
     for site in sites:
         site.quantised = config.model.quantization if id(site.weight) in packed else ""
-    clamp_target_ranks(sites, options.target_rank)
-    ranks = [(site.rank, site.target_rank) for site in sites]
-    due = due_steps(train.max_steps, ranks, options.fusion_ratio, options.switch_until)
+    share_out_directions_(sites, options)
+    due = plan_switches(sites, options, train.max_steps)
     add_second_adapters_(sites, options.fusion, options.fused_rank)
     frozen = {
         id(parameter): packed.get(id(parameter), Stored(parameter.shape, parameter.element_size()))

@@ -73,7 +73,7 @@ def restarted_pairs(blueprint: Blueprint) -> list[list[int]]:
     switches = [list(taken)]
     for _ in blueprint.due_steps:
         counts = [
-            num_to_fuse(site.rank, site.target_rank, done, blueprint.fusion_ratio)
+            num_to_fuse(site.rank, site.num_starts, done, blueprint.fusion_ratio)
             for site, done in zip(sites, taken, strict=True)
         ]
         taken = [done + count for done, count in zip(taken, counts, strict=True)]
@@ -88,11 +88,11 @@ def _switch(blueprint: Blueprint, number: int, counts: list[int]) -> list[Messag
         switched = [(sites[j], counts[j]) for j in bucket if counts[j]]
         if not switched:
             continue
-        directions = sum(count * (sum(site.shape) + 1) for site, count in switched)
-        messages.append(Message("broadcast", 4 * (directions + 1), "directions"))  # and whether they could be read
         if blueprint.gathers:
             factors = sum(site.rank * sum(site.shape) for site, _ in switched)
             messages.append(Message("all-reduce", 4 * factors, "factors"))
+        directions = sum(count * (sum(site.shape) + 1) for site, count in switched)
+        messages.append(Message("broadcast", 4 * (directions + 1), "directions"))  # and whether they could be read
     num_switched = sum(count > 0 for count in counts)
     messages.append(Message("all-reduce", 2 * WORD * num_switched, "digests of what was done"))
     return [*messages, Message("all-reduce", WORD, "the ledger is written")]

@@ -28,15 +28,14 @@ class Masters:
             live.copy_(stepped)
 
 
-def reference_run(precision: str, masters_in_fp32: bool, options: dict, due: list[int], rate_of: callable) -> dict:
+def reference_run(precision: str, masters_in_fp32: bool, options: dict) -> dict:
     """Train and switch as the run under test does.
 
     Args:
         precision: Of the pretrained weights.
         masters_in_fp32: All of the model is in 16 bits and the optimizer steps fp32 copies, as DeepSpeed has it.
-        options: ``num_steps``, ``clip``, ``target``, ``ratio``, ``betas``, and ``choices`` that are not the paper's.
-        due: Steps after which to switch.
-        rate_of: Learning rate of a step.
+        options: ``num_steps``, ``rate``, ``clip``, ``target``, ``ratio``, ``betas``, the steps ``due``, and ``choices``
+            that are not the paper's. The first step, and each after a switch, is made at rate 0.
     """
     model = make_odd_net(precision)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -54,9 +53,9 @@ def reference_run(precision: str, masters_in_fp32: bool, options: dict, due: lis
     reference = Reference(sites, options["ratio"], *options["betas"], **options.get("choices", {}))
     masters.publish()
     optimizer = torch.optim.AdamW(masters.stepped, lr=1.0, weight_decay=0)
-    losses, parts, scores = [], [], []
+    losses, parts, scores, due, still = [], [], [], list(options["due"]), True
     for step in range(options["num_steps"]):
-        optimizer.param_groups[0]["lr"] = rate_of(step)
+        optimizer.param_groups[0]["lr"] = 0.0 if still else options["rate"]
         x, y = make_batch(step)
         loss = (model(x.to(dtype)).float() - y).square().mean()
         model.zero_grad()
@@ -66,7 +65,11 @@ def reference_run(precision: str, masters_in_fp32: bool, options: dict, due: lis
         reference.observe()
         reference.step(optimizer, step + 1)
         losses.append(loss.detach())
-        if step + 1 in due:
+        still = step + 1 in due
+        later = [k for k, at in enumerate(due) if at > step + 1]
+        if not still and later and reference.interval is not None and reference.settled(step + 1):
+            due[later[0]], still = step + 1, True
+        if still:
             scores.append({name: reference.scores(site) for name, site in sites.items()})
             held = {name: list(site.holds) for name, site in sites.items()}
             chosen = {name: slots for name, slots in reference.switch(optimizer, step + 1).items() if slots}
@@ -76,6 +79,7 @@ def reference_run(precision: str, masters_in_fp32: bool, options: dict, due: lis
             parts.append({name: (slots, *pick[name]) for name, slots in chosen.items()})
         masters.publish()
     return {
+        "due": due,
         "losses": losses,
         "parts": parts,
         "scores": scores,

@@ -18,9 +18,10 @@ import srlora_dist.svd
 from srlora_dist import SRLoRAConfig, Switcher
 from srlora_dist.digest import digest_run
 from srlora_dist.exchange import Exchange
-from srlora_dist.sites import clamp_target_ranks, find_sites
+from srlora_dist.sites import find_sites
 from srlora_dist.storage import find_storage
 from srlora_dist.svd import Directions
+from srlora_dist.targets import clamp_target_ranks
 from tests.ranks.engines import RANKS, SHAPES, Engine, make_batch, make_odd_net, prepare
 from tests.ranks.world import run_ranks
 

@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 import srlora_dist.svd
 from srlora_dist import SRLoRAConfig
 from srlora_dist.digest import digest_run
-from srlora_dist.sites import clamp_target_ranks, find_sites
+from srlora_dist.sites import find_sites
 from srlora_dist.storage import find_storage
 from srlora_dist.svd import Directions, compute_directions
+from srlora_dist.targets import clamp_target_ranks
 from tests import reference
 from tests.ranks.engines import make_net
 
@@ -59,7 +60,7 @@ def test_the_file_is_reused_and_read_back(tmp_path, monkeypatch) -> None:
     second = directions_of(tmp_path)
     second.prepare()
     assert second.path == first.path
-    (left, values, right), (_, more, _) = second.take([(0, 1, 3), (1, 0, 6)])
+    (left, values, right), (_, more, _) = second.take([(0, [1, 2]), (1, [0, 1, 2, 3, 4, 5])], {})
     torch.testing.assert_close((left, values, right), (whole[0][:, 1:3], whole[1][1:3], whole[2][1:3]))
     assert more.shape == (6,)
 
@@ -98,7 +99,7 @@ def test_a_file_that_is_gone_is_an_error(tmp_path) -> None:
     directions.prepare()
     directions.path.unlink()
     with pytest.raises(ValueError, match="file of directions any more"):
-        directions.take([(0, 0, 1)])
+        directions.take([(0, [0])], {})
 
 
 def test_the_digest_adds_up_over_runs_and_sees_every_element() -> None:
