@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from srlora_dist.agenda import Agenda
 from srlora_dist.changes import Changes
 from srlora_dist.checkpoint import Checkpoint, require_same_base
 from srlora_dist.config import SRLoRAConfig
@@ -23,12 +24,10 @@ from srlora_dist.memory import ExtraMemory, count_extra_memory
 from srlora_dist.output_check import OutputCheck
 from srlora_dist.pair_steps import PairSteps
 from srlora_dist.saving import AVERAGES, SavedRun, open_run, save_run
-from srlora_dist.schedule import choose_slots, window_length
-from srlora_dist.settling import Settling
 from srlora_dist.sites import Site, find_sites, keep_payloads_, warn_of_unsaved_parts
 from srlora_dist.storage import Storage, find_storage, release_gathered, require_resettable
 from srlora_dist.svd import Directions
-from srlora_dist.targets import num_next, plan_switches, share_out_directions_
+from srlora_dist.targets import share_out_directions_
 from srlora_dist.tracked import Tracked
 from srlora_dist.training_state import require_same_training, restore_training_state_, trained_parameters
 
@@ -64,14 +63,10 @@ class Switcher:
         share_out_directions_(self.sites, config)
         warn_of_unsaved_parts(model, self.sites, config.adapter_name)
         keep_payloads_(model)
-        self.num_training_steps: int | None = None
-        self._settling: Settling | None = None
+        self._agenda: Agenda | None = None
         if num_training_steps is not None:
             self.plan(num_training_steps)
         add_second_adapters_(self.sites, config.fusion, config.fused_rank)
-        self.window = None  # where any step may come just before a switch
-        if config.switch_when == "due":
-            self.window = window_length(config.importance_window, config.beta1, config.beta2)
         self.num_steps = 0
         self.num_switches = 0
         self.svd_seconds = self.switch_seconds = 0.0
@@ -90,10 +85,12 @@ class Switcher:
         Raises:
             ValueError: There are more switches than steps.
         """
-        self.due_steps = plan_switches(self.sites, self.config, num_training_steps)
-        self.num_training_steps = num_training_steps
-        if self.config.switch_when == "settled" and self.due_steps:
-            self._settling = Settling(self.due_steps[0])
+        self._agenda = Agenda(self.sites, self.config, num_training_steps)
+
+    @property
+    def due_steps(self) -> list[int]:
+        """Optimizer steps after which the switches happen; with ``switch_when: settled``, at the latest."""
+        return self._agenda.due_steps
 
     def bind(
         self, model: nn.Module, optimizer: object, resume_from: str | Path | Checkpoint | None = None
@@ -117,7 +114,7 @@ class Switcher:
             ValueError: The storage is not supported, the adapter has been trained already, or the checkpoint does not
                 fit.
         """
-        if self.num_training_steps is None:
+        if self._agenda is None:
             raise RuntimeError("give Switcher() the number of optimizer steps, or call switcher.plan() before bind()")
         release_gathered(model)
         self.sites = self._find_same_sites(model)
@@ -168,15 +165,14 @@ class Switcher:
         self._stepped.clear()
         require_intact(self.sites)
         self.num_steps += 1
-        if self.num_steps == self.num_training_steps + 1:
+        planned = self._agenda.num_training_steps
+        if self.num_steps == planned + 1:
             logger.warning(
-                "this is step %d of %d: the switches were planned for too short a run",
-                self.num_steps,
-                self.num_training_steps,
+                "this is step %d of %d: the switches were planned for too short a run", self.num_steps, planned
             )
         if self.config.agreement_every and self.num_steps % self.config.agreement_every == 0:
             self.require_agreement()
-        return self._switch_now() if self._is_due() else None
+        return self._switch_now() if self._agenda.is_due(self.num_steps, self._choice) else None
 
     def require_agreement(self) -> None:
         """Compare all that ranks hold copies of: trained parameters and, under DDP, their moments.
@@ -232,10 +228,7 @@ class Switcher:
             "step": self.num_steps if step is None else step,
             "num_steps": self.num_steps,
             "num_switches": self.num_switches,
-            "num_training_steps": self.num_training_steps,
-            "due_steps": self.due_steps,
-            "choice_before": self._settling.before if self._settling is not None else None,
-            "importance_window": self.window,
+            **self._agenda.state(),
             "extra": extra or {},
         }
         return save_run(
@@ -300,19 +293,8 @@ class Switcher:
         """Make the ledger's edits of the base again, and put back what a checkpoint holds."""
         state = saved.state
         require_same_base(state, self.sites, self._directions.digests)
-        if state.get("num_training_steps") != self.num_training_steps:
-            raise ValueError(
-                f"the checkpoint is of a run of {state.get('num_training_steps')} optimizer steps, and this one has "
-                f"{self.num_training_steps}, which moves the switches: resume with the same length"
-            )
-        if state.get("importance_window") != self.window:
-            raise ValueError(
-                f"the checkpoint's srlora.importance_window is {state.get('importance_window') or 'all'} steps, and "
-                f"this run's is {self.window or 'all'}: resume with the same one"
-            )
+        self._agenda.restore_(state)
         self.num_steps, self.num_switches = state["num_steps"], state["num_switches"]
-        if self._settling is not None:
-            self.due_steps, self._settling.before = list(state["due_steps"]), state["choice_before"]
         require_same_training(self._model, self.storage, state)
         entries = saved.checkpoint.ledger if saved.checkpoint is not None else []
         self.storage.on_rank_0("count the ledger", lambda: require_entries(entries, self.num_switches))
@@ -334,7 +316,7 @@ class Switcher:
             list(self._exchange.buckets()),
         )
         num_sites, name = len(self.sites), self.storage.name
-        when = "after" if self._settling is None else "at the latest after"
+        when = "after" if self.config.switch_when == "due" else "at the latest after"
         logger.info("SRLoRA on %s: %d sites, switches %s steps %s", name, num_sites, when, self.due_steps)
         logger.info("beside what LoRA needs this rank holds %s", self.extra_memory)
 
@@ -347,22 +329,19 @@ class Switcher:
 
     def _observes(self) -> bool:
         """Whether the next step counts for the choice of a switch that is still to come."""
-        if self._steps_to_switch is None:
+        to_next = self._agenda.steps_to_next(self.num_steps)
+        if to_next is None:
             return False
         if not self._importance.needs_gradients:
             return True
-        return self.window is None or self._steps_to_switch <= self.window
-
-    @property
-    def _steps_to_switch(self) -> int | None:
-        return next((due - self.num_steps for due in self.due_steps if due > self.num_steps), None)
+        return self._agenda.window is None or to_next <= self._agenda.window
 
     def _before_optimizer_step(self, owners: list[Tensor]) -> None:
         owned = {id(owner) for owner in owners}
         if self._stepped & owned:
             raise RuntimeError("call switcher.step() after every optimizer.step(): the one before was not reported")
         if self._importance is not None and self._observes():
-            if not self._stepped and self._steps_to_switch == self.window:
+            if not self._stepped and self._agenda.steps_to_next(self.num_steps) == self._agenda.window:
                 self._importance.clear_()
             self._importance.observe_(owners)
         if self._pair_steps is not None:
@@ -373,38 +352,22 @@ class Switcher:
         if self._pair_steps is not None:
             self._pair_steps.after_({id(owner) for owner in owners}, self.num_steps + 1)
 
-    def _is_due(self) -> bool:
-        """Whether to switch after this step; with ``settled`` the next fixed step is brought forward to it.
-
-        Collective: nothing, or with ``settled`` an all-reduce of the pair scores some times in each interval.
-        """
-        if self.num_steps in self.due_steps or self._settling is None or self._steps_to_switch is None:
-            return self.num_steps in self.due_steps
-        since = self.num_steps - max((due for due in self.due_steps if due < self.num_steps), default=0)
-        if not self._settling.looks_after(since) or not self._settling.has_settled(self._choose()[0], since):
-            return False
-        self.due_steps[self.due_steps.index(self.num_steps + self._steps_to_switch)] = self.num_steps
-        return True
-
-    def _choose(self) -> tuple[list[list[int]], list[Tensor]]:
-        """The slots that a switch after this step fuses, and all scores. Collective: one all-reduce."""
+    def _finite_scores(self) -> list[Tensor]:
+        """Of every site; raises on every rank if they are not numbers. Collective: one all-reduce."""
         scores = self._importance.pair_scores()
         if not all(bool(score.isfinite().all()) for score in scores):
             raise RunStoppedError(
                 f"the pair scores of step {self.num_steps} are not finite, so the training has diverged: lower the "
                 "learning rate, or clip the gradient"
             )
-        config = self.config
-        slots = []
-        for site, score in zip(self.sites, scores, strict=True):
-            ages = [sum(born < due <= self.num_steps for due in self.due_steps) for born in site.born]
-            slots.append(choose_slots(score, num_next(site, config.fusion_ratio), ages, config.choose, config.grace))
-        return slots, scores
+        return scores
+
+    def _choice(self) -> list[list[int]]:
+        return self._agenda.choose(self.sites, self._finite_scores(), self.num_steps)
 
     def _switch_now(self) -> SwitchReport:
-        if self._settling is not None:
-            self._settling.before = None
-        return self._switch(*self._choose())
+        scores = self._finite_scores()
+        return self._switch(self._agenda.choose(self.sites, scores, self.num_steps), scores)
 
     def _switch(self, slots: list[list[int]], scores: list[Tensor] | None, *more: Finding | None) -> SwitchReport:
         began = time.perf_counter()

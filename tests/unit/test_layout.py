@@ -22,6 +22,7 @@ LAYERS = [
     ["switcher"],
     ["memory", "diagnostics", "exchange", "output_check", "saving"],
     ["export"],
+    ["agenda"],
     ["targets"],
     ["svd", "importance", "changes", "pair_steps", "fused", "training_state", "checkpoint"],
     ["tracked"],

@@ -1,0 +1,93 @@
+"""When the switches of a run happen, and which pairs each of them fuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from srlora_dist.config import SRLoRAConfig
+from srlora_dist.schedule import choose_slots, window_length
+from srlora_dist.settling import Settling
+from srlora_dist.sites import Site
+from srlora_dist.targets import num_next, plan_switches
+
+
+class Agenda:
+    """The switches after switch 0: a list of steps, brought forward with ``switch_when: settled``.
+
+    Args:
+        sites: Only to count switches.
+        config: Options.
+        num_training_steps: Optimizer steps of the whole run.
+
+    Raises:
+        ValueError: There are more switches than steps.
+    """
+
+    def __init__(self, sites: list[Site], config: SRLoRAConfig, num_training_steps: int) -> None:
+        self.config, self.num_training_steps = config, num_training_steps
+        self.due_steps = plan_switches(sites, config, num_training_steps)
+        self.settling: Settling | None = None
+        self.window = window_length(config.importance_window, config.beta1, config.beta2)
+        if config.switch_when == "settled":
+            self.settling = Settling(self.due_steps[0] if self.due_steps else 0)
+            self.window = None  # any step may come just before a switch
+
+    def steps_to_next(self, num_steps: int) -> int | None:
+        """From this step to the next switch, at the latest; None after the last one."""
+        return next((due - num_steps for due in self.due_steps if due > num_steps), None)
+
+    def is_due(self, num_steps: int, choice: Callable[[], list[list[int]]]) -> bool:
+        """Whether to switch after this step.
+
+        Args:
+            num_steps: Optimizer steps that were done.
+            choice: Gives the slots that a switch would fuse now; called only where that can bring one forward.
+        """
+        is_due, to_next = num_steps in self.due_steps, self.steps_to_next(num_steps)
+        if self.settling is not None and not is_due and to_next is not None:
+            since = num_steps - max((due for due in self.due_steps if due < num_steps), default=0)
+            is_due = self.settling.looks_after(since) and self.settling.has_settled(choice(), since)
+            if is_due:
+                self.due_steps[self.due_steps.index(num_steps + to_next)] = num_steps
+        if self.settling is not None and is_due:
+            self.settling.before = None
+        return is_due
+
+    def choose(self, sites: list[Site], scores: list[Tensor], num_steps: int) -> list[list[int]]:
+        """Eq. 8 at every site: the slots that a switch after this step fuses."""
+        config, chosen = self.config, []
+        for site, score in zip(sites, scores, strict=True):
+            ages = [sum(born < due <= num_steps for due in self.due_steps) for born in site.born]
+            count = num_next(site, config.fusion_ratio)
+            chosen.append(choose_slots(score, count, ages, config.choose, config.grace))
+        return chosen
+
+    def state(self) -> dict[str, object]:
+        """For a checkpoint."""
+        return {
+            "num_training_steps": self.num_training_steps,
+            "due_steps": self.due_steps,
+            "importance_window": self.window,
+            "choice_before": self.settling.before if self.settling is not None else None,
+        }
+
+    def restore_(self, state: dict[str, object]) -> None:
+        """Go on from what a checkpoint holds.
+
+        Raises:
+            ValueError: It is of a run of another length or window.
+        """
+        if state.get("num_training_steps") != self.num_training_steps:
+            raise ValueError(
+                f"the checkpoint is of a run of {state.get('num_training_steps')} optimizer steps, and this one has "
+                f"{self.num_training_steps}, which moves the switches: resume with the same length"
+            )
+        if state.get("importance_window") != self.window:
+            raise ValueError(
+                f"the checkpoint's srlora.importance_window is {state.get('importance_window') or 'all'} steps, and "
+                f"this run's is {self.window or 'all'}: resume with the same one"
+            )
+        if self.settling is not None:
+            self.due_steps, self.settling.before = list(state["due_steps"]), state["choice_before"]
