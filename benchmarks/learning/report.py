@@ -31,7 +31,7 @@ from studies import (
 from srlora_dist.figures.style import TITLES
 from srlora_dist.reproduce.results import Results
 
-PAPER = "the paper's"
+PAPER, NO_SWITCHES = "the paper's", "no switches (PiSSA)"
 GOAL = 0.7
 Lines = dict[int, dict]
 """Results by seed."""
@@ -153,11 +153,12 @@ def _question(results: Results, name: str, title: str, conclusion: str) -> list[
     header = "| task | variant | training loss | metric | fused after one interval | lifetime | n |"
     rows, points = [], {}
     for task in ABLATION_TASKS:
-        base = _collect(results, main_runs(task)).get(("srlora", "{}"), {})
+        of_methods = _collect(results, main_runs(task))
+        base = of_methods.get(("srlora", "{}"), {})
         found = _collect(results, variant_runs(task, name))
         if not base or not found:
             continue
-        named = {PAPER: base}
+        named = {PAPER: base, NO_SWITCHES: of_methods[("pissa", "{}")]}
         for key, variant in QUESTIONS[name].variants.items():
             named |= {key: found[("srlora", str(variant))]} if ("srlora", str(variant)) in found else {}
         points[task] = named
@@ -172,12 +173,14 @@ def _question(results: Results, name: str, title: str, conclusion: str) -> list[
 
 def _variant_row(task: str, key: str, lines: Lines, base: Lines) -> str:
     share, lifetime = ([figure(line) for line in lines.values()] for figure in (recycled, mean_lifetime))
+    share = "-" if None in share else f"{statistics.mean(share):.0%}"
+    lifetime = "-" if None in lifetime else f"{statistics.mean(lifetime):.2f}"
     if key == PAPER:
         loss = f"{mean_of([final_loss(line) for line in lines.values()])} itself"
         metric = f"{mean_of([main_figure(line) for line in lines.values()])} itself"
     else:
         loss, metric = (_difference(lines, base, figure) for figure in (final_loss, main_figure))
-    cells = [task, key, loss, metric, f"{statistics.mean(share):.0%}", f"{statistics.mean(lifetime):.2f}", len(lines)]
+    cells = [task, key, loss, metric, share, lifetime, len(lines)]
     return "| " + " | ".join(map(str, cells)) + " |"
 
 

@@ -67,15 +67,27 @@ QUESTIONS = {
             "most changed": {"score": "change", "choose": "highest"},
             "highest": {"choose": "highest"},
             "oldest": {"choose": "oldest"},
-            "quarter": {"fusion_ratio": 0.25},
             "quarter, grace 2": {"fusion_ratio": 0.25, "grace": 2},
         },
     ),
     "schedule": Question(
         "When should the switches happen? All have 5 of them.",
         {
-            "first half": {"target_rank": 28, "switch_until": 0.5},
-            "first three quarters": {"target_rank": 28, "switch_until": 0.75},
+            "first half": {"num_switches": 5, "switch_until": 0.5},
+            "first three quarters": {"num_switches": 5, "switch_until": 0.75},
+            "once settled": {"switch_when": "settled"},
+        },
+    ),
+    "interval": Question(
+        "Are the intervals too short?",
+        {"1 switch": {"target_rank": 16}, "2 switches": {"num_switches": 2}},
+    ),
+    "exhaustion": Question(
+        "What should a site do that has used its directions? There are 16 for 5 switches.",
+        {
+            "stop": {"target_rank": 16, "num_switches": 5},
+            "wrap": {"target_rank": 16, "num_switches": 5, "exhausted": "wrap"},
+            "renew": {"target_rank": 16, "num_switches": 5, "exhausted": "renew"},
         },
     ),
     "gamma": Question(
