@@ -104,7 +104,8 @@ def _train(
             engine.backward(micro_loss)
             engine.step()
             loss += micro_loss.detach() / accumulation
-            before = probe()
+            if switcher.num_steps + 1 in switcher.due_steps or choices.get("switch_when") == "settled":
+                before = probe()
             report = switcher.step()
         torch.distributed.all_reduce(loss)
         seen["losses"].append(loss / world_size)
