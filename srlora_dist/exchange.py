@@ -131,11 +131,15 @@ class Exchange:
         # In the type of the factors, for what is taken out of W has to be what the forward pass will use.
         new_b, new_a = (left * root).to(b.dtype), (right * root[:, None]).to(a.dtype)
         chosen = torch.tensor(slots)
-        fuses = bool(scores)
-        index = chosen.to(a.device)
-        lefts = torch.cat([b[:, index]] * fuses + [-new_b], 1)
-        rights = torch.cat([a[index]] * fuses + [new_a], 0)
-        self._add_to_weight_(number, lefts, rights)
+        fuses, index = bool(scores), chosen.to(a.device)
+        fused_b, fused_a = (b[:, index], a[index]) if fuses else (b[:, :0], a[:0])
+        if config.start == "zero_b":
+            new_b = torch.zeros_like(new_b)
+            lefts, rights = fused_b, fused_a
+        else:
+            lefts, rights = torch.cat([fused_b, -new_b], 1), torch.cat([fused_a, new_a], 0)
+        if lefts.shape[1]:
+            self._add_to_weight_(number, lefts, rights)
         if self.ledger is not None:
             self.ledger.add(site.name, lefts, rights)
         whole_a, whole_b = a.index_copy(0, index, new_a), b.index_copy(1, index, new_b)
@@ -217,6 +221,8 @@ class Exchange:
             names = [f"{site.name}.{side}" for site in self.sites for side in ("left", "right")]
             names = [name for name in names if name in shapes]
             sizes = [torch.Size(shapes[name]).numel() for name in names]
+            if not any(sizes):  # switch 0 of pairs that begin as nothing
+                continue
             numbers = iter([number for number, site in enumerate(self.sites) if f"{site.name}.left" in shapes])
             left = None
             for j, whole in storage.spread(sizes, lambda j, names=names, entry=entry: entry[names[j]].float()):

@@ -42,7 +42,7 @@ def export_adapter(
 
     A site's change of the pretrained weight is what was added to W, by the ledger or in the second adapter, plus the
     live pairs, ``s B A``; both are sums of pairs, so together they are one LoRA of scale 1, of rank twice the number of
-    directions taken.
+    directions taken, or of that number with ``start: zero_b``.
 
     Args:
         model: The (wrapped) PEFT model.

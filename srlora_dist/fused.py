@@ -15,28 +15,30 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from srlora_dist.config import SRLoRAConfig
 from srlora_dist.pairs import truncate_pairs
 from srlora_dist.sites import FUSED, PAIR_DIM, Site
 from srlora_dist.storage import Storage
 
 
-def add_second_adapters_(sites: list[Site], fusion: str, budget: int | None) -> None:
+def add_second_adapters_(sites: list[Site], config: SRLoRAConfig) -> None:
     """Give sites a second, frozen adapter that is active beside the first and holds nothing yet.
 
-    Its rank is ``2 r_target - r``, all that a run can fuse and take, or the budget if that is less.
+    Its rank is all that a run can fuse and take, ``2 r_target - r`` with the paper's choices, or ``fused_rank`` if that
+    is less.
 
     Args:
         sites: Of a model that is not yet prepared; the factors of the second adapter are set.
-        fusion: ``auto`` for the quantised ones, ``adapter`` for all, ``in_place`` for none.
-        budget: Largest rank of the second adapter, or None.
+        config: ``fusion``, ``fused_rank`` and ``start``.
 
     Raises:
         ValueError: A quantised site is to be edited in place, the budget does not even hold the first directions, or
             there is a second adapter already.
     """
-    needing = [site for site in sites if fusion == "adapter" or site.quantised]
+    budget = config.fused_rank
+    needing = [site for site in sites if config.fusion == "adapter" or site.quantised]
     for site in needing:  # all of them before any is changed
-        if fusion == "in_place":
+        if config.fusion == "in_place":
             raise ValueError(
                 f"srlora.fusion is in_place, but {site.name} is quantised ({site.quantised}), where an edit would be "
                 "lost in the rounding: choose auto or adapter"
@@ -51,8 +53,10 @@ def add_second_adapters_(sites: list[Site], fusion: str, budget: int | None) -> 
     if budget is not None and not needing:
         warnings.warn(f"srlora.fused_rank {budget} is without effect: no weight needs a second adapter", stacklevel=3)
     for site in needing:
-        most = 2 * site.num_starts - site.num_first
-        _add_to_layer_(site, most if budget is None else min(budget, most))
+        most = site.num_starts - site.num_first  # those that are fused
+        if config.start == "pissa":
+            most += site.num_starts  # what they began with was taken
+        _add_to_layer_(site, max(1, most) if budget is None else min(budget, max(1, most)))
 
 
 def activate_again_(sites: list[Site]) -> None:

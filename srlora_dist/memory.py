@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from srlora_dist.config import SRLoRAConfig
 from srlora_dist.ledger import Ledger
 from srlora_dist.schedule import num_fused
 from srlora_dist.sites import Site
@@ -42,7 +43,7 @@ def count_extra_memory(
     importance: Tracked | None,
     ledger: Ledger | None,
     num_switches: int,
-    fusion_ratio: float,
+    config: SRLoRAConfig,
     buckets: list[list[int]],
 ) -> ExtraMemory:
     """Count it from the sites and the schedule.
@@ -52,7 +53,7 @@ def count_extra_memory(
         importance: None where nothing is tracked.
         ledger: None on other ranks than 0.
         num_switches: Planned after switch 0.
-        fusion_ratio: The paper's gamma.
+        config: Options.
         buckets: Numbers of the sites that are switched together.
     """
     sites, in_memory = storage.sites, ledger is not None and ledger.folder is None
@@ -61,16 +62,17 @@ def count_extra_memory(
         tracking=importance.num_bytes if importance is not None else 0,
         residual=sum(residual.nbytes for residual in storage.residuals.values()),
         second_adapter=sum(storage.held_bytes(f) for site in with_second for f in (site.fused_a, site.fused_b)),
-        ledger=sum(ledger_bytes(site, num_switches, fusion_ratio) for site in sites) if in_memory else 0,
+        ledger=sum(ledger_bytes(site, num_switches, config) for site in sites) if in_memory else 0,
         directions=max(sum(switch_bytes(sites[number], storage.gathers) for number in bucket) for bucket in buckets),
     )
 
 
-def ledger_bytes(site: Site, num_switches: int, fusion_ratio: float) -> int:
+def ledger_bytes(site: Site, num_switches: int, config: SRLoRAConfig) -> int:
     """Of a site's columns and rows in the ledger after switch 0 and so many others."""
-    most = site.rank + num_switches * num_fused(site.rank, fusion_ratio)
+    most = site.rank + num_switches * num_fused(site.rank, config.fusion_ratio)
     restarted = max(0, min(site.num_starts, most) - site.rank)
-    return site.lora_a.element_size() * sum(site.shape) * (site.num_first + 2 * restarted)
+    pairs = restarted if config.start == "zero_b" else site.num_first + 2 * restarted
+    return site.lora_a.element_size() * sum(site.shape) * pairs
 
 
 def switch_bytes(site: Site, gathers: bool) -> int:

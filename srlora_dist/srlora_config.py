@@ -22,6 +22,8 @@ class SRLoRAConfig:
         importance_window: Steps before a switch whose gradients count for its choice: ``all``, their number, or
             ``auto``, which leaves out those that weigh less than a millionth. It begins with statistics of 0; where
             switches follow each other more closely it never begins, and ``score_reset`` alone clears them.
+        start: What a pair begins as: ``pissa`` is the paper's, B and A along a direction that is taken out of W
+            (Eq. 2); ``zero_b`` leaves W as it is and B at zero, so that only A lies along the direction.
         score: What a pair is worth: ``sensitivity`` is the paper's (Eq. 3 to 7), ``relative`` the same, divided by the
             mean square of the pair's elements, so that a large pair is not important by its size alone, ``change`` how
             far the pair has come since it was started.
@@ -68,6 +70,7 @@ class SRLoRAConfig:
     beta1: float = 0.85
     beta2: float = 0.85
     importance_window: int | Literal["auto", "all"] = "auto"
+    start: Literal["pissa", "zero_b"] = "pissa"
     score: Literal["sensitivity", "relative", "change"] = "sensitivity"
     choose: Literal["lowest", "highest", "oldest"] = "lowest"
     grace: int = 0
@@ -102,6 +105,11 @@ class SRLoRAConfig:
         rules |= {"grace": COUNT_OR_NONE, "switch_until": part, "num_switches": COUNT}
         rules |= {"importance_window": steps, "switch_tolerance": POSITIVE, "agreement_every": COUNT_OR_NONE}
         require("srlora.", self, rules | {"target_rank": (COUNT[0], "at least the rank of the adapter")})
+        if self.exhausted == "renew" and self.start == "zero_b":
+            raise ValueError(
+                "srlora.exhausted is renew, but with srlora.start zero_b the first directions of W are still in it, "
+                "those of pairs that stay too: choose wrap or stop, or start pissa"
+            )
         if self.switch_when == "settled" and isinstance(self.importance_window, int):
             raise ValueError(
                 f"srlora.importance_window is {self.importance_window}, but with srlora.switch_when settled no step is "

@@ -66,7 +66,7 @@ class Switcher:
         self._agenda: Agenda | None = None
         if num_training_steps is not None:
             self.plan(num_training_steps)
-        add_second_adapters_(self.sites, config.fusion, config.fused_rank)
+        add_second_adapters_(self.sites, config)
         self.num_steps = 0
         self.num_switches = 0
         self.svd_seconds = self.switch_seconds = 0.0
@@ -312,7 +312,7 @@ class Switcher:
     def _announce(self) -> None:
         """Count what is held beside LoRA, and tell the user."""
         self.extra_memory = count_extra_memory(
-            *(self.storage, self._importance, self._ledger, len(self.due_steps), self.config.fusion_ratio),
+            *(self.storage, self._importance, self._ledger, len(self.due_steps), self.config),
             list(self._exchange.buckets()),
         )
         num_sites, name = len(self.sites), self.storage.name

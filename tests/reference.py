@@ -75,6 +75,7 @@ class Reference:
         b1: float = 0.85,
         b2: float = 0.85,
         *,
+        start: str = "pissa",
         score: str = "sensitivity",
         choose: str = "lowest",
         grace: int = 0,
@@ -83,6 +84,7 @@ class Reference:
         interval: int | None = None,
     ) -> None:
         self.sites, self.gamma, self.b1, self.b2 = sites, gamma, b1, b2
+        self.begin = start
         self.score, self.choose, self.grace, self.reset = score, choose, grace, reset
         self.exhausted, self.interval = exhausted, interval  # of the fixed schedule, where switches may come earlier
         self.last_look = None
@@ -112,9 +114,9 @@ class Reference:
             d = site.taken % site.target if self.exhausted == "wrap" else site.taken
             row = number if renewed else d
             root = torch.sqrt(S[row] / site.s)
-            site.B[:, k] = site.used(U[:, row] * root)
+            site.B[:, k] = site.used(U[:, row] * root) if self.begin == "pissa" else 0.0
             site.A[k, :] = site.used(Vt[row, :] * root)
-            site.add(-site.s * torch.outer(site.B[:, k], site.A[k, :]))
+            site.add(-site.s * torch.outer(site.B[:, k], site.A[k, :]))  # nothing, where B begins at 0
             site.start["B"][:, k], site.start["A"][k, :] = site.B[:, k], site.A[k, :]
             site.holds[k], site.born[k] = d, self.num_switches
             site.taken += 1

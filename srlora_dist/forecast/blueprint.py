@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from srlora_dist.config import ModelOptions, RunConfig
+from srlora_dist.config import ModelOptions, RunConfig, SRLoRAConfig
 from srlora_dist.errors import short
 from srlora_dist.fused import add_second_adapters_
 from srlora_dist.methods import adapt
@@ -82,7 +82,7 @@ class Blueprint:
         num_moments: That the optimizer keeps of each of them.
         weights: How W of each site is stored.
         due_steps: Of the switches after switch 0.
-        fusion_ratio: The paper's gamma.
+        options: Of the method.
         persistence_threshold: ZeRO-3 also keeps parameters of up to so many elements whole on every rank.
     """
 
@@ -94,7 +94,7 @@ class Blueprint:
     num_moments: int
     weights: list[Stored]
     due_steps: list[int]
-    fusion_ratio: float
+    options: SRLoRAConfig
     persistence_threshold: int = 0
 
     @property
@@ -172,7 +172,7 @@ def draw_from(
         site.quantised = config.model.quantization if id(site.weight) in packed else ""
     share_out_directions_(sites, options)
     due = plan_switches(sites, options, train.max_steps)
-    add_second_adapters_(sites, options.fusion, options.fused_rank)
+    add_second_adapters_(sites, options)
     frozen = {
         id(parameter): packed.get(id(parameter), Stored(parameter.shape, parameter.element_size()))
         for name, parameter in model.named_parameters()
@@ -187,7 +187,7 @@ def draw_from(
         num_moments=2 if train.optimizer == "adamw" else int(train.momentum > 0),
         weights=[frozen[id(site.weight)] for site in sites],
         due_steps=due,
-        fusion_ratio=options.fusion_ratio,
+        options=options,
         persistence_threshold=persistence_threshold,
     )
 

@@ -139,7 +139,7 @@ class Forecast:
     def held(self, rank: int) -> Held:
         """Bytes that a rank holds."""
         second = [factor for site in self.sites for factor in (site.fused_a, site.fused_b) if factor is not None]
-        num_switches, ratio = len(self.blueprint.due_steps), self.blueprint.fusion_ratio
+        num_switches, options = len(self.blueprint.due_steps), self.blueprint.options
         buckets = cut_into_buckets(self.sites)
         gathers = self.blueprint.gathers
         return Held(
@@ -150,7 +150,7 @@ class Forecast:
             moving_averages=self._moving_averages(rank) if num_switches else 0,
             residual=sum(self._residual(number, rank) for number in range(len(self.sites))),
             second_adapter=sum(self._allocated(_stored(factor)) for factor in second),
-            ledger=sum(ledger_bytes(site, num_switches, ratio) for site in self.sites) if rank == 0 else 0,
+            ledger=sum(ledger_bytes(site, num_switches, options) for site in self.sites) if rank == 0 else 0,
             during_switch=max(sum(switch_bytes(self.sites[number], gathers) for number in b) for b in buckets),
         )
 
@@ -224,7 +224,7 @@ class Forecast:
         of_training = (1 + self.blueprint.num_moments) * FLOAT32 * sum(parameter.numel() for parameter in self.trained)
         sites, due = self.sites, self.blueprint.due_steps
         averages = 2 * FLOAT32 * sum(site.rank * sum(site.shape) for site in sites) if num_switches < len(due) else 0
-        return of_training + averages + sum(ledger_bytes(s, num_switches, self.blueprint.fusion_ratio) for s in sites)
+        return of_training + averages + sum(ledger_bytes(s, num_switches, self.blueprint.options) for s in sites)
 
     def largest_checkpoint(self) -> int:
         """The averages are left out after the last switch, so that the last checkpoint need not be the largest."""

@@ -212,11 +212,18 @@ def test_engine_equals_the_reference(engine: str, precision: str, tmp_path) -> N
 
 EARLY = {"switch_when": "settled", "num_switches": 2}
 OTHER_CHOICES = {
-    "plain": {"score": "relative", "choose": "highest", "optimizer_reset": "survivors", "exhausted": "wrap"},
+    "plain": {
+        "score": "relative",
+        "choose": "highest",
+        "optimizer_reset": "survivors",
+        "exhausted": "wrap",
+        "start": "zero_b",
+    },
     "ddp, 2 ranks": {"score": "change", "choose": "oldest", "optimizer_reset": "pair_steps", "exhausted": "renew"},
     "zero0, 2 ranks": {"grace": 2, "optimizer_reset": "pair_steps", **EARLY},
     "zero2, 3 ranks, uneven": {"score": "relative", "grace": 2, "optimizer_reset": "pair_steps", "exhausted": "wrap"},
-    "zero3, 4 ranks, empty spans": {"score": "change", "optimizer_reset": "survivors", "exhausted": "renew"},
+    "zero3, 4 ranks, empty spans": {"score": "change", "optimizer_reset": "survivors", "start": "zero_b"},
+    "zero3, 2 ranks": {"exhausted": "renew"},
     "fsdp2, 4 ranks, empty shards": {"score": "relative", "choose": "oldest", "exhausted": "renew", **EARLY},
 }
 """What is not the paper's, on an engine of each way to hold tensors."""

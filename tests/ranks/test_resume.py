@@ -86,6 +86,7 @@ MORE = {
     ("ddp, 2 ranks", "nf4"): {"fused_rank": 6},  # compressed on the way
     ("zero1, 2 ranks", "fp32"): {"switch_when": "settled", "num_switches": 3, "exhausted": "wrap"},
     ("zero2, 3 ranks, uneven", "fp32"): {"score": "change", "choose": "oldest", "optimizer_reset": "pair_steps"},
+    ("zero3, 2 ranks", "nf4"): {"start": "zero_b"},
     ("zero3, 3 ranks, uneven", "fp32"): {"exhausted": "renew"},
     ("fsdp2, 2 ranks", "nf4"): {"exhausted": "renew"},
 }

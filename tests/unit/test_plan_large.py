@@ -93,7 +93,8 @@ def test_a_storage_among_1024_ranks_holds_what_is_planned(
     start_rank(rank)
     storage = bind(engine, model)
     extra = count_extra_memory(
-        storage, Importance(storage, 0.85, 0.85), None, num_switches, 0.5, list(cut_into_buckets(storage.sites))
+        *(storage, Importance(storage, 0.85, 0.85), None, num_switches, SRLoRAConfig()),
+        list(cut_into_buckets(storage.sites)),
     )
     assert (storage.name, storage.rank, storage.world_size) == (engine, rank, WORLD_SIZE)
     assert (extra.tracking, extra.residual) == (planned.moving_averages, planned.residual)
