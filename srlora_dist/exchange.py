@@ -130,13 +130,13 @@ class Exchange:
         root = (values / site.scale).sqrt()
         # In the type of the factors, for what is taken out of W has to be what the forward pass will use.
         new_b, new_a = (left * root).to(b.dtype), (right * root[:, None]).to(a.dtype)
+        if config.start == "zero_b":
+            new_b, new_a = torch.zeros_like(new_b), right.to(a.dtype)
         chosen = torch.tensor(slots)
         fuses, index = bool(scores), chosen.to(a.device)
         fused_b, fused_a = (b[:, index], a[index]) if fuses else (b[:, :0], a[:0])
-        if config.start == "zero_b":
-            new_b = torch.zeros_like(new_b)
-            lefts, rights = fused_b, fused_a
-        else:
+        lefts, rights = fused_b, fused_a
+        if config.start == "pissa":
             lefts, rights = torch.cat([fused_b, -new_b], 1), torch.cat([fused_a, new_a], 0)
         if lefts.shape[1]:
             self._add_to_weight_(number, lefts, rights)

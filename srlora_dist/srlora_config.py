@@ -23,7 +23,7 @@ class SRLoRAConfig:
             ``auto``, which leaves out those that weigh less than a millionth. It begins with statistics of 0; where
             switches follow each other more closely it never begins, and ``score_reset`` alone clears them.
         start: What a pair begins as: ``pissa`` is the paper's, B and A along a direction that is taken out of W
-            (Eq. 2); ``zero_b`` leaves W as it is and B at zero, so that only A lies along the direction.
+            (Eq. 2); ``zero_b`` leaves W as it is and B at zero, with A a unit vector along the direction.
         score: What a pair is worth: ``sensitivity`` is the paper's (Eq. 3 to 7), ``relative`` the same, divided by the
             mean square of the pair's elements, so that a large pair is not important by its size alone, ``change`` how
             far the pair has come since it was started.

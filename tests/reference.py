@@ -114,8 +114,10 @@ class Reference:
             d = site.taken % site.target if self.exhausted == "wrap" else site.taken
             row = number if renewed else d
             root = torch.sqrt(S[row] / site.s)
-            site.B[:, k] = site.used(U[:, row] * root) if self.begin == "pissa" else 0.0
+            site.B[:, k] = site.used(U[:, row] * root)
             site.A[k, :] = site.used(Vt[row, :] * root)
+            if self.begin == "zero_b":
+                site.B[:, k], site.A[k, :] = 0.0, site.used(Vt[row, :])
             site.add(-site.s * torch.outer(site.B[:, k], site.A[k, :]))  # nothing, where B begins at 0
             site.start["B"][:, k], site.start["A"][k, :] = site.B[:, k], site.A[k, :]
             site.holds[k], site.born[k] = d, self.num_switches

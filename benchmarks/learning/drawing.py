@@ -7,19 +7,20 @@ from pathlib import Path
 import numpy as np
 from measures import final_loss, smooth_curve
 
-from srlora_dist.figures.style import OF_METHOD, OTHERS, TITLES, plt, save
+from srlora_dist.figures.style import OF_METHOD, OTHERS, plt, save
 
 
-def draw_curves(curves: dict[str, dict[str, dict[int, dict]]], path: Path) -> Path:
+def draw_curves(curves: dict[str, dict[str, dict[int, dict]]], names: list[str], path: Path) -> Path:
     """A panel a task: the training loss of each method, seeds as a mean and the range between them."""
+    color_of = dict(zip(names, [*(OF_METHOD[method] for method in ("lora", "pissa", "srlora")), *OTHERS], strict=False))
     across = min(3, len(curves))
     down = -(-len(curves) // across)
     figure, grid = plt.subplots(down, across, figsize=(4.4 * across, 3.4 * down), squeeze=False)
     for axes, (task, found) in zip(grid.flat, curves.items(), strict=False):
-        for method, lines in found.items():
+        for name, lines in found.items():
             steps, losses = smooth_curve(next(iter(lines.values())))[0], [smooth_curve(x)[1] for x in lines.values()]
-            axes.plot(steps, np.mean(losses, 0), color=OF_METHOD[method], label=TITLES[method])
-            axes.fill_between(steps, np.min(losses, 0), np.max(losses, 0), color=OF_METHOD[method], alpha=0.15, lw=0)
+            axes.plot(steps, np.mean(losses, 0), color=color_of[name], label=name)
+            axes.fill_between(steps, np.min(losses, 0), np.max(losses, 0), color=color_of[name], alpha=0.15, lw=0)
         axes.set(title=task, xlabel="optimizer step", ylabel="training loss")
     for axes in list(grid.flat)[len(curves) :]:
         axes.set_visible(False)

@@ -59,10 +59,19 @@ def share_to_reach(line: dict, loss: float) -> float | None:
     return float(steps[there[0]] / steps[-1]) if len(there) else None
 
 
+def main_metric(line: dict) -> str:
+    """The task's metric, or the loss where it has none: perplexity then says the same."""
+    return next((name for name in ("accuracy", "f1", "pearson") if name in line["final"]), "loss")
+
+
 def main_figure(line: dict) -> float:
-    """The task's metric after the last step, or the loss where it has none: perplexity then says the same."""
-    names = ("accuracy", "f1", "pearson")
-    return next((line["final"][name] for name in names if name in line["final"]), line["final"]["loss"])
+    """The task's metric after the last step."""
+    return line["final"][main_metric(line)]
+
+
+def is_worse(difference: Mean, metric: str) -> bool:
+    """Whether a difference from another method is worse than 0 by more than its interval; for one seed, at all."""
+    return difference.value * (1 if metric == "loss" else -1) > (difference.half or 0.0)
 
 
 def recycled(line: dict) -> float | None:

@@ -8,7 +8,9 @@ import drawing
 from measures import (
     Mean,
     final_loss,
+    is_worse,
     main_figure,
+    main_metric,
     mean_lifetime,
     mean_of,
     recycled,
@@ -28,11 +30,11 @@ from studies import (
     variant_runs,
 )
 
-from srlora_dist.figures.style import TITLES
 from srlora_dist.reproduce.results import Results
 
 PAPER, NO_SWITCHES = "the paper's", "no switches (PiSSA)"
 GOAL = 0.7
+BASELINES, CANDIDATES = ("LoRA", "PiSSA"), ("SRLoRA", "SRLoRA, zero_b")
 Lines = dict[int, dict]
 """Results by seed."""
 
@@ -60,31 +62,30 @@ follows from it for a user: [docs/when-it-helps.md](../../docs/when-it-helps.md)
 - Differences are taken seed by seed: the same seed has the same data in the same order."""
 
 
-def _collect(results: Results, runs: list[Run]) -> dict[tuple[str, str], Lines]:
-    """By method and variant, the lines by seed."""
-    found: dict[tuple[str, str], Lines] = {}
+def _collect(results: Results, runs: list[Run]) -> dict[str, Lines]:
+    """By name of the method or variant."""
+    found: dict[str, Lines] = {}
     for run in runs:
         line = results.of(run.cell)
         if line is not None:
-            found.setdefault((run.method, str(run.variant)), {})[run.cell.seed] = line
+            found.setdefault(run.name, {})[run.cell.seed] = line
     return found
 
 
 def _rates(results: Results) -> list[str]:
     lines = ["", "## Learning rates", ""]
-    lines += ["Chosen for each method from the same three, by the lowest final validation loss on a seed of its own."]
+    lines += ["Chosen for each method from the same grid, by the lowest final validation loss on a seed of its own."]
     lines += ["", "| task | method | rate: validation loss | chosen |", "|---|---|---|---|"]
     for task in TASKS:
-        for method in METHODS:
+        for name in METHODS:
             losses = {
                 run.rate: line["final"]["loss"]
                 for run in rate_runs(task)
-                if run.method == method and (line := results.of(run.cell)) is not None
+                if run.name == name and (line := results.of(run.cell)) is not None
             }
             if losses:
                 cells = ", ".join(f"{rate:g}: {loss:.4f}" for rate, loss in losses.items())
-                chosen = chosen_rate(task, method)
-                lines.append(f"| {task} | {TITLES[method]} | {cells} | {chosen or 'not all run'} |")
+                lines.append(f"| {task} | {name} | {cells} | {chosen_rate(task, name) or 'not all run'} |")
     return lines
 
 
@@ -93,16 +94,20 @@ def _main(results: Results) -> list[str]:
     lines = ["", "## The methods side by side", "", header, "|---|---|---|---|---|---|---|---|"]
     verdicts, curves = [], {}
     for task in TASKS:
-        found = {method: lines for (method, _), lines in _collect(results, main_runs(task)).items()}
-        if not set(METHODS) <= set(found):
+        found = _collect(results, main_runs(task))
+        if not set(BASELINES) <= set(found):
             continue
         curves[task] = found
-        for method in METHODS:
-            lines.append(_row(task, method, found[method], found["lora"]))
-        verdicts.append(_verdict(task, found))
+        lines += [_row(task, name, found[name], found["LoRA"]) for name in METHODS if name in found]
+        verdicts += [_verdict(task, name, found) for name in CANDIDATES if name in found]
     if curves:
-        drawing.draw_curves(curves, HERE / "figures" / "main.png")
-        lines += ["", "![training losses](figures/main.png)", "", "### The goal", "", GOAL_TEXT, "", *verdicts]
+        drawing.draw_curves(curves, list(METHODS), HERE / "figures" / "main.png")
+        lines += ["", "![training losses](figures/main.png)", "", "### The goal", "", GOAL_TEXT, ""]
+        lines += [
+            "| task | method | steps | metric less LoRA's | metric less PiSSA's |",
+            "|---|---|---|---|---|",
+            *verdicts,
+        ]
     return lines
 
 
@@ -112,7 +117,7 @@ GOAL_TEXT = (
 )
 
 
-def _row(task: str, method: str, lines: Lines, base: Lines) -> str:
+def _row(task: str, name: str, lines: Lines, base: Lines) -> str:
     shares = _shares(lines, base)
     missed = sum(share is None for share in shares.values())
     steps = [1.0 if share is None else share for share in shares.values()]
@@ -121,7 +126,7 @@ def _row(task: str, method: str, lines: Lines, base: Lines) -> str:
         for seed, share in zip(shares, steps, strict=True)
     ]
     cells = [
-        *(task, TITLES[method], mean_of([final_loss(line) for line in lines.values()])),
+        *(task, name, mean_of([final_loss(line) for line in lines.values()])),
         mean_of([line["final"]["loss"] for line in lines.values()]),
         mean_of([main_figure(line) for line in lines.values()]),
         f"{mean_of(steps)}{f' ({missed} never)' if missed else ''}",
@@ -134,14 +139,17 @@ def _shares(lines: Lines, base: Lines) -> dict[int, float | None]:
     return {seed: share_to_reach(line, final_loss(base[seed])) for seed, line in lines.items() if seed in base}
 
 
-def _verdict(task: str, found: dict[str, Lines]) -> str:
-    shares = [1.0 if share is None else share for share in _shares(found["srlora"], found["lora"]).values()]
+def _verdict(task: str, name: str, found: dict[str, Lines]) -> str:
+    """A row of the table of the goal."""
+    shares = [1.0 if share is None else share for share in _shares(found[name], found["LoRA"]).values()]
     steps = statistics.mean(shares)
     met = "met" if steps <= GOAL else f"missed by {steps - GOAL:.2f}"
-    parts = [f"- {task}: {steps:.2f} of the steps, {met}"]
-    for other in ("lora", "pissa"):
-        parts.append(f"metric against {TITLES[other]} {_difference(found['srlora'], found[other], main_figure)}")
-    return "; ".join(parts)
+    cells = [task, name, f"{steps:.2f}, {met}"]
+    for other in BASELINES:
+        difference = _difference(found[name], found[other], main_figure)
+        worse = is_worse(difference, main_metric(next(iter(found[name].values()))))
+        cells.append(f"{difference}, {'worse' if worse else 'not worse'}")
+    return "| " + " | ".join(cells) + " |"
 
 
 def _difference(lines: Lines, base: Lines, figure: callable) -> Mean:
@@ -154,13 +162,11 @@ def _question(results: Results, name: str, title: str, conclusion: str) -> list[
     rows, points = [], {}
     for task in ABLATION_TASKS:
         of_methods = _collect(results, main_runs(task))
-        base = of_methods.get(("srlora", "{}"), {})
+        base = of_methods.get("SRLoRA", {})
         found = _collect(results, variant_runs(task, name))
         if not base or not found:
             continue
-        named = {PAPER: base, NO_SWITCHES: of_methods[("pissa", "{}")]}
-        for key, variant in QUESTIONS[name].variants.items():
-            named |= {key: found[("srlora", str(variant))]} if ("srlora", str(variant)) in found else {}
+        named = {PAPER: base, NO_SWITCHES: of_methods["PiSSA"], **found}
         points[task] = named
         for key, lines in named.items():
             rows.append(_variant_row(task, key, {s: line for s, line in lines.items() if s in base}, base))

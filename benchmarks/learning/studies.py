@@ -20,12 +20,19 @@ HERE = Path(os.path.relpath(Path(__file__).resolve().parent))
 RUNS = Path("runs/learning")
 RESULTS = HERE / "results.jsonl"
 
-METHODS = ("lora", "pissa", "srlora")
+METHODS = {
+    "LoRA": {"method": "lora"},
+    "PiSSA": {"method": "pissa"},
+    "SRLoRA": {"method": "srlora"},
+    "SRLoRA, zero_b": {"method": "srlora", "srlora.start": "zero_b"},
+    "LoRA, r = 32": {"method": "lora", "lora.rank": 32, "lora.alpha": 32},  # what four times the parameters would give
+}
+"""What stands in the main table, by the names there, and the options of each."""
 GLUE = ("sst2", "stsb", "mrpc")
-RATES = {  # the same three for every method; the middle one is where a first guess would be
+RATES = {  # the same for every method
     **dict.fromkeys(("sst2", "stsb", "mrpc"), (3e-4, 1e-3, 3e-3)),
     **dict.fromkeys(("mnist", "fashion_mnist"), (1e-3, 3e-3, 1e-2)),
-    "mnist_sgd": (0.02, 0.06, 0.2),
+    "mnist_sgd": (0.02, 0.06, 0.2, 0.6),
     "reviews": (1e-4, 3e-4, 1e-3),
 }
 TASKS = tuple(RATES)
@@ -40,7 +47,7 @@ class Question:
 
     Args:
         title: What is asked.
-        variants: By their names the options beside the paper's; the paper's method stands in every comparison.
+        variants: By their names the options of ``srlora`` beside the paper's, which stand in every comparison.
         conclusion: What the figures say, written when they were there.
     """
 
@@ -105,14 +112,12 @@ class Run:
 
     Args:
         task: Its name here, that of a file in ``tasks/``.
-        method: Its method.
-        variant: Options of ``srlora`` beside the paper's.
+        name: Of its method in ``METHODS``, or of a variant.
         cell: How it is run.
     """
 
     task: str
-    method: str
-    variant: dict[str, object]
+    name: str
     cell: Cell
 
     @property
@@ -142,29 +147,33 @@ class Study(Grid):
         }
 
 
-def make_run(task: str, method: str, rate: float, seed: int, variant: dict[str, object] | None = None) -> Run:
+def make_run(task: str, name: str, options: dict[str, object], rate: float, seed: int) -> Run:
     """One run; what stands in ``tasks/<task>.yaml`` holds for all methods."""
-    variant = variant or {}
-    options = [f"--config={HERE / 'tasks' / f'{task}.yaml'}", f"--method={method}", f"--seed={seed}"]
-    options += [f"--train.learning_rate={rate:g}", *(f"--srlora.{name}={value}" for name, value in variant.items())]
+    arguments = [f"--config={HERE / 'tasks' / f'{task}.yaml'}", *(f"--{key}={value}" for key, value in options.items())]
+    arguments += [f"--seed={seed}", f"--train.learning_rate={rate:g}"]
     if task in GLUE:
-        options += [f"--model.name_or_path={MINILM.folder()}", f"--task.data_dir={os.environ.get('GLUE_DIR', '')}"]
-    config = parse(options)
+        arguments += [f"--model.name_or_path={MINILM.folder()}", f"--task.data_dir={os.environ.get('GLUE_DIR', '')}"]
+    config, method = parse(arguments), str(options["method"])
     folder = RUNS / f"{task}-{method}-seed{seed}-{digest(asdict(config), 'no')[:8]}"
     config = replace(config, output_dir=str(folder))
-    return Run(task, method, variant, Cell(task, method, seed, (*options, f"--output_dir={folder}"), config))
+    return Run(task, name, Cell(task, method, seed, (*arguments, f"--output_dir={folder}"), config))
 
 
 def rate_runs(task: str) -> list[Run]:
     """Those that choose each method's learning rate."""
-    return [make_run(task, m, rate, seed) for seed in RATE_SEEDS for rate in RATES[task] for m in METHODS]
+    return [
+        make_run(task, name, options, rate, seed)
+        for seed in RATE_SEEDS
+        for rate in RATES[task]
+        for name, options in METHODS.items()
+    ]
 
 
-def chosen_rate(task: str, method: str) -> float | None:
+def chosen_rate(task: str, name: str) -> float | None:
     """Of the lowest mean final validation loss; None while some run has no result."""
     results, losses = Results(RESULTS), {}
     for run in rate_runs(task):
-        if run.method == method:
+        if run.name == name:
             line = results.of(run.cell)
             if line is None:
                 return None
@@ -173,20 +182,21 @@ def chosen_rate(task: str, method: str) -> float | None:
 
 
 def main_runs(task: str) -> list[Run]:
-    """The methods side by side; empty while the rates are not chosen."""
-    rates = {method: chosen_rate(task, method) for method in METHODS}
-    if None in rates.values():
-        return []
-    return [make_run(task, m, rates[m], seed) for seed in MAIN_SEEDS for m in METHODS]
+    """The methods side by side, those whose rates are chosen."""
+    rates = {name: rate for name in METHODS if (rate := chosen_rate(task, name)) is not None}
+    return [make_run(task, name, METHODS[name], rate, seed) for seed in MAIN_SEEDS for name, rate in rates.items()]
 
 
-def variant_runs(task: str, name: str) -> list[Run]:
+def variant_runs(task: str, question: str) -> list[Run]:
     """The variants of a question, at the rate of the paper's method."""
-    rate = chosen_rate(task, "srlora")
+    rate = chosen_rate(task, "SRLoRA")
     if rate is None:
         return []
-    variants = QUESTIONS[name].variants.values()
-    return [make_run(task, "srlora", rate, seed, variant) for seed in ABLATION_SEEDS for variant in variants]
+    variants = {
+        name: METHODS["SRLoRA"] | {f"srlora.{key}": value for key, value in options.items()}
+        for name, options in QUESTIONS[question].variants.items()
+    }
+    return [make_run(task, name, options, rate, seed) for seed in ABLATION_SEEDS for name, options in variants.items()]
 
 
 def summarise_switches(lines: list[dict]) -> dict[str, object]:

@@ -74,4 +74,6 @@ def model_title(name: str | None) -> str:
         return "the task's own model"
     path = Path(name).expanduser()
     packaged = (model.package for model in (MINILM, SMOLLM2) if model.package.replace("-", "_") in path.parts)
-    return next(packaged, path.resolve().name if path.exists() else name)
+    # A name on the hub has one slash at most, so that a longer path is one whether or not its folder is here.
+    is_path = path.exists() or len(path.parts) > 2
+    return next(packaged, path.resolve().name if is_path else name)

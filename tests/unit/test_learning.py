@@ -50,6 +50,15 @@ def test_steps_to_a_loss_are_of_the_smoothed_curve(measures: ModuleType) -> None
     assert measures.share_to_reach(falling, 0.05) is None
 
 
+def test_worse_is_worse_by_more_than_the_interval(measures: ModuleType) -> None:
+    down, unclear = measures.Mean(-0.03, 0.02, 3), measures.Mean(-0.01, 0.02, 3)
+    assert measures.is_worse(down, "accuracy")
+    assert not measures.is_worse(unclear, "accuracy")
+    assert not measures.is_worse(down, "loss")
+    assert measures.is_worse(measures.Mean(0.03, 0.02, 3), "loss")
+    assert measures.main_metric({"final": {"loss": 1.0, "f1": 0.5, "accuracy": 0.4}}) == "accuracy"
+
+
 def switch(number: int, slots: list[int], site: str = "a") -> dict:
     return {"switch": number, "site": site, "slots": slots}
 
@@ -68,3 +77,7 @@ def test_variants_are_options_of_the_method(studies: ModuleType) -> None:
     for question in studies.QUESTIONS.values():
         for variant in question.variants.values():
             assert SRLoRAConfig(**variant) != SRLoRAConfig()
+    for name, options in studies.METHODS.items():
+        run = studies.make_run("mnist", name, options, 1e-3, 7)
+        assert (run.cell.method, run.cell.seed, run.rate) == (options["method"], 7, 1e-3)
+        assert run.cell.config.lora.alpha == run.cell.config.lora.rank  # a scale of 1 for all
