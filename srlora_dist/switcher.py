@@ -40,8 +40,8 @@ class Switcher:
     Between switches nothing is sent. A switch, on every rank in the same order:
 
     1. One all-reduce adds up the pair scores; every rank chooses the same slots (Eq. 7-8).
-    2. For each bucket of sites: rank 0 broadcasts the next directions; under ZeRO-3 and FSDP2 the small factors are
-       gathered.
+    2. For each bucket of sites: under ZeRO-3 and FSDP2 the small factors are gathered; rank 0 broadcasts the next
+       directions.
     3. Each rank edits the span of W it holds, ``W <- W + s B_k A_k - s B_new A_new`` (Eq. 8-12), or appends those pairs
        to the frozen second adapter; it writes the new pairs to every copy it holds, resets their moments and its
        statistics. No base weight is sent.

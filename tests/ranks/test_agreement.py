@@ -83,21 +83,18 @@ def test_what_is_sent(name: str, zero: dict, tmp_path) -> None:
     num_sites, floats = len(SHAPES), 4 * sum(RANKS[site] * (m + n) for site, (m, n) in SHAPES.items())
     switch = [("allreduce_", 8 * sum(RANKS.values()))]
     switched = {"second": 1, "tiny": 1}  # the first site has as many directions as pairs
+    gathers = name in ("zero3", "fsdp2")
+    switch += [("allreduce_", 4 * sum(RANKS[site] * sum(SHAPES[site]) for site in switched))] * gathers
     switch += [("broadcast_", 4 + 4 * sum(k * (sum(SHAPES[site]) + 1) for site, k in switched.items()))]
-    switch += [("allreduce_", 4 * sum(RANKS[site] * sum(SHAPES[site]) for site in switched))] * (
-        name in ("zero3", "fsdp2")
-    )
     switch += [("allreduce_", 16 * len(switched)), ("allreduce_", 8)]
     assert ours[0]["switches"] == [switch]
     # Binding with a warm file: nothing to resume, adapter usable, ledger, fingerprint, the file looked for, found and
     # judged; then switch 0.
     bind = [("broadcast_", 8), ("allreduce_", 8), ("allreduce_", 8), ("allreduce_", 16 * num_sites)]
     bind += [("allreduce_", 8), ("broadcast_", 8), ("allreduce_", 8)]
-    first = [("broadcast_", 4 + 4 * sum(RANKS[site] * (m + n + 1) for site, (m, n) in SHAPES.items()))]
-    first += [("allreduce_", floats)] * (name in ("zero3", "fsdp2")) + [
-        ("allreduce_", 16 * num_sites),
-        ("allreduce_", 8),
-    ]
+    first = [("allreduce_", floats)] * gathers
+    first += [("broadcast_", 4 + 4 * sum(RANKS[site] * (m + n + 1) for site, (m, n) in SHAPES.items()))]
+    first += [("allreduce_", 16 * num_sites), ("allreduce_", 8)]
     assert ours[0]["bind"] == bind + first
     # Tracking is shared out: the ranks' parts add up to one mean and one deviation of every element.
     assert sum(seen["importance_bytes"] for seen in ours) == 2 * floats
