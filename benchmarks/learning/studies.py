@@ -6,6 +6,7 @@ import os
 import statistics
 import sys
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from typing_extensions import override
@@ -159,6 +160,7 @@ def make_run(task: str, name: str, options: dict[str, object], rate: float, seed
     return Run(task, name, Cell(task, method, seed, (*arguments, f"--output_dir={folder}"), config))
 
 
+@cache
 def rate_runs(task: str) -> list[Run]:
     """Those that choose each method's learning rate."""
     return [

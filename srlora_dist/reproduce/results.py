@@ -38,7 +38,8 @@ class Results:
 
     def of(self, cell: Cell) -> dict[str, object] | None:
         """The last good result of a run with these options; None if there is none."""
-        good = [line for line in read_lines(self.path) if line["config"] == cell.digest and line["status"] == "done"]
+        wanted = cell.digest
+        good = [line for line in read_lines(self.path) if line["config"] == wanted and line["status"] == "done"]
         return good[-1] if good else None
 
     def add_done(self, cell: Cell, summary: dict[str, object], seconds: float, more: dict[str, object]) -> None:
