@@ -52,20 +52,10 @@ def input_type(precision: str) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
-def train(
-    rank: int,
-    world_size: int,
-    engine_name: str,
-    precision: str,
-    zero: dict,
-    cache: str,
-    accumulation: int,
-    bucket: int,
-    choices: dict,
-) -> dict:
+def train(rank: int, world_size: int, bucket: int, *arguments: object) -> dict:
     """The sharded run under test, its switches cut into buckets of so many bytes; returns what this rank saw."""
     with patch.object(srlora_dist.exchange, "BUCKET_BYTES", bucket):
-        return _train(rank, world_size, engine_name, precision, zero, cache, accumulation, choices)
+        return _train(rank, world_size, *arguments)
 
 
 def _train(
@@ -240,7 +230,7 @@ def assert_equals_the_reference(engine: str, precision: str, tmp_path: Path, cho
     name, world_size, zero, accumulation = ENGINES[engine]
     bucket_bytes = 1 if world_size == 3 else 1 << 20  # a bucket a site, or one for all
     leaves_settings = "zero_hpz_partition_size" in zero
-    arguments = (name, precision, zero, str(tmp_path), accumulation, bucket_bytes, choices)
+    arguments = (bucket_bytes, name, precision, zero, str(tmp_path), accumulation, choices)
     ranks = run_ranks(train, world_size, *arguments, last=leaves_settings)
     masters_in_fp32 = precision == "bf16" and name.startswith("zero")
     options = {"num_steps": NUM_STEPS, "rate": RATE, "clip": CLIP, "target": TARGET, "ratio": RATIO, "betas": BETAS}
