@@ -7,7 +7,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from srlora_dist.storage import Run
-from srlora_dist.tracked import Tracked
+from srlora_dist.tracked import Tracked, sum_by_pair
 
 
 class Changes(Tracked):
@@ -27,7 +27,7 @@ class Changes(Tracked):
         def square(run: Run) -> Tensor:
             return (run.of(run.owner).float() - self.of(run, "start")).square()
 
-        return self.by_site(self.storage.all_reduce_(self.sum_by_pair(square)))
+        return self.by_site(self.storage.all_reduce_(sum_by_pair(self.storage, square)))
 
     @override
     def reset_(self, number: int, slots: Tensor) -> None:

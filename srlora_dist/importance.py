@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from srlora_dist.storage import Piece, Run, Storage, local_part
-from srlora_dist.tracked import Tracked
+from srlora_dist.tracked import Tracked, sum_by_pair
 
 GROUP_ELEMENTS = {"cpu": 1 << 16, "other": 1 << 24}
 """Elements that are updated together: on a CPU few enough for its cache, elsewhere enough to need few kernels."""
@@ -104,8 +104,8 @@ class Importance(Tracked):
             return self.of(run, "mean") * self.of(run, "deviation")
 
         if not self.relative:
-            return self.by_site(self.storage.all_reduce_(self.sum_by_pair(score)))
-        parts = [self.sum_by_pair(of, factor) for of in (score, mean_square) for factor in ("A", "B")]
+            return self.by_site(self.storage.all_reduce_(sum_by_pair(self.storage, score)))
+        parts = [sum_by_pair(self.storage, of, factor) for of in (score, mean_square) for factor in ("A", "B")]
         of_a, of_b, size_of_a, size_of_b = self.storage.all_reduce_(torch.stack(parts))
         return self.by_site(_quotient(of_a, size_of_a) + _quotient(of_b, size_of_b))
 

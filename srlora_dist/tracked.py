@@ -85,10 +85,6 @@ class Tracked(ABC):
         at = places_of_pairs(run.start, run.numel, shape, PAIR_DIM[run.factor], slots)
         return at.to(run.owner.device)
 
-    def sum_by_pair(self, of_run: Callable[[Run], Tensor], factors: str = "AB") -> Tensor:
-        """:func:`sum_by_pair` of what is tracked."""
-        return sum_by_pair(self.storage, of_run, factors)
-
     def by_site(self, packed: Tensor) -> list[Tensor]:
         """One number a pair, of all sites in a row, cut into (r,) a site, on the CPU."""
         return list(packed.cpu().split([site.rank for site in self.storage.sites]))

@@ -70,8 +70,8 @@ def main_figure(line: dict) -> float:
 
 
 def is_worse(difference: Mean, metric: str) -> bool:
-    """Whether a difference from another method is worse than 0 by more than its interval; for one seed, at all."""
-    return difference.value * (1 if metric == "loss" else -1) > (difference.half or 0.0)
+    """Whether a difference from another method is worse than 0 by more than its interval; one seed has none."""
+    return difference.half is not None and difference.value * (1 if metric == "loss" else -1) > difference.half
 
 
 def recycled(line: dict) -> float | None:

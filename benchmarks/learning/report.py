@@ -148,7 +148,8 @@ def _verdict(task: str, name: str, found: dict[str, Lines]) -> str:
     for other in BASELINES:
         difference = _difference(found[name], found[other], main_figure)
         worse = is_worse(difference, main_metric(next(iter(found[name].values()))))
-        cells.append(f"{difference}, {'worse' if worse else 'not worse'}")
+        verdict = "one seed" if difference.half is None else "worse" if worse else "not worse"
+        cells.append(f"{difference}, {verdict}")
     return "| " + " | ".join(cells) + " |"
 
 
