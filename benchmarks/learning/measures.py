@@ -28,7 +28,11 @@ class Mean:
 
     def __str__(self) -> str:
         """Mean ± half interval."""
-        return f"{self.value:.3f}" if self.half is None else f"{self.value:.3f} ± {self.half:.3f}"
+        return format(self, "")
+
+    def __format__(self, sign: str) -> str:
+        """The same; ``+`` shows the sign of a difference."""
+        return f"{self.value:{sign}.3f}" + ("" if self.half is None else f" ± {self.half:.3f}")
 
 
 def mean_of(values: list[float]) -> Mean:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 
 import drawing
 from measures import (
-    Mean,
     final_loss,
     is_worse,
     main_figure,
@@ -23,6 +23,7 @@ from studies import (
     QUESTIONS,
     RESULTS,
     TASKS,
+    Question,
     Run,
     chosen_rate,
     main_runs,
@@ -32,9 +33,8 @@ from studies import (
 
 from srlora_dist.reproduce.results import Results
 
-PAPER, NO_SWITCHES = "the paper's", "no switches (PiSSA)"
 GOAL = 0.7
-BASELINES, CANDIDATES = ("LoRA", "PiSSA"), ("SRLoRA", "SRLoRA, zero_b")
+BASELINES, CANDIDATES = ("LoRA", "PiSSA"), ("SRLoRA", "SRLoRA, zero_b", "LoRA, r = 32")
 Lines = dict[int, dict]
 """Results by seed."""
 
@@ -44,7 +44,7 @@ def main() -> None:
     results = Results(RESULTS)
     text = [INTRODUCTION, *_rates(results), *_main(results)]
     for name, question in QUESTIONS.items():
-        text += _question(results, name, question.title, question.conclusion)
+        text += _question(results, name, question)
     (HERE / "RESULTS.md").write_text("\n".join(text) + "\n")
 
 
@@ -73,9 +73,7 @@ def _collect(results: Results, runs: list[Run]) -> dict[str, Lines]:
 
 
 def _rates(results: Results) -> list[str]:
-    lines = ["", "## Learning rates", ""]
-    lines += ["Chosen for each method from the same grid, by the lowest final validation loss on a seed of its own."]
-    lines += ["", "| task | method | rate: validation loss | chosen |", "|---|---|---|---|"]
+    rows = []
     for task in TASKS:
         for name in METHODS:
             losses = {
@@ -85,30 +83,27 @@ def _rates(results: Results) -> list[str]:
             }
             if losses:
                 cells = ", ".join(f"{rate:g}: {loss:.4f}" for rate, loss in losses.items())
-                lines.append(f"| {task} | {name} | {cells} | {chosen_rate(task, name) or 'not all run'} |")
-    return lines
+                rows.append(f"| {task} | {name} | {cells} | {chosen_rate(task, name) or 'not all run'} |")
+    about = "Chosen for each method from the same grid, by the lowest final validation loss on a seed of its own."
+    return ["", "## Learning rates", "", about, *_table("task | method | rate: validation loss | chosen", rows)]
 
 
 def _main(results: Results) -> list[str]:
-    header = "| task | method | training loss | validation loss | metric | steps | time | n |"
-    lines = ["", "## The methods side by side", "", header, "|---|---|---|---|---|---|---|---|"]
-    verdicts, curves = [], {}
+    rows, verdicts, curves = [], [], {}
     for task in TASKS:
         found = _collect(results, main_runs(task))
         if not set(BASELINES) <= set(found):
             continue
         curves[task] = found
-        lines += [_row(task, name, found[name], found["LoRA"]) for name in METHODS if name in found]
+        rows += [_row(task, name, found[name], found["LoRA"]) for name in METHODS if name in found]
         verdicts += [_verdict(task, name, found) for name in CANDIDATES if name in found]
-    if curves:
-        drawing.draw_curves(curves, list(METHODS), HERE / "figures" / "main.png")
-        lines += ["", "![training losses](figures/main.png)", "", "### The goal", "", GOAL_TEXT, ""]
-        lines += [
-            "| task | method | steps | metric less LoRA's | metric less PiSSA's |",
-            "|---|---|---|---|---|",
-            *verdicts,
-        ]
-    return lines
+    if not curves:
+        return []
+    drawing.draw_curves(curves, list(METHODS), HERE / "figures" / "main.png")
+    header = "task | method | training loss | validation loss | metric | steps | time | n"
+    text = ["", "## The methods side by side", *_table(header, rows), "", "![training losses](figures/main.png)", ""]
+    header = "task | method | steps | metric less LoRA's | metric less PiSSA's"
+    return [*text, "### The goal", "", GOAL_TEXT, *_table(header, verdicts)]
 
 
 GOAL_TEXT = (
@@ -146,47 +141,62 @@ def _verdict(task: str, name: str, found: dict[str, Lines]) -> str:
     met = "met" if steps <= GOAL else f"missed by {steps - GOAL:.2f}"
     cells = [task, name, f"{steps:.2f}, {met}"]
     for other in BASELINES:
-        difference = _difference(found[name], found[other], main_figure)
+        difference = mean_of(_differences(found[name], found[other], main_figure))
         worse = is_worse(difference, main_metric(next(iter(found[name].values()))))
         verdict = "one seed" if difference.half is None else "worse" if worse else "not worse"
-        cells.append(f"{difference}, {verdict}")
+        cells.append(f"{difference:+}, {verdict}")
     return "| " + " | ".join(cells) + " |"
 
 
-def _difference(lines: Lines, base: Lines, figure: callable) -> Mean:
-    seeds = [seed for seed in lines if seed in base]
-    return mean_of([figure(lines[seed]) - figure(base[seed]) for seed in seeds])
+def _differences(lines: Lines, base: Lines, figure: Callable[[dict], float]) -> list[float]:
+    return [figure(line) - figure(base[seed]) for seed, line in lines.items() if seed in base]
 
 
-def _question(results: Results, name: str, title: str, conclusion: str) -> list[str]:
-    header = "| task | variant | training loss | metric | fused after one interval | lifetime | n |"
-    rows, points = [], {}
+def _question(results: Results, name: str, question: Question) -> list[str]:
+    """Its tables: each task, and the differences of all tasks and seeds taken together."""
+    rows, points, differences = [], {}, {}
     for task in ABLATION_TASKS:
         of_methods = _collect(results, main_runs(task))
-        base = of_methods.get("SRLoRA", {})
+        base = of_methods.get(question.of, {})
         found = _collect(results, variant_runs(task, name))
         if not base or not found:
             continue
-        named = {PAPER: base, NO_SWITCHES: of_methods["PiSSA"], **found}
-        points[task] = named
-        for key, lines in named.items():
-            rows.append(_variant_row(task, key, {s: line for s, line in lines.items() if s in base}, base))
+        seeds = set(base) & {seed for lines in found.values() for seed in lines}
+        named = {question.of: base} | {key: of_methods[key] for key in BASELINES} | found
+        points[task] = {key: {seed: lines[seed] for seed in sorted(seeds & set(lines))} for key, lines in named.items()}
+        for key, lines in points[task].items():
+            rows.append(_variant_row(task, key, lines, base))
+            if key != question.of:
+                pair = (_differences(lines, base, figure) for figure in (final_loss, main_figure))
+                for known, new in zip(differences.setdefault(key, ([], [])), pair, strict=True):
+                    known += new
     if not rows:
         return []
-    drawing.draw_variants(points, title, HERE / "figures" / f"{name}.png")
-    text = ["", f"## {title}", "", "Differences from the paper's choice.", "", header, "|---|---|---|---|---|---|---|"]
-    return [*text, *rows, "", f"![{title}](figures/{name}.png)", *(["", conclusion] if conclusion else [])]
+    drawing.draw_variants(points, question.title, HERE / "figures" / f"{name}.png")
+    text = ["", f"## {question.title}", "", f"Differences from {question.of}, at its rate (LoRA and PiSSA at theirs)."]
+    text += _table("task | variant | training loss | metric | fused after one interval | lifetime | n", rows)
+    text += ["", f"![{question.title}](figures/{name}.png)"]
+    if len(points) > 1:
+        rows = [
+            f"| {key} | {mean_of(losses):+} | {mean_of(metrics):+} | {len(losses)} |"
+            for key, (losses, metrics) in differences.items()
+        ]
+        text += ["", "All tasks and seeds together:", *_table("variant | training loss | metric | n", rows)]
+    return [*text, *(["", question.conclusion] if question.conclusion else [])]
+
+
+def _table(header: str, rows: list[str]) -> list[str]:
+    return ["", f"| {header} |", "|---" * (header.count("|") + 1) + "|", *rows]
 
 
 def _variant_row(task: str, key: str, lines: Lines, base: Lines) -> str:
     share, lifetime = ([figure(line) for line in lines.values()] for figure in (recycled, mean_lifetime))
     share = "-" if None in share else f"{statistics.mean(share):.0%}"
     lifetime = "-" if None in lifetime else f"{statistics.mean(lifetime):.2f}"
-    if key == PAPER:
-        loss = f"{mean_of([final_loss(line) for line in lines.values()])} itself"
-        metric = f"{mean_of([main_figure(line) for line in lines.values()])} itself"
+    if all(line is base[seed] for seed, line in lines.items()):
+        loss, metric = (mean_of([figure(x) for x in lines.values()]) for figure in (final_loss, main_figure))
     else:
-        loss, metric = (_difference(lines, base, figure) for figure in (final_loss, main_figure))
+        loss, metric = (f"{mean_of(_differences(lines, base, figure)):+}" for figure in (final_loss, main_figure))
     cells = [task, key, loss, metric, share, lifetime, len(lines)]
     return "| " + " | ".join(map(str, cells)) + " |"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from typing_extensions import override
 
-from srlora_dist.config import parse
+from srlora_dist.config import RunConfig, parse
 from srlora_dist.reproduce.grid import Cell, Grid, digest
 from srlora_dist.reproduce.results import Results
 from srlora_dist.runlog import read_lines
@@ -39,7 +39,7 @@ RATES = {  # the same for every method
 TASKS = tuple(RATES)
 RATE_SEEDS = (100,)
 MAIN_SEEDS = (0, 1, 2)
-ABLATION_TASKS, ABLATION_SEEDS = ("sst2", "mnist"), (0, 1)
+ABLATION_TASKS, ABLATION_SEEDS = ("mnist", "fashion_mnist", "sst2"), (0, 1)
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,14 @@ class Question:
 
     Args:
         title: What is asked.
-        variants: By their names the options of ``srlora`` beside the paper's, which stand in every comparison.
+        variants: By their names the options of ``srlora`` beside those of ``of``, which stand in every comparison.
+        of: The name in ``METHODS`` of what the variants differ from.
         conclusion: What the figures say, written when they were there.
     """
 
     title: str
     variants: dict[str, dict[str, object]]
+    of: str = "SRLoRA"
     conclusion: str = ""
 
 
@@ -103,6 +105,18 @@ QUESTIONS = {
     ),
     "target": Question(
         "How many directions should a run use?", {str(rank): {"target_rank": rank} for rank in (16, 64, 128)}
+    ),
+    "zero_b": Question(
+        "What goes with pairs that begin with B at zero?",
+        {
+            "no switches": {"target_rank": 8},
+            "1 switch": {"target_rank": 16},
+            "pair_steps": {"optimizer_reset": "pair_steps"},
+            "oldest": {"choose": "oldest"},
+            "quarter, grace 2": {"fusion_ratio": 0.25, "grace": 2},
+            "first half": {"num_switches": 5, "switch_until": 0.5},
+        },
+        of="SRLoRA, zero_b",
     ),
 }
 
@@ -154,10 +168,15 @@ def make_run(task: str, name: str, options: dict[str, object], rate: float, seed
     arguments += [f"--seed={seed}", f"--train.learning_rate={rate:g}"]
     if task in GLUE:
         arguments += [f"--model.name_or_path={MINILM.folder()}", f"--task.data_dir={os.environ.get('GLUE_DIR', '')}"]
-    config, method = parse(arguments), str(options["method"])
+    config, method = _parse(tuple(arguments)), str(options["method"])
     folder = RUNS / f"{task}-{method}-seed{seed}-{digest(asdict(config), 'no')[:8]}"
     config = replace(config, output_dir=str(folder))
     return Run(task, name, Cell(task, method, seed, (*arguments, f"--output_dir={folder}"), config))
+
+
+@cache
+def _parse(arguments: tuple[str, ...]) -> RunConfig:
+    return parse(list(arguments))
 
 
 @cache
@@ -190,13 +209,14 @@ def main_runs(task: str) -> list[Run]:
 
 
 def variant_runs(task: str, question: str) -> list[Run]:
-    """The variants of a question, at the rate of the paper's method."""
-    rate = chosen_rate(task, "SRLoRA")
+    """The variants of a question, at the rate of what they differ from."""
+    asked = QUESTIONS[question]
+    rate = chosen_rate(task, asked.of)
     if rate is None:
         return []
     variants = {
-        name: METHODS["SRLoRA"] | {f"srlora.{key}": value for key, value in options.items()}
-        for name, options in QUESTIONS[question].variants.items()
+        name: METHODS[asked.of] | {f"srlora.{key}": value for key, value in options.items()}
+        for name, options in asked.variants.items()
     }
     return [make_run(task, name, options, rate, seed) for seed in ABLATION_SEEDS for name, options in variants.items()]
 
