@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 
 from torch import Tensor
 
-from srlora_dist.config import SRLoRAConfig
 from srlora_dist.schedule import choose_slots, window_length
 from srlora_dist.settling import Settling
 from srlora_dist.sites import Site
+from srlora_dist.srlora_config import FREE_ON_RESUME, SRLoRAConfig
 from srlora_dist.targets import num_next, plan_switches
 
 
@@ -69,7 +70,7 @@ class Agenda:
         return {
             "num_training_steps": self.num_training_steps,
             "due_steps": self.due_steps,
-            "importance_window": self.window,
+            "options": self._options(),
             "choice_before": self.settling.before if self.settling is not None else None,
         }
 
@@ -77,17 +78,23 @@ class Agenda:
         """Go on from what a checkpoint holds.
 
         Raises:
-            ValueError: It is of a run of another length or window.
+            ValueError: It is of a run of another length, or with other options.
         """
         if state.get("num_training_steps") != self.num_training_steps:
             raise ValueError(
                 f"the checkpoint is of a run of {state.get('num_training_steps')} optimizer steps, and this one has "
                 f"{self.num_training_steps}, which moves the switches: resume with the same length"
             )
-        if state.get("importance_window") != self.window:
-            raise ValueError(
-                f"the checkpoint's srlora.importance_window is {state.get('importance_window') or 'all'} steps, and "
-                f"this run's is {self.window or 'all'}: resume with the same one"
-            )
+        ours = self._options()
+        for name, theirs in state.get("options", {}).items():
+            if theirs != ours.get(name):
+                raise ValueError(
+                    f"the checkpoint is of a run with srlora.{name} {theirs}, and this one has {ours.get(name)}: set "
+                    "it back to go on"
+                )
         if self.settling is not None:
             self.due_steps, self.settling.before = list(state["due_steps"]), state["choice_before"]
+
+    def _options(self) -> dict[str, object]:
+        """Those that decide what a run computes."""
+        return {name: value for name, value in asdict(self.config).items() if name not in FREE_ON_RESUME}

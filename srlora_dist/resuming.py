@@ -10,15 +10,14 @@ from pathlib import Path
 from srlora_dist.checkpoint import Checkpoint, find_checkpoint
 from srlora_dist.config import RunConfig
 from srlora_dist.safefiles import clean_up
+from srlora_dist.srlora_config import FREE_ON_RESUME
 
 logger = logging.getLogger(__name__)
 
 FREE = {
     *("output_dir", "engine", "checkpoint", "model.name_or_path", "model.gguf_file", "model.trust_remote_code"),
-    *("task.data_dir", "srlora.svd_cache", "srlora.svd_distribute", "srlora.ledger_dir"),
-    *("srlora.residual_device", "srlora.check_switch", "srlora.switch_tolerance", "srlora.agreement_every"),
     *("train.accumulation_steps", "train.eval_batch_size", "train.eval_every", "train.log_every", "train.timeout"),
-    "train.max_bad_steps",
+    *("task.data_dir", "train.max_bad_steps", *(f"srlora.{name}" for name in FREE_ON_RESUME)),
 }
 """Options that may be others when a run is resumed: where things are, on what it runs, how often it reports. The
 pretrained weights are compared by their digests."""

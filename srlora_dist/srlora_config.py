@@ -8,6 +8,12 @@ from typing import Literal
 
 from srlora_dist.ranges import BELOW_ONE, COUNT, COUNT_OR_NONE, POSITIVE, expand_home, require
 
+FREE_ON_RESUME = {
+    *("svd_cache", "svd_distribute", "ledger_dir"),
+    *("residual_device", "check_switch", "switch_tolerance", "agreement_every"),
+}
+"""Options that do not change what is computed, so that a run may be resumed with others."""
+
 
 @dataclass
 class SRLoRAConfig:

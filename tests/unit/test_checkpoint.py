@@ -207,6 +207,21 @@ def test_other_groups_of_parameters_are_refused_and_rates_come_back(saved: Path,
     assert resume(tmp_path, tmp_path / "slower").storage.optimizer.param_groups[0]["lr"] == 3e-3
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"start": "zero_b"}, "srlora.start pissa, and this one has zero_b: set it back"),
+        ({"num_switches": 1}, "srlora.num_switches None, and this one has 1: set it back"),
+        ({"fusion_ratio": 0.75}, "srlora.fusion_ratio 0.5, and this one has 0.75: set it back"),
+        ({"importance_window": 3}, "srlora.importance_window auto, and this one has 3: set it back"),
+    ],
+)
+def test_other_options_are_refused(saved: Path, tmp_path, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resume(tmp_path, saved / "step-6", **options)
+    assert resume(tmp_path, saved / "step-6", agreement_every=2).num_steps == 6
+
+
 def test_random_numbers_go_on() -> None:
     def draw() -> tuple:
         return torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random(), random.gauss(0, 1)
