@@ -34,7 +34,7 @@ from studies import (
 from srlora_dist.reproduce.results import Results
 
 GOAL = 0.7
-BASELINES, CANDIDATES = ("LoRA", "PiSSA"), ("SRLoRA", "SRLoRA, zero_b", "LoRA, r = 32")
+BASELINES, CANDIDATES = ("LoRA", "PiSSA"), ("SRLoRA", "SRLoRA, zero_b", "LoRA, 4 r")
 Lines = dict[int, dict]
 """Results by seed."""
 
