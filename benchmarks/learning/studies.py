@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 import sys
+import warnings
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -57,14 +58,12 @@ class Question:
         variants: By their names the options of ``srlora`` beside those of ``of``, which stand in every comparison.
         of: The name in ``METHODS`` of what the variants differ from.
         seeds: Of the variants.
-        conclusion: What the figures say, written when they were there.
     """
 
     title: str
     variants: dict[str, dict[str, object]]
     of: str = "SRLoRA"
     seeds: tuple[int, ...] = ABLATION_SEEDS
-    conclusion: str = ""
 
 
 QUESTIONS = {
@@ -187,7 +186,9 @@ def make_run(task: str, name: str, options: dict[str, object], rate: float, seed
 
 @cache
 def _parse(arguments: tuple[str, ...]) -> RunConfig:
-    return parse(list(arguments))
+    with warnings.catch_warnings():  # a task's options for switches are without effect on LoRA
+        warnings.simplefilter("ignore")
+        return parse(list(arguments))
 
 
 @cache
