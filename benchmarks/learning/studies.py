@@ -27,11 +27,8 @@ METHODS = {
     "PiSSA": {"method": "pissa"},
     "SRLoRA": {"method": "srlora"},
     "SRLoRA, zero_b": {"method": "srlora", "srlora.start": "zero_b"},
-    "LoRA, 4 r": {
-        "method": "lora",
-        "lora.rank": "4 r",
-        "lora.alpha": "4 r",
-    },  # what four times the parameters would give
+    # What four times the parameters would give.
+    "LoRA, 4 r": {"method": "lora", "lora.rank": "4 r", "lora.alpha": "4 r"},
 }
 """What stands in the main table, by the names there, and the options of each."""
 GLUE = ("sst2", "stsb", "mrpc")

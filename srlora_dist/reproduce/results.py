@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import asdict
 from datetime import date
+from functools import lru_cache
 from pathlib import Path
 
 import yaml
@@ -38,8 +39,11 @@ class Results:
 
     def of(self, cell: Cell) -> dict[str, object] | None:
         """The last good result of a run with these options; None if there is none."""
-        wanted = cell.digest
-        good = [line for line in read_lines(self.path) if line["config"] == wanted and line["status"] == "done"]
+        if not self.path.exists():
+            return None
+        state, wanted = self.path.stat(), cell.digest
+        lines = _read_once(self.path, state.st_size, state.st_mtime_ns)
+        good = [line for line in lines if line["config"] == wanted and line["status"] == "done"]
         return good[-1] if good else None
 
     def add_done(self, cell: Cell, summary: dict[str, object], seconds: float, more: dict[str, object]) -> None:
@@ -68,6 +72,12 @@ class Results:
             file.write(json.dumps(line | more) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+@lru_cache(maxsize=1)
+def _read_once(path: Path, *_state: int) -> list[dict]:
+    """The lines of a file as long as it stays the same; a report asks for thousands."""
+    return read_lines(path)
 
 
 def changed_options(config: RunConfig) -> dict[str, object]:
