@@ -168,12 +168,13 @@ class LoRA(Method):
     def __init__(self, config: RunConfig, model: PeftModel) -> None:
         self.model = model
         self.adapter_name = config.srlora.adapter_name
-        find_sites(model, self.adapter_name)  # refuses early what cannot be worked on
+        self.names = [site.name for site in find_sites(model, self.adapter_name)]  # refuses what cannot be worked on
 
     @override
     def bind(self, model: nn.Module, optimizer: object, resume_from: str | Checkpoint | None = None) -> None:
         release_gathered(model)
-        self.sites = find_sites(model, self.adapter_name)  # preparing a model can replace its parameters
+        # Preparing a model can replace its parameters.
+        self.sites = find_sites(model, self.adapter_name, self.names)
         self.storage = find_storage(model, optimizer, self.sites)
         self.storage_name = self.storage.name
         self.digests = self.storage.digest_weights()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,8 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+
+from srlora_dist.bypassed import LEAVE_OUT, Fault, find_bypassed, is_all_linear
 
 FUSED = "srlora_fused"
 """Name of the frozen second adapter that holds what is fused where W itself is never written."""
@@ -105,8 +108,16 @@ def find_peft_model(model: nn.Module) -> PeftModel:
     return peft_model
 
 
-def find_sites(model: nn.Module, adapter_name: str = "default") -> list[Site]:
+def find_sites(model: nn.Module, adapter_name: str = "default", only: Collection[str] | None = None) -> list[Site]:
     """The sites of one adapter, in the order of the model's modules.
+
+    Layers that cannot be worked on are left out with a warning where the user has not named them, as with
+    ``target_modules="all-linear"``; they stay what PEFT made them.
+
+    Args:
+        model: A PEFT model.
+        adapter_name: The adapter.
+        only: Names of the sites that were found before the model was prepared; None looks for all that there are.
 
     Raises:
         ValueError: There is no such adapter or no adapted layer, or a layer is not a linear LoRA layer of
@@ -127,9 +138,9 @@ def find_sites(model: nn.Module, adapter_name: str = "default") -> list[Site]:
     }
     if not layers:
         raise ValueError(f"adapter {adapter_name!r} has no LoRA layers: check target_modules of the LoraConfig")
+    layers = _fit_layers(peft_model, layers, adapter_name) if only is None else _named(layers, only)
     _refuse(layers, adapter_name)
     _refuse_quantised_heads(base, adapter_name)
-    _refuse_shared_weights(peft_model, layers)
     sites = [_site(name, layer, adapter_name) for name, layer in layers.items()]
     _require_supported_types(sites)
     return sites
@@ -175,10 +186,49 @@ def warn_of_unsaved_parts(model: nn.Module, sites: list[Site], adapter_name: str
         )
 
 
+def _fit_layers(peft_model: PeftModel, layers: dict[str, LoraLayer], adapter_name: str) -> dict[str, LoraLayer]:
+    """The layers without those that cannot be worked on, whatever the options.
+
+    Raises:
+        ValueError: The user has named such a layer, or there is no other.
+    """
+    base, config = peft_model.get_base_model(), peft_model.peft_config[adapter_name]
+    linear = {name: layer for name, layer in layers.items() if _is_linear(layer)}
+    faults = {name: ("is not a linear layer", LEAVE_OUT) for name in layers if name not in linear}
+    faults |= find_bypassed(base, linear) | _shared_weights(peft_model, linear)
+    # PEFT adapts the experts of a mixture wherever their names fit, so nobody has named those.
+    unnamed = {name for name, layer in layers.items() if isinstance(layer, ParamWrapper)}
+    named = {} if is_all_linear(base, config, layers) else {n: f for n, f in faults.items() if n not in unnamed}
+    fit = {name: layer for name, layer in layers.items() if name not in faults}
+    for what, remedy in (named if fit else faults).values():
+        names = [name for name, fault in faults.items() if fault[0] == what]
+        raise ValueError(f"SRLoRA cannot work on a layer that {what}: {some(names)}; {remedy}")
+    if faults:
+        kinds = dict.fromkeys(what for what, _ in faults.values())
+        named = [f"{some([n for n, f in faults.items() if f[0] == what])} (a layer that {what})" for what in kinds]
+        warnings.warn(
+            f"SRLoRA leaves out {'; '.join(named)}: such a layer keeps the LoRA pairs that PEFT gave it", stacklevel=4
+        )
+    return fit
+
+
+def _named(layers: dict[str, LoraLayer], names: Collection[str]) -> dict[str, LoraLayer]:
+    return {name: layer for name, layer in layers.items() if name in names}
+
+
+def _shared_weights(model: nn.Module, layers: dict[str, LoraLayer]) -> dict[str, Fault]:
+    """Layers whose W is also the weight of another layer, which an edit would change too."""
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    return {
+        name: ("shares its weight with others", LEAVE_OUT)
+        for name, layer in layers.items()
+        if uses[id(layer.get_base_layer().weight)] > 1
+    }
+
+
 def _refuse(layers: dict[str, LoraLayer], adapter_name: str) -> None:
     """Raise one error for each kind of layer that cannot be worked on, listing the sites."""
     checks = (
-        ("is not a linear layer", "leave it out of target_modules", lambda x: not _is_linear(x)),
         ("uses DoRA or another LoRA variant", "set use_dora=False", lambda x: adapter_name in x.lora_variant),
         (
             "has LoRA dropout, which breaks the preservation of the function",
@@ -189,7 +239,7 @@ def _refuse(layers: dict[str, LoraLayer], adapter_name: str) -> None:
         ("has a trainable pretrained weight", "freeze it", lambda x: x.get_base_layer().weight.requires_grad),
         (
             "has a frozen A or B",
-            "make it trainable, or leave it out of target_modules",
+            f"make it trainable, or {LEAVE_OUT}",
             lambda x: not all(f[adapter_name].weight.requires_grad for f in (x.lora_A, x.lora_B)),
         ),
         ("has a scale of 0 or less", "set lora_alpha above 0", lambda x: x.scaling[adapter_name] <= 0),
@@ -212,16 +262,6 @@ def _refuse_quantised_heads(base: nn.Module, adapter_name: str) -> None:
         raise ValueError(
             f"SRLoRA cannot train a quantised layer: {some(names)}; load the model with "
             f"BitsAndBytesConfig(llm_int8_skip_modules={names})"
-        )
-
-
-def _refuse_shared_weights(model: nn.Module, layers: dict[str, LoraLayer]) -> None:
-    """Raise where W is also the weight of another layer, which an edit would change too."""
-    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    shared = [name for name, layer in layers.items() if uses[id(layer.get_base_layer().weight)] > 1]
-    if shared:
-        raise ValueError(
-            f"SRLoRA cannot edit a weight that several layers share: {some(shared)}; leave it out of target_modules"
         )
 
 

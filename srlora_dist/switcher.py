@@ -263,7 +263,7 @@ class Switcher:
 
     def _find_same_sites(self, model: nn.Module) -> list[Site]:
         """The sites again, because preparing a model can replace its parameters."""
-        sites = find_sites(model, self.config.adapter_name)
+        sites = find_sites(model, self.config.adapter_name, [site.name for site in self.sites])
         if [(site.name, site.shape) for site in sites] != [(site.name, site.shape) for site in self.sites]:
             raise ValueError("bind() got another model than Switcher(): pass what prepare() made of the same one")
         for site, known in zip(sites, self.sites, strict=True):

@@ -56,9 +56,10 @@ def _prepare(config: RunConfig, accelerator: Accelerator) -> Directions:
     task = load_task(config)
     model = adapt(config, task.model, task.peft_type, task.heads)
     keep_payloads_(model)
+    names = [site.name for site in find_sites(model, config.srlora.adapter_name)]
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
     model, optimizer = accelerator.prepare(model, optimizer)
-    sites = find_sites(model, config.srlora.adapter_name)
+    sites = find_sites(model, config.srlora.adapter_name, names)
     clamp_target_ranks(sites, config.lora.rank if config.method == "pissa" else config.srlora.target_rank)
     directions = Directions(find_storage(model, optimizer, sites), config.srlora)
     directions.prepare()

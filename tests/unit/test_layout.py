@@ -29,6 +29,7 @@ LAYERS = [
     ["ledger", "schedule", "original", "krylov", "settling"],
     ["storage"],
     ["pairs", "sites", "digest", "spans"],
+    ["bypassed"],
     ["config"],
     ["srlora_config"],
     ["options_file", "ranges", "safefiles", "cache", "errors", "compiling", "paper", "process", "arguments"]

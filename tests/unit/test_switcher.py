@@ -79,7 +79,7 @@ def test_a_shared_weight_is_refused() -> None:
     net = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
     net[1].weight = net[0].weight
     model = get_peft_model(net, LoraConfig(r=2, target_modules=["0"]))
-    with pytest.raises(ValueError, match="several layers share: 0"):
+    with pytest.raises(ValueError, match="shares its weight with others: 0"):
         Switcher(model, SRLoRAConfig(target_rank=4), 100)
 
 
@@ -300,7 +300,7 @@ def test_what_is_trained_around_the_peft_model_warns() -> None:
         Switcher(nn.Sequential(make_net()), SRLoRAConfig(target_rank=8), 20)
 
 
-class Cut(nn.Parameter):
+class DTensor(nn.Parameter):
     """What tensor parallelism makes of a weight, in as far as it is told from a whole one."""
 
     def to_local(self) -> torch.Tensor:
@@ -308,7 +308,10 @@ class Cut(nn.Parameter):
 
 
 ELSEWHERE = {
-    "tensor parallelism": (lambda weight: Cut(weight.data, requires_grad=False), "first is cut by tensor parallelism"),
+    "tensor parallelism": (
+        lambda weight: DTensor(weight.data, requires_grad=False),
+        "first is cut by tensor parallelism",
+    ),
     "offload": (
         lambda weight: nn.Parameter(weight.to("meta"), requires_grad=False),
         "first is on meta, where a device_map",

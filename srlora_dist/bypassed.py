@@ -1,0 +1,152 @@
+"""Finds adapted layers that do not compute ``x W^T``: the model reads their weight, or they make it from other tensors.
+
+PEFT's adapter does nothing at such a layer, or something else, so an edit of its W would change the function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import copy
+
+import torch
+from peft import PeftConfig
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils.constants import MIN_TARGET_MODULES_FOR_OPTIMIZATION
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+PLAIN_WEIGHTS = (torch.Tensor, nn.Parameter)
+KNOWN_WEIGHTS = ("DTensor", "Params4bit", "Int8Params")
+"""Types by name: these packages may not be installed."""
+
+LEAVE_OUT = "leave it out of target_modules"
+
+Fault = tuple[str, str]
+"""What is wrong with a layer, as the end of "a layer that ...", and the remedy."""
+
+
+def find_bypassed(base: nn.Module, layers: dict[str, LoraLayer]) -> dict[str, Fault]:
+    """Layers whose structure tells that they do not compute ``x W^T``, by name, before anything is edited.
+
+    Args:
+        base: The model that the names belong to, not yet prepared.
+        layers: Linear LoRA layers by name.
+    """
+    faults = {}
+    for name, layer in layers.items():
+        linear = layer.get_base_layer()
+        parent = base.get_submodule(name.rpartition(".")[0])
+        fault = _fault_of_weight(linear) or _fault_of_parent(parent, linear, layer) or _fault_of_forward(linear)
+        if fault is not None:
+            faults[name] = fault
+    return faults
+
+
+def _fault_of_weight(linear: nn.Module) -> Fault | None:
+    if "weight" not in linear._parameters:
+        return (
+            "computes its weight from other tensors (weight norm, spectral norm, pruning or another parametrisation)",
+            "make it a plain weight first, as torch.nn.utils.parametrize.remove_parametrizations and prune.remove do, "
+            f"or {LEAVE_OUT}",
+        )
+    shape = (linear.nf, linear.nx) if isinstance(linear, Conv1D) else (linear.out_features, linear.in_features)
+    if 0 in shape:
+        return "has no inputs or no outputs", LEAVE_OUT
+    kind = type(linear.weight)
+    if kind in PLAIN_WEIGHTS or kind.__name__ in KNOWN_WEIGHTS:
+        return None
+    return f"keeps its weight as a {kind.__module__}.{kind.__name__}", f"load the model without it, or {LEAVE_OUT}"
+
+
+def _fault_of_parent(parent: nn.Module, linear: nn.Module, layer: LoraLayer) -> Fault | None:
+    """Modules of PyTorch that hand the weight of a child to a kernel; one of them in evaluation mode alone."""
+    children = {
+        nn.MultiheadAttention: ("out_proj",),
+        nn.TransformerEncoderLayer: ("linear1", "linear2"),
+    }
+    for kind, names in children.items():
+        ours = type(parent).forward is kind.forward
+        if ours and any(getattr(parent, name, None) in (linear, layer) for name in names):
+            return f"nn.{kind.__name__} never calls, for it reads the weight", LEAVE_OUT
+    return None
+
+
+@torch.no_grad()
+def _fault_of_forward(linear: nn.Module) -> Fault | None:
+    """Try a layer whose class, instance or hooks may compute something else; bitsandbytes' own do so by design."""
+    kinds = {kind.__name__ for kind in type(linear).__mro__}
+    ours = type(linear).forward in (nn.Linear.forward, Conv1D.forward) and "forward" not in vars(linear)
+    hooked = linear._forward_hooks or linear._forward_pre_hooks
+    if (ours and not hooked) or linear.weight.is_meta or kinds & {"Linear4bit", "Linear8bitLt"}:
+        return None
+    fault = f"computes something else than x W^T ({type(linear).__name__}.forward, or a hook)", LEAVE_OUT
+    weight = linear.weight
+    if weight.dim() != 2:  # zero.Init has cut it, so it cannot be tried
+        return None if ours else fault
+    generator = torch.Generator().manual_seed(0)
+    weight = weight.T if isinstance(linear, Conv1D) else weight
+    x = torch.randn(1, 3, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
+    try:
+        wanted, got = functional.linear(x, weight, linear.bias), linear(x)
+    except Exception:  # it wants other inputs than a linear layer
+        return fault
+    same = torch.is_tensor(got) and got.shape == wanted.shape
+    rounding = max(1e-5, torch.finfo(weight.dtype).eps / 2)
+    return None if same and float((got - wanted).norm()) <= rounding * float(wanted.norm()) else fault
+
+
+def is_all_linear(base: nn.Module, config: PeftConfig, layers: dict[str, LoraLayer]) -> bool:
+    """Whether the layers were taken by ``target_modules="all-linear"``, so that the user has named none of them.
+
+    PEFT does not keep the word: it puts the names of all linear layers in its place, or their endings if many.
+    """
+    if not isinstance(config.target_modules, (set, list)):
+        return False
+    again = copy(config)
+    again.target_modules = "all-linear"
+    wanted = set(_maybe_include_all_linear_layers(again, base).target_modules)
+    copied = [name for name, module in base.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    wanted = {name for name in wanted if not any(name == c or name.startswith(f"{c}.") for c in copied)}
+    if set(config.target_modules) - set(copied) == wanted:
+        return True
+    return len(wanted) >= MIN_TARGET_MODULES_FOR_OPTIMIZATION and wanted <= set(layers)
+
+
+class Watch:
+    """Notes during forward passes which layers were called, and of which the weight was read from outside.
+
+    Attributes:
+        called: Whether each layer was, in the order given.
+        read: Likewise.
+    """
+
+    def __init__(self, layers: list[LoraLayer]) -> None:
+        self._numbers = {id(layer): number for number, layer in enumerate(layers)}
+        self._layers = layers
+        self.called, self.read = [False] * len(layers), [False] * len(layers)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Note what happens inside."""
+        whole = BaseTunerLayer.weight  # model code that knows nothing of PEFT reads this property
+
+        def read(layer: BaseTunerLayer) -> Tensor:
+            if id(layer) in self._numbers:
+                self.read[self._numbers[id(layer)]] = True
+            return whole.fget(layer)
+
+        handles = [layer.register_forward_pre_hook(self._note_call) for layer in self._layers]
+        BaseTunerLayer.weight = property(read)
+        try:
+            yield
+        finally:
+            BaseTunerLayer.weight = whole
+            for handle in handles:
+                handle.remove()
+
+    def _note_call(self, layer: nn.Module, *_: object) -> None:
+        self.called[self._numbers[id(layer)]] = True
