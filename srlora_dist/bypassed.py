@@ -5,7 +5,7 @@ PEFT's adapter does nothing at such a layer, or something else, so an edit of it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
 

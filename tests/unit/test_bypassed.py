@@ -137,8 +137,7 @@ def bind(model: nn.Module, cache, **options):
 
 def outputs(model: nn.Module) -> list[Tensor]:
     with torch.no_grad():
-        found = [mode(model)(INPUTS.clone()) for mode in (nn.Module.eval, nn.Module.train)]
-    return found
+        return [mode(model)(INPUTS.clone()) for mode in (nn.Module.eval, nn.Module.train)]
 
 
 def change(model: nn.Module, before: list[Tensor]) -> float:
