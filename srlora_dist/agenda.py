@@ -97,4 +97,5 @@ class Agenda:
 
     def _options(self) -> dict[str, object]:
         """Those that decide what a run computes."""
-        return {name: value for name, value in asdict(self.config).items() if name not in FREE_ON_RESUME}
+        options = asdict(self.config) | {"target_rank": self.config.num_directions}
+        return {name: value for name, value in options.items() if name not in FREE_ON_RESUME}

@@ -23,9 +23,10 @@ from srlora_dist.export import export_checkpoint
 from srlora_dist.fused import activate_again_
 from srlora_dist.ledger import SwitchReport
 from srlora_dist.live_pairs import mark_saves_
+from srlora_dist.precision import require_deepspeed_type
 from srlora_dist.sites import find_peft_model
 from srlora_dist.switcher import Switcher
-from srlora_dist.trainer_arguments import refuse_arguments, require_launched_engine
+from srlora_dist.trainer_arguments import deepspeed_dtype, refuse_arguments, require_launched_engine
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ class SRLoRACallback(TrainerCallback):
     ) -> None:
         """Give quantised layers their second adapter, for which it is too late once the model is prepared."""
         refuse_arguments(args)
+        require_deepspeed_type(deepspeed_dtype(args) or "float32", "the type of the training")
         if args.push_to_hub:
             logger.warning(
                 "push_to_hub uploads the live pairs, which nobody can use without what was fused: upload the exported "

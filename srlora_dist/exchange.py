@@ -14,6 +14,7 @@ from srlora_dist.digest import combine, digest_run
 from srlora_dist.errors import RunStoppedError
 from srlora_dist.fused import append_pairs_
 from srlora_dist.ledger import Ledger, SiteSwitch, SwitchReport, read_entries
+from srlora_dist.matmul import exact_matmul
 from srlora_dist.sites import PAIR_DIM, Site
 from srlora_dist.storage import Storage
 from srlora_dist.svd import Directions, Triplet, compute_directions
@@ -167,6 +168,7 @@ class Exchange:
             fused_a, fused_b = storage.gather_parameters([site.fused_a, site.fused_b])
             parts.append((fused_b[:, : site.num_fused], fused_a[: site.num_fused]))
 
+        @exact_matmul()
         def factor() -> Triplet:
             weight = storage.widen(number, stored)
             for left, right in parts:

@@ -6,22 +6,10 @@ written once, here, for a run; the whole matrix is the run that starts at 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
-
-@contextmanager
-def exact_matmul() -> Iterator[None]:
-    """Multiply float32 in float32, whatever faster precision the training allows itself."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+from srlora_dist.matmul import exact_matmul
 
 
 @exact_matmul()

@@ -7,6 +7,7 @@ from torch import nn
 
 from srlora_dist.config import ModelOptions
 from srlora_dist.sites import FUSED
+from srlora_dist.storage import deepspeed_types
 
 MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 """What Accelerate calls the forward pass on weights of each type."""
@@ -43,10 +44,37 @@ def mixed_precision(
     chosen = launched if implied == "no" else implied
     if deepspeed is not None:
         _require_same(options, deepspeed)
+        require_deepspeed_type(next(name for name, known in MIXED_PRECISION.items() if known == chosen), "model.dtype")
     elif chosen == "fp16" and not has_gpu:
         what = "mixed_precision fp16" if launched == "fp16" else "model.dtype float16"
         raise ValueError(f"{what} needs a GPU on engine {engine}: choose bfloat16, or launch with DeepSpeed")
     return chosen
+
+
+def require_deepspeed_type(dtype: str, option: str) -> None:
+    """Stop where DeepSpeed cannot train in this type on this device: it would say so after the model is loaded.
+
+    Args:
+        dtype: As ``model.dtype`` names it.
+        option: What asks for it.
+
+    Raises:
+        ValueError: It cannot; the message says in which it can.
+    """
+    if dtype == "float32":  # every device has it, and to ask takes seconds of imports
+        return
+    found = deepspeed_types()
+    if dtype not in found:
+        raise ValueError(
+            f"{option} is {dtype}, in which DeepSpeed does not train on this {_device()}: choose "
+            f"{' or '.join(name for name in ('bfloat16', 'float32') if name in found)}"
+        )
+
+
+def _device() -> str:
+    if torch.accelerator.is_available():
+        return torch.accelerator.current_accelerator().type + " device"
+    return f"processor ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def require_precision(model: nn.Module, options: ModelOptions) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from srlora_dist.checkpoint import Checkpoint, find_checkpoint
 from srlora_dist.config import RunConfig
 from srlora_dist.safefiles import clean_up
-from srlora_dist.srlora_config import FREE_ON_RESUME
+from srlora_dist.srlora_config import DEFAULT_TARGET_RANK, FREE_ON_RESUME
 
 logger = logging.getLogger(__name__)
 
@@ -91,4 +91,6 @@ def _options(config: dict[str, object]) -> dict[str, object]:
         flat |= {f"{name}.{key}": each for key, each in inner.items()}
         if not isinstance(value, dict):
             flat[name] = value
+    if flat.get("srlora.target_rank", 0) is None:  # the same, unsaid
+        flat["srlora.target_rank"] = DEFAULT_TARGET_RANK
     return {name: value for name, value in flat.items() if name not in FREE}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from bisect import bisect_left
 from collections.abc import Iterable
 
@@ -34,6 +35,7 @@ def due_steps(
     fusion_ratio: float,
     until: float = 1.0,
     num_switches: int | None = None,
+    may_be_fewer: bool = False,
 ) -> list[int]:
     """Eq. 14: the optimizer steps after which a switch is due, t_interval = N_all / N_switch apart.
 
@@ -46,21 +48,33 @@ def due_steps(
         fusion_ratio: The paper's gamma.
         until: Share of the run in which all switches happen; the paper's is 1.
         num_switches: How many there are, in place of those that the ranks ask for.
+        may_be_fewer: Nobody has asked for the target ranks: where they ask for more switches than there are steps, make
+            one after each step and warn.
 
     Raises:
-        ValueError: There are more switches than steps.
+        ValueError: There are more switches than steps, and there may not be fewer.
     """
     length = round(until * num_training_steps)
     count = count_switches(ranks, fusion_ratio)
     if num_switches is not None:
         count = num_switches + (length == num_training_steps)  # one more falls on the end, and is left out
+    wanted = count
+    if may_be_fewer and num_switches is None:
+        count = min(count, length)
     if count > length:
         asked_by, remedy = "target_rank", "lower target_rank or raise fusion_ratio"
         if num_switches is not None:
             asked_by, remedy, count = "num_switches", "lower it", num_switches
         raise ValueError(f"srlora.{asked_by} asks for {count} switches in {length} steps: train longer, {remedy}")
     steps = [(k + 1) * length // count for k in range(count)]
-    return [step for step in steps if step < num_training_steps]
+    steps = [step for step in steps if step < num_training_steps]
+    if count < wanted:
+        warnings.warn(
+            f"the default srlora.target_rank asks for {wanted} switches in {length} steps, and as many as fit are "
+            f"made: {len(steps)}. Train longer for all of them, or set srlora.target_rank",
+            stacklevel=2,
+        )
+    return steps
 
 
 def window_length(setting: int | str, *decays: float) -> int | None:

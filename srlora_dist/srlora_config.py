@@ -15,6 +15,10 @@ FREE_ON_RESUME = {
 """Options that do not change what is computed, so that a run may be resumed with others."""
 
 
+DEFAULT_TARGET_RANK = 32
+"""Directions that are shared out where ``target_rank`` is not set."""
+
+
 @dataclass
 class SRLoRAConfig:
     """How pairs are scored, fused and restarted (SRLoRA, arXiv 2505.12433).
@@ -22,6 +26,7 @@ class SRLoRAConfig:
     Args:
         target_rank: Directions of each pretrained weight to share out over the run; the paper's r_target. The last
             switch of the paper's schedule falls on the end of training and is left out, so the last ones stay unused.
+            ``null`` is 32, and in a run with fewer steps than that asks for switches as many as there are steps for.
         fusion_ratio: Share of a site's pairs that one switch fuses, in (0, 1]; the paper's gamma (Eq. 13).
         beta1: Decay of the moving average of the sensitivity (Eq. 4).
         beta2: Decay of the moving average of its deviation (Eq. 5).
@@ -71,7 +76,7 @@ class SRLoRAConfig:
         ledger_dir: Folder to which each switch is appended; ``null`` keeps the ledger in memory alone.
     """
 
-    target_rank: int = 32
+    target_rank: int | None = None
     fusion_ratio: float = 0.5
     beta1: float = 0.85
     beta2: float = 0.85
@@ -122,3 +127,8 @@ class SRLoRAConfig:
                 "known to come before a switch: choose auto, which then counts all"
             )
         expand_home(self, "directions_from", "svd_cache", "ledger_dir")
+
+    @property
+    def num_directions(self) -> int:
+        """``target_rank``, or what it is where it is not set."""
+        return DEFAULT_TARGET_RANK if self.target_rank is None else self.target_rank

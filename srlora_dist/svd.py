@@ -22,8 +22,8 @@ from srlora_dist.cache import cache_dir, require_writable
 from srlora_dist.config import SRLoRAConfig
 from srlora_dist.digest import combine, digest_run
 from srlora_dist.krylov import find_triplets, is_worth_it
+from srlora_dist.matmul import exact_matmul
 from srlora_dist.original import OriginalWeights
-from srlora_dist.pairs import exact_matmul
 from srlora_dist.storage import Storage
 
 METHOD = "krylov-1"

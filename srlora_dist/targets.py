@@ -38,7 +38,7 @@ def share_out_directions_(sites: list[Site], config: SRLoRAConfig) -> None:
     Raises:
         ValueError: The target is below the rank of a site.
     """
-    clamp_target_ranks(sites, config.target_rank)
+    clamp_target_ranks(sites, config.num_directions)
     num_switches = config.num_switches
     if num_switches is None:
         num_switches = count_switches(((site.rank, site.target_rank) for site in sites), config.fusion_ratio)
@@ -50,13 +50,13 @@ def share_out_directions_(sites: list[Site], config: SRLoRAConfig) -> None:
 
 
 def plan_switches(sites: list[Site], config: SRLoRAConfig, num_training_steps: int) -> list[int]:
-    """Eq. 14: the optimizer steps after which a switch is due.
+    """Eq. 14: the optimizer steps after which a switch is due; in a short run fewer, where no target rank was set.
 
     Raises:
         ValueError: There are more switches than steps.
     """
     ranks = [(site.rank, site.target_rank) for site in sites]
-    more = config.switch_until, config.num_switches
+    more = config.switch_until, config.num_switches, config.target_rank is None
     return due_steps(num_training_steps, ranks, config.fusion_ratio, *more)
 
 

@@ -66,6 +66,18 @@ def refuse_arguments(args: TrainingArguments) -> None:
             raise ValueError(f"SRLoRA cannot work like this: {what}; {remedy}")
 
 
+def deepspeed_dtype(args: TrainingArguments) -> str | None:
+    """The type that DeepSpeed is to train in, by the name of ``model.dtype``; None without DeepSpeed."""
+    if args.deepspeed_plugin is None:
+        return None
+    settings = args.deepspeed_plugin.hf_ds_config
+    for name, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
+        enabled = settings.get_value(f"{name}.enabled", "auto")
+        if getattr(args, name) if enabled == "auto" else enabled:
+            return dtype
+    return "float32"
+
+
 def require_launched_engine(args: TrainingArguments, got: str) -> None:
     """Stop where the launch asks for an engine and Accelerate has dropped it in silence.
 

@@ -45,6 +45,7 @@ def _findings(file: Path | None, quick: bool) -> Iterator[Found]:
     yield from _tried("torch", _prepare)
     yield from _tried("devices", lambda: _check("machine", "devices"))
     yield from _tried("compiler", lambda: _check("machine", "compiler"))
+    yield from _tried("DeepSpeed", lambda: _check("machine", "deepspeed_types"))
     yield from _tried("disks", lambda: _check("machine", "disks", Path.cwd()))
     yield from _tried("bitsandbytes", lambda: _check("machine", "quantisation"))
     if not quick:

@@ -24,7 +24,7 @@ class PlanOptions:
         quantization: Of the pretrained linear layers.
         double_quantization: Quantise the constants of a 4-bit storage as well.
         rank: Pairs of each site.
-        target_rank: Directions to share out over the run.
+        target_rank: Directions to share out over the run; ``null`` is 32, with fewer switches where steps are few.
         fusion_ratio: Share of the pairs that one switch fuses.
         target_modules: ``all-linear``, or names with commas between them.
         fusion: Where fused pairs go: ``auto``, ``in_place`` or ``adapter``.
@@ -41,7 +41,7 @@ class PlanOptions:
     quantization: Literal["none", "nf4", "fp4", "int8"] = "none"
     double_quantization: bool = False
     rank: int = 8
-    target_rank: int = 32
+    target_rank: int | None = None
     fusion_ratio: float = 0.5
     target_modules: str = "all-linear"
     fusion: Literal["auto", "in_place", "adapter"] = "auto"

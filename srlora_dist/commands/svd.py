@@ -60,7 +60,7 @@ def _prepare(config: RunConfig, accelerator: Accelerator) -> Directions:
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
     model, optimizer = accelerator.prepare(model, optimizer)
     sites = find_sites(model, config.srlora.adapter_name, names)
-    clamp_target_ranks(sites, config.lora.rank if config.method == "pissa" else config.srlora.target_rank)
+    clamp_target_ranks(sites, config.lora.rank if config.method == "pissa" else config.srlora.num_directions)
     directions = Directions(find_storage(model, optimizer, sites), config.srlora)
     directions.prepare()
     return directions

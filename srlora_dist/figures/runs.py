@@ -11,6 +11,7 @@ import yaml
 
 from srlora_dist.paper import differs, task_title
 from srlora_dist.runlog import read_lines
+from srlora_dist.srlora_config import DEFAULT_TARGET_RANK
 from srlora_dist.tasks.packaged import model_title
 
 OF_NO_INTEREST = ("method", "seed", "output_dir", "engine", "task.name", "model.name_or_path", "task.data_dir")
@@ -170,7 +171,7 @@ def flat(config: dict[str, object], prefix: str = "") -> dict[str, object]:
 
 
 def _targets(runs: list[Run]) -> list[object]:
-    return [run.config["srlora.target_rank"] for run in runs if run.method == "srlora"]
+    return [run.config["srlora.target_rank"] or DEFAULT_TARGET_RANK for run in runs if run.method == "srlora"]
 
 
 def _engines(runs: list[Run]) -> list[str]:

@@ -20,7 +20,7 @@ def make_plan(
     quantization: str,
     double_quantization: bool,
     rank: int,
-    target_rank: int,
+    target_rank: int | None,
     fusion_ratio: float,
     target_modules: str,
     fusion: str,
@@ -46,8 +46,9 @@ def make_plan(
     sent = switches(blueprint)
     largest, model_bytes = forecast.largest_rank(), forecast.model_bytes()
     later = max(sent[1:], key=lambda messages: sum(message.num_bytes for message in messages), default=[])
+    target = config.srlora.num_directions
     return {
-        "run": f"{model} in {config.model.stored_as} on {engine}, {world_size} ranks, r={rank}, target {target_rank}",
+        "run": f"{model} in {config.model.stored_as} on {engine}, {world_size} ranks, r={rank}, target {target}",
         "optimizer": optimizer,
         "sites": len(blueprint.sites),
         "trained_parameters": sum(parameter.numel() for parameter in forecast.trained),

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from srlora_dist.cache import cache_dir, require_writable
 from srlora_dist.health import Found
-from srlora_dist.storage import quantised_error
+from srlora_dist.storage import deepspeed_types, quantised_error
 
 LEAST_SPACE, LEAST_SHARED = 5e9, 2.5e8
 """Bytes: of a disk for directions and checkpoints of a small model, and of the shared memory of several processes."""
@@ -56,6 +56,17 @@ def check_compiler() -> Iterator[Found]:
     ):
         path = shutil.which(tool)
         yield Found("ok", f"{tool}: {path}") if path else Found(lacking, f"{tool} is not on the PATH", remedy)
+
+
+def check_deepspeed_types() -> Iterator[Found]:
+    """The 16-bit types in which DeepSpeed trains here; not every processor and GPU has both."""
+    if find_spec("deepspeed") is None:
+        return
+    found = deepspeed_types()
+    yield Found("ok", f"DeepSpeed trains in {', '.join(sorted(found, reverse=True))}")
+    for dtype in sorted({"float16", "bfloat16"} - found):
+        others = " or ".join(name for name in ("bfloat16", "float32") if name in found)
+        yield Found("warning", f"DeepSpeed does not train in {dtype} on this device", f"use --model.dtype {others}")
 
 
 def check_disks(folder: Path) -> Iterator[Found]:

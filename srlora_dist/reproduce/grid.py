@@ -16,6 +16,7 @@ from typing_extensions import override
 from srlora_dist.config import RunConfig, parse
 from srlora_dist.figures.runs import flat
 from srlora_dist.paper import TABLES, PaperTable
+from srlora_dist.srlora_config import DEFAULT_TARGET_RANK
 from srlora_dist.tasks import check_task
 from srlora_dist.tasks.packaged import MINILM, model_title
 
@@ -111,8 +112,12 @@ def digest(config: dict[str, object], mixed_precision: str) -> str:
     An option at its default has no part in it, so that a result outlives the options that are added after it.
     """
     defaults = flat(asdict(RunConfig()))
-    options = flat(config).items()
-    options = {name: value for name, value in options if value != defaults[name] and not name.startswith(PLACES)}
+    options = flat(config)
+    if options["srlora.target_rank"] == DEFAULT_TARGET_RANK:  # the same, said
+        options["srlora.target_rank"] = None
+    options = {
+        name: value for name, value in options.items() if value != defaults[name] and not name.startswith(PLACES)
+    }
     options["model.name_or_path"] = model_title(flat(config)["model.name_or_path"])
     if mixed_precision != "no":
         options["mixed_precision"] = mixed_precision

@@ -128,7 +128,7 @@ def _settings(grid: TableGrid, found: Found) -> list[str]:
             lines.append(
                 f"- {grid.table.tasks[name].title}: {line['steps']} steps of {train.batch_size} samples"
                 f"{epochs}, rate {train.learning_rate:g}, inputs of up to "
-                f"{cell.config.task.max_length} tokens, rank {rank}, target rank {cell.config.srlora.target_rank}, "
+                f"{cell.config.task.max_length} tokens, rank {rank}, target rank {cell.config.srlora.num_directions}, "
                 f"{' / '.join(engines)}, {cell.config.model.stored_as}{mixed}."
             )
     return lines

@@ -12,7 +12,7 @@ from srlora_dist.storage.base import Piece, Run, Storage, by_site, local_part
 from srlora_dist.storage.lost import lost_ranks
 from srlora_dist.storage.moments import require_resettable
 from srlora_dist.storage.plain import PlainStorage
-from srlora_dist.storage.probe import quantised_error, try_process_group
+from srlora_dist.storage.probe import deepspeed_types, quantised_error, try_process_group
 from srlora_dist.storage.rejoin import rejoin
 from srlora_dist.storage.zero0 import Zero0Storage, leave_out_bad_steps_
 from srlora_dist.storage.zero3 import Zero3Storage, require_async_io
@@ -23,6 +23,7 @@ __all__ = [
     "Run",
     "Storage",
     "by_site",
+    "deepspeed_types",
     "find_storage",
     "leave_out_bad_steps_",
     "local_part",

@@ -72,6 +72,18 @@ def _add_up(num_processes: int, port: int, timeout: float, rank: int) -> None:
     dist.destroy_process_group()
 
 
+def deepspeed_types() -> set[str]:
+    """The types in which DeepSpeed trains on this device, by the names of ``model.dtype``.
+
+    Processors differ: float16 needs instructions that most of them lack, and bfloat16 is missing on old GPUs.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    device, found = get_accelerator(), {"float32"}
+    found |= {"float16"} if device.is_fp16_supported() else set()
+    return found | ({"bfloat16"} if device.is_bf16_supported() else set())
+
+
 def quantised_error(kind: str) -> tuple[float, float]:
     """Quantise a small linear layer with bitsandbytes and call it.
 

@@ -13,6 +13,7 @@ from torch import nn
 from tests.launch.conftest import Bench, Case, Ended
 from tests.launch.forks import Forks
 from tests.launch.test_engines import losses
+from tests.processor import require_deepspeed_type
 
 
 def decoder(bench: Bench, name: str, **options: object) -> list[str]:
@@ -74,6 +75,7 @@ ENGINES = {
 @pytest.mark.parametrize("name", ENGINES)
 def test_two_ranks_judge_by_the_mean_over_all_tokens(name: str, bench: Bench, forks: Forks) -> None:
     yaml, options, tolerance = ENGINES[name]
+    require_deepspeed_type(options.get("model__dtype", "float32"))
     run = forks.start(yaml=yaml, arguments=decoder(bench, name, **options))
     assert run["statuses"] == {"0": 0, "1": 0}, run["stderr"][0][-3000:]
     folder = bench.run_folder(name)
@@ -113,6 +115,7 @@ def token_mean(bench: Bench, adapter: Path) -> float:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_new_head_trains_with_16_bit_weights_under_zero3(dtype: str, bench: Bench, forks: Forks) -> None:
     """DeepSpeed wants all that is trained in one type, and PEFT holds the pairs in another than the head."""
+    require_deepspeed_type(dtype)
     options = bench.arguments(dtype, model__dtype=dtype, train__max_steps=4, srlora__target_rank=8)
     run = forks.start(yaml="zero3_cpu", arguments=options)
     assert run["statuses"] == {"0": 0, "1": 0}, run["stderr"][0][-3000:]
@@ -121,3 +124,24 @@ def test_a_new_head_trains_with_16_bit_weights_under_zero3(dtype: str, bench: Be
     assert summary["extra_memory_bytes"]["residual"] > 0
     assert f"weights in **{dtype}**" in (bench.run_folder(dtype) / "adapter" / "README.md").read_text()
     assert "this rank holds" in run["stderr"][0]
+
+
+NO_FLOAT16 = """
+from deepspeed.accelerator import get_accelerator
+get_accelerator().is_fp16_supported = lambda: None
+import srlora_dist.trainer as trainer
+def load_task(config):
+    raise RuntimeError("the model is loaded")
+trainer.load_task = load_task
+"""
+"""On every machine as on a processor without AVX512-FP16, where DeepSpeed gives None."""
+
+
+def test_a_type_that_the_processor_lacks_is_refused_before_the_model_is_loaded(bench: Bench, forks: Forks) -> None:
+    arguments = bench.arguments("no float16", model__dtype="float16")
+    run = forks.start(yaml="zero2_cpu", arguments=arguments, code=NO_FLOAT16)
+    assert run["statuses"] == {"0": 1, "1": 1}
+    for stderr in run["stderr"]:
+        assert "srlora_dist: error: model.dtype is float16, in which DeepSpeed does not train on this" in stderr
+        assert "choose bfloat16 or float32" in stderr
+        assert "Traceback" not in stderr

@@ -22,6 +22,7 @@ from torch.utils.cpp_extension import _get_build_directory
 from tests.launch.conftest import ROOT, Bench, write_model
 from tests.launch.forked import launch_environment, launch_options
 from tests.launch.forks import Forks, lines
+from tests.processor import require_deepspeed_type
 
 LAUNCH, DEEPSPEED = ROOT / "launch" / "accelerate", ROOT / "ds_configs"
 NVME_PATH = "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_NVME_PATH"
@@ -135,6 +136,7 @@ def wide(bench: Bench) -> Path:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("name", "dtype"), cells())
 def test_trains(name: str, dtype: str, bench: Bench, forks: Forks, request: pytest.FixtureRequest) -> None:
+    require_deepspeed_type(dtype)
     preset, run = PRESETS[name], f"{name} {dtype}"
     if preset.model == "wide":
         request.getfixturevalue("wide")

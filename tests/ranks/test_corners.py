@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from srlora_dist import SRLoRAConfig, Switcher
+from tests.processor import require_deepspeed_type
 from tests.ranks.engines import make_batch, make_odd_base, make_odd_net, prepare
 from tests.ranks.test_agreement import Traffic
 from tests.ranks.world import run_ranks
@@ -57,6 +58,7 @@ def train_in_fp16(rank: int, world_size: int, stage: str, zero: dict, cache: str
 
 @pytest.mark.parametrize(("stage", "zero"), [("zero2", {}), ("zero3", PARTITIONED)])
 def test_fp16_with_overflows(stage: str, zero: dict, tmp_path) -> None:
+    require_deepspeed_type("float16")
     seen = run_ranks(train_in_fp16, 2, stage, zero, str(tmp_path))[0]
     assert seen["skipped"] >= 3
     assert len(seen["changes"]) >= 3

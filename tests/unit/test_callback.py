@@ -255,6 +255,25 @@ def test_a_fused_optimizer_with_a_loss_scaler_is_refused_at_once(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
+    ("fp16", "settings"), [(True, {"fp16": {"enabled": "auto"}}), (False, {"fp16": {"enabled": True}}), (True, {})]
+)
+def test_a_type_that_deepspeed_lacks_on_this_device_is_refused_at_once(
+    fp16: bool, settings: dict, tmp_path: Path, monkeypatch
+) -> None:
+    pytest.importorskip("deepspeed")
+    from accelerate.utils import DeepSpeedPlugin
+    from deepspeed.accelerator import get_accelerator
+
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: None)
+    args = make_arguments(tmp_path)
+    sizes = dict.fromkeys(("train_batch_size", "gradient_accumulation_steps", "gradient_clipping"), "auto")
+    args.deepspeed_plugin = DeepSpeedPlugin(hf_ds_config={**sizes, "zero_optimization": {"stage": 2}, **settings})
+    args.fp16 = fp16
+    with pytest.raises(ValueError, match="the type of the training is float16, in which DeepSpeed does not train on"):
+        SRLoRACallback().on_init_end(args, None, None, model=make_model())
+
+
+@pytest.mark.parametrize(
     ("lora", "message"), [({"lora_dropout": 0.1}, "lora_dropout=0"), ({"rank": 11}, "target_rank 10 is below")]
 )
 def test_a_model_that_cannot_be_worked_on_is_refused_at_once(lora: dict, message: str, tmp_path: Path) -> None:

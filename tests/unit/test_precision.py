@@ -26,7 +26,8 @@ AUTO = {name: {"enabled": "auto"} for name in ("bf16", "fp16")}
         ("bfloat16", "no", {"bf16": {"enabled": True}, "fp16": {"enabled": False}}, "bf16"),
     ],
 )
-def test_precision_follows_the_type_of_the_weights(dtype, launched, deepspeed, expected):
+def test_precision_follows_the_type_of_the_weights(dtype, launched, deepspeed, expected, monkeypatch):
+    monkeypatch.setattr("srlora_dist.precision.deepspeed_types", lambda: {"float32", "bfloat16", "float16"})
     assert mixed_precision(ModelOptions(dtype=dtype), "any", launched, deepspeed, has_gpu=True) == expected
 
 
@@ -46,6 +47,20 @@ def test_precision_follows_the_type_of_the_weights(dtype, launched, deepspeed, e
 def test_contradictions_are_refused(dtype, launched, deepspeed, message):
     with pytest.raises(ValueError, match=message):
         mixed_precision(ModelOptions(dtype=dtype), "ddp", launched, deepspeed, has_gpu=False)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "remedy"),
+    [
+        ("float16", {"float32", "bfloat16"}, "choose bfloat16 or float32"),
+        ("bfloat16", {"float32", "float16"}, "choose float32"),
+    ],
+)
+def test_what_deepspeed_cannot_do_on_this_device_is_said_first(dtype, device, remedy, monkeypatch):
+    monkeypatch.setattr("srlora_dist.precision.deepspeed_types", lambda: device)
+    with pytest.raises(ValueError, match=f"model.dtype is {dtype}, in which DeepSpeed does not train on .*{remedy}"):
+        mixed_precision(ModelOptions(dtype=dtype), "zero2", "no", AUTO, has_gpu=False)
+    assert mixed_precision(ModelOptions(), "zero2", "no", AUTO, has_gpu=False) == "no"
 
 
 def test_fsdp_cuts_no_8_bit_weights():

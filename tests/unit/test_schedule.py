@@ -38,6 +38,24 @@ def test_more_switches_than_steps_is_refused() -> None:
         due_steps(5, [(8, 32)], 0.5)
 
 
+@pytest.mark.parametrize(
+    ("steps", "until", "due"),
+    [(5, 1.0, [1, 2, 3, 4]), (2, 1.0, [1]), (1, 1.0, []), (8, 0.5, [1, 2, 3, 4]), (4, 0.1, [])],
+)
+def test_a_short_run_has_as_many_switches_as_fit_where_nobody_asked_for_more(steps, until, due) -> None:
+    message = f"asks for 6 switches in {round(until * steps)} steps, and as many as fit are made: {len(due)}"
+    with pytest.warns(UserWarning, match=message):
+        assert due_steps(steps, [(8, 32)], 0.5, until, may_be_fewer=True) == due
+    with pytest.raises(ValueError, match="num_switches asks for 9 switches in"):
+        due_steps(8, [(8, 32)], 0.5, num_switches=9, may_be_fewer=True)
+
+
+def test_where_all_switches_fit_nothing_is_said(recwarn) -> None:
+    assert due_steps(240, [(8, 32)], 0.5, may_be_fewer=True) == due_steps(240, [(8, 32)], 0.5)
+    assert due_steps(6, [(8, 32)], 0.5, may_be_fewer=True) == [1, 2, 3, 4, 5]
+    assert not recwarn.list
+
+
 def test_the_window_is_as_long_as_a_gradient_weighs() -> None:
     """By the exact weights of one gradient in both averages, from the recursion itself."""
     assert window_length("all", 0.85, 0.85) is None
