@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from srlora_dist.config import ModelOptions, RunConfig, TaskOptions
 from srlora_dist.plan import SampleOrder
 from srlora_dist.tasks import check_task, load_task
-from srlora_dist.tasks.instruct import encode_sample
+from srlora_dist.tasks.answers import Encoded, encode_sample
 from srlora_dist.tasks.tokens import IGNORED, pack, require_decoder, require_packable, token_task
 from srlora_dist.token_mean import TokenMean
 
@@ -79,14 +79,16 @@ def configuration(kind: str, vocabulary: int, **more: object) -> transformers.Pr
     }
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     sizes |= {"num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0}
-    return kinds[kind](vocab_size=vocabulary, **sizes, **more)
+    return kinds[kind](**{"vocab_size": vocabulary, **sizes, **more})
 
 
-def write_model(folder: Path, kind: str = "llama", template: str | None = PLAIN) -> str:
+def write_model(folder: Path, kind: str = "llama", template: str | None = PLAIN, positions: int = 64) -> str:
     tokenizer = make_tokenizer(template)
+    tokenizer.model_max_length = positions
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(configuration(kind, len(tokenizer)))
+    more = {} if positions == 64 else {"max_position_embeddings": positions}
+    model = transformers.AutoModelForCausalLM.from_config(configuration(kind, len(tokenizer), **more))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.3)  # so that every token before a token matters to it
@@ -112,10 +114,10 @@ def run_config(model: str, data_dir: Path, **task: object) -> RunConfig:
     return RunConfig(model=ModelOptions(name_or_path=model), task=options)
 
 
-def learnt(encoded: tuple[list[int], list[bool]], tokenizer: PreTrainedTokenizerFast) -> list[str]:
+def learnt(encoded: Encoded, tokenizer: PreTrainedTokenizerFast) -> list[str]:
     """The text of each run of tokens that is learnt."""
     runs, before = [], False
-    for token, is_answer in zip(*encoded, strict=True):
+    for token, is_answer in zip(encoded.tokens, encoded.is_answer, strict=True):
         if is_answer and not before:
             runs.append([])
         if is_answer:
@@ -175,7 +177,7 @@ def test_labels_are_the_tokens_that_are_learnt(llama: str, tmp_path: Path) -> No
         task = load_task(run_config(llama, folder, completion_only=only))
         assert len(task.train) == len(task.eval) == 5
         for sample, row in zip(SAMPLES, task.train, strict=True):
-            tokens, is_answer = encode_sample(sample, task.tokenizer, "here")
+            tokens, is_answer, *_ = encode_sample(sample, task.tokenizer, "here")
             assert row["input_ids"] == tokens
             mask = [False, *(answer or not only for answer in is_answer[1:])]
             assert row["labels"] == [t if m else IGNORED for t, m in zip(tokens, mask, strict=True)]
@@ -213,8 +215,9 @@ def test_a_sample_whose_completion_is_cut_away_is_left_out_with_a_warning(llama:
 
 BAD_LINES = {
     '{"prompt": "a"': "line 3 is not JSON",
-    '["prompt", "completion"]': 'line 3 has neither a list "messages" nor two texts',
-    '{"prompt": "a", "completion": 3}': 'line 3 has neither a list "messages" nor two texts',
+    '["prompt", "completion"]': "line 3 is in no layout that is known; it has no object with keys",
+    '{"prompt": "a", "completion": 3}': "line 3 is in no layout .* the keys prompt, completion. Write .*messages",
+    '{"prompt": "a", "chosen": "b"}': "line 3 is in no layout .* the keys prompt, chosen. Write .*ShareGPT.*Alpaca",
     '{"messages": [{"role": "bot", "content": "a"}]}': "line 3: message 1 has the role 'bot': choose one of system",
     '{"messages": [{"role": "user", "content": ["a"]}]}': "line 3: message 1 has no content that is text",
     '{"prompt": "a \\ud83d", "completion": "b"}': "line 3 has half of a character",
