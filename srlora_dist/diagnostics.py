@@ -63,8 +63,8 @@ class Finding:
     """One failure sign, for the log, TensorBoard and ``summary.json``.
 
     Args:
-        kind: ``even_scores``, ``no_gradient``, ``directions_exhausted``, ``noise_level_directions``, ``loss_jump`` or
-            ``worse_than_start``.
+        kind: ``even_scores``, ``no_gradient``, ``directions_exhausted``, ``noise_level_directions``, ``loss_jump``,
+            ``worse_than_start``, ``skipped_steps`` or ``doubtful_figures``.
         step: The optimizer step after which it was seen.
         message: One line with the figures and, where there is one, the remedy.
         figures: The same numbers, by name.

@@ -28,6 +28,7 @@ from srlora_dist.keeper import Keeper
 from srlora_dist.ledger import SwitchReport
 from srlora_dist.methods import build_method
 from srlora_dist.optimizers import build_optimizer
+from srlora_dist.outcome import doubts, is_better, require_a_best, require_a_step, require_finite_start
 from srlora_dist.plan import SampleOrder, by_length, due_checkpoints, due_evaluations, warm_up_and_decay
 from srlora_dist.precision import require_precision, train_in_
 from srlora_dist.preemption import StopRequest
@@ -254,6 +255,7 @@ class Trainer:
                 f"the gradient was NaN or infinite in {most} steps in a row (train.max_bad_steps), up to step "
                 f"{progress.done}: lower train.learning_rate, or look at the data; checkpoints from before are good"
             )
+        require_a_step(progress, self.num_steps)
 
     def _log_window(self, figures: dict[str, float], bar: tqdm) -> None:
         self.window.pause()
@@ -301,19 +303,23 @@ class Trainer:
     def _evaluate_and_export(self) -> bool:
         """Evaluate; export the adapter if it is the best so far, which is told, and after the last step in any case."""
         progress, folder = self.progress, Path(self.config.output_dir)
-        figures = evaluate(self.accelerator, self.model, self.eval_loader, self.task)
+        judged = evaluate(self.accelerator, self.model, self.eval_loader, self.task)
+        figures = judged.figures
         self._record("eval", figures)
         if progress.done == 0:
+            require_finite_start(judged)
             progress.start = figures
             return False
         progress.final = figures
         self._warn(worse_than_start(progress.done, progress.start, figures))
-        best = progress.best["loss"] if progress.best is not None else math.nan
-        is_best = math.isnan(best) or figures["loss"] < best
+        is_best = is_better(figures, progress.best)
         if is_best:
             progress.best = {"step": progress.done, **figures}
             self.method.export(folder / "adapter")
         if progress.done == self.num_steps:
+            require_a_best(progress)
+            for finding in doubts(progress, self.num_steps, judged):
+                self._warn(finding)
             self.method.export(folder / "adapter_last")
         return is_best
 

@@ -72,6 +72,10 @@ def _report(summary: dict[str, object], folder: Path) -> None:
     print(f"{'':8}{'best':>12}{'final':>12}")
     for name in summary["best"]:
         print(f"{name:8}{summary['best'][name]:12.4f}{summary['final'][name]:12.4f}")
+    if summary["skipped_steps"]:
+        print(f"skipped: {summary['skipped_steps']} of {summary['steps']} steps, whose gradient was NaN or infinite")
+    for finding in summary["findings"]:
+        print(f"noticed after step {finding['step']}: {finding['message']}")
     times = {name.removesuffix("_seconds"): value for name, value in summary.items() if name.endswith("_seconds")}
     print("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in times.items()))
     if summary["checkpoint_bytes"] is not None:

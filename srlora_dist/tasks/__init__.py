@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from srlora_dist.config import RunConfig
 from srlora_dist.tasks import demo, glue, images, instruct, lm
 from srlora_dist.tasks.files import check_model_folder
+from srlora_dist.tasks.labels import check_task_rows
 from srlora_dist.tasks.own import load_file
 from srlora_dist.tasks.packaged import base_model
 
@@ -97,7 +98,8 @@ def load_task(config: RunConfig) -> Task:
         The model, its data and its metrics.
 
     Raises:
-        ValueError: As :func:`check_task`, or the data or the model cannot be read.
+        ValueError: As :func:`check_task`, the data or the model cannot be read, a split is empty, or a label does not
+            belong.
     """
     check_task(config)
     task = _module_of(config.task.name).load(config)
@@ -105,6 +107,7 @@ def load_task(config: RunConfig) -> Task:
         raise ValueError(
             f"task.name is {config.task.name!r}, whose load(config) gives {type(task).__name__}: let it return a Task"
         )
+    check_task_rows(task)
     return task
 
 

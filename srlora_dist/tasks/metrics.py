@@ -10,8 +10,9 @@ from sklearn import metrics as sklearn_metrics
 
 
 def _correlation(measure: Callable, outputs: np.ndarray, labels: np.ndarray) -> float:
-    # A correlation with a constant is undefined; a model that answers the same to everything has learnt nothing.
-    if np.ptp(outputs) == 0 or np.ptp(labels) == 0:
+    # A correlation with a constant is undefined; a model that answers the same to everything has learnt nothing. Two
+    # points lie on a line whatever they are.
+    if len(labels) < 3 or np.ptp(outputs) == 0 or np.ptp(labels) == 0:
         return 0.0
     return float(measure(outputs, labels).statistic)
 
@@ -43,7 +44,7 @@ class Scorer:
             labels: Class indices or values, of shape (rows,).
 
         Returns:
-            One figure a name; a correlation with constant values is 0.
+            One figure per name; a correlation with constant values, or of fewer than three rows, is 0.
         """
         answers = outputs[:, 0] if outputs.shape[1] == 1 else outputs.argmax(axis=1)
         return {name: _MEASURES[name](answers, labels) for name in self.names}

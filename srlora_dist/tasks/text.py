@@ -9,6 +9,7 @@ from transformers.utils import ModelOutput
 
 from srlora_dist.config import RunConfig
 from srlora_dist.tasks import Task
+from srlora_dist.tasks.labels import check_columns
 from srlora_dist.tasks.metrics import Scorer
 from srlora_dist.tasks.models import check_length, check_tokens, load_classifier, quiet
 
@@ -22,12 +23,17 @@ def text_task(
         config: The run.
         train: Columns ``text``, ``pair`` where two texts belong together, and ``labels``.
         evaluation: The same for evaluation.
-        num_labels: Classes, or 1 for a regression on labels that are floats.
+        num_labels: Classes, whose labels are 0 and so on, or 1 for a regression on numbers.
         scorer: Its figures; the first is the main one.
 
     Raises:
-        ValueError: The model cannot be loaded, or an option does not fit it.
+        ValueError: A split is empty or has a label that does not belong, the model cannot be loaded, or an option does
+            not fit it.
     """
+    train, evaluation = (
+        check_columns(split, columns, num_labels)
+        for split, columns in (("training", train), ("evaluation", evaluation))
+    )
     kind = "regression" if num_labels == 1 else "single_label_classification"
     with quiet():
         model, tokenizer, new_parts = load_classifier(config, num_labels=num_labels, problem_type=kind)

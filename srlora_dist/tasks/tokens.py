@@ -16,10 +16,9 @@ from transformers.utils import ModelOutput
 
 from srlora_dist.config import RunConfig
 from srlora_dist.tasks import Task
+from srlora_dist.tasks.labels import IGNORED, check_token_labels
 from srlora_dist.tasks.packaged import base_model
 
-IGNORED = -100
-"""The label that Transformers leaves out of a loss."""
 UNSHIFTED = {
     *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "cpmant", "marian", "mbart", "mvp", "pegasus"),
     *("plbart", "prophetnet", "trocr", "whisper", "xlm", "xlnet"),
@@ -47,9 +46,11 @@ def token_task(
         evaluation: The same for evaluation.
 
     Raises:
-        ValueError: The model cannot be trained on packed rows.
+        ValueError: A row has no label to learn or one that is no token, or the model cannot be trained on packed rows.
     """
     packing = config.task.packing
+    for split, rows in (("training", train), ("evaluation", evaluation)):
+        check_token_labels(split, rows, getattr(model.get_input_embeddings(), "num_embeddings", None))
     if packing:
         require_packable(config, model)
         train = pack(train, config.task.max_length)

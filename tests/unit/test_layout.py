@@ -18,7 +18,7 @@ LAYERS = [
     ["forecast"],
     ["inspection", "merging", "health"],
     ["figures", "runlog", "methods", "engine", "plan", "tasks", "precision", "resuming", "preemption", "earlier"]
-    + ["evaluation", "summary", "random_state", "optimizers", "token_mean", "deepspeed_file"],
+    + ["evaluation", "summary", "outcome", "random_state", "optimizers", "token_mean", "deepspeed_file"],
     ["switcher"],
     ["memory", "diagnostics", "exchange", "output_check", "saving"],
     ["export"],
