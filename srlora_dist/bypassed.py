@@ -59,7 +59,10 @@ def _fault_of_weight(linear: nn.Module) -> Fault | None:
     kind = type(linear.weight)
     if kind in PLAIN_WEIGHTS or kind.__name__ in KNOWN_WEIGHTS:
         return None
-    return f"keeps its weight as a {kind.__module__}.{kind.__name__}", f"load the model without it, or {LEAVE_OUT}"
+    return (
+        f"keeps its weight as a {kind.__module__}.{kind.__name__}",
+        f"load it in a float type or with bitsandbytes, or {LEAVE_OUT}",
+    )
 
 
 def _fault_of_parent(parent: nn.Module, linear: nn.Module, layer: LoraLayer) -> Fault | None:

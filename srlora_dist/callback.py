@@ -26,7 +26,12 @@ from srlora_dist.live_pairs import mark_saves_
 from srlora_dist.precision import require_deepspeed_type
 from srlora_dist.sites import find_peft_model
 from srlora_dist.switcher import Switcher
-from srlora_dist.trainer_arguments import deepspeed_dtype, refuse_arguments, require_launched_engine
+from srlora_dist.trainer_arguments import (
+    deepspeed_dtype,
+    refuse_arguments,
+    refuse_reference,
+    require_launched_engine,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +96,8 @@ class SRLoRACallback(TrainerCallback):
         self._has_evaluated = False
         self.switcher = Switcher(model, self.config)
         self._peft_model = peft_model = find_peft_model(model)
+        edited = [site.name for site in self.switcher.sites if site.fused_a is None]
+        refuse_reference(args, peft_model, edited)
         # Else a resuming Trainer turns 16-bit pairs into float32, TRL's of a quantised model above all.
         peft_model.load_adapter = partial(peft_model.load_adapter, autocast_adapter_dtype=False)
 

@@ -15,6 +15,7 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from srlora_dist.adapters import find_peft_model, is_used, require_lora, used_adapter_error
 from srlora_dist.bypassed import LEAVE_OUT, Fault, find_bypassed, is_all_linear
 
 FUSED = "srlora_fused"
@@ -96,18 +97,6 @@ PAIR_DIM = {"A": 0, "B": 1}
 """Which dimension of a factor counts pairs."""
 
 
-def find_peft_model(model: nn.Module) -> PeftModel:
-    """The PEFT model in whatever it is wrapped in.
-
-    Raises:
-        ValueError: There is none.
-    """
-    peft_model = next((module for module in model.modules() if isinstance(module, PeftModel)), None)
-    if peft_model is None:
-        raise ValueError("the model has no LoRA layers: wrap it with peft.get_peft_model(model, LoraConfig(...)) first")
-    return peft_model
-
-
 def find_sites(model: nn.Module, adapter_name: str = "default", only: Collection[str] | None = None) -> list[Site]:
     """The sites of one adapter, in the order of the model's modules.
 
@@ -126,10 +115,7 @@ def find_sites(model: nn.Module, adapter_name: str = "default", only: Collection
     peft_model = find_peft_model(model)
     if adapter_name == FUSED:
         raise ValueError(f"srlora.adapter_name is {FUSED!r}, the name of the second adapter: choose another")
-    if adapter_name not in peft_model.peft_config:
-        raise ValueError(
-            f"srlora.adapter_name is {adapter_name!r}, but the model has {sorted(peft_model.peft_config)}: name one"
-        )
+    require_lora(peft_model, adapter_name)
     base = peft_model.get_base_model()
     layers = {
         name: module
@@ -229,7 +215,11 @@ def _shared_weights(model: nn.Module, layers: dict[str, LoraLayer]) -> dict[str,
 def _refuse(layers: dict[str, LoraLayer], adapter_name: str) -> None:
     """Raise one error for each kind of layer that cannot be worked on, listing the sites."""
     checks = (
-        ("uses DoRA or another LoRA variant", "set use_dora=False", lambda x: adapter_name in x.lora_variant),
+        (
+            "uses DoRA or another LoRA variant",
+            "set use_dora=False, or leave out the option of that variant in the LoraConfig",
+            lambda x: adapter_name in x.lora_variant,
+        ),
         (
             "has LoRA dropout, which breaks the preservation of the function",
             "set lora_dropout=0",
@@ -240,15 +230,26 @@ def _refuse(layers: dict[str, LoraLayer], adapter_name: str) -> None:
         (
             "has a frozen A or B",
             f"make it trainable, or {LEAVE_OUT}",
-            lambda x: not all(f[adapter_name].weight.requires_grad for f in (x.lora_A, x.lora_B)),
+            lambda x: _is_frozen(x, adapter_name),
         ),
         ("has a scale of 0 or less", "set lora_alpha above 0", lambda x: x.scaling[adapter_name] <= 0),
         ("is merged", "call unmerge_adapter() first", lambda x: x.merged),
     )
+    used = [
+        name
+        for name, layer in layers.items()
+        if _is_frozen(layer, adapter_name) and is_used(layer.lora_B[adapter_name].weight)
+    ]
+    if used:  # loaded for inference
+        raise used_adapter_error(some(used))
     for what, remedy, holds in checks:
         names = [name for name, layer in layers.items() if holds(layer)]
         if names:
             raise ValueError(f"SRLoRA cannot work on a layer that {what}: {some(names)}; {remedy}")
+
+
+def _is_frozen(layer: LoraLayer, adapter_name: str) -> bool:
+    return not all(factors[adapter_name].weight.requires_grad for factors in (layer.lora_A, layer.lora_B))
 
 
 def _refuse_quantised_heads(base: nn.Module, adapter_name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+from srlora_dist.adapters import is_used, used_adapter_error
 from srlora_dist.config import SRLoRAConfig
 from srlora_dist.schedule import count_switches, due_steps, num_fused, num_to_fuse
 from srlora_dist.sites import Site, some
@@ -13,9 +14,12 @@ def clamp_target_ranks(sites: list[Site], target_rank: int) -> None:
     """Set each site's target rank, at most min(m, n), with one warning that lists the sites where that is less.
 
     Raises:
-        ValueError: The target is below the rank of a site.
+        ValueError: The target is below the rank of a site, which may be that of an adapter that was exported.
     """
-    low = [f"{site.name} (r={site.rank})" for site in sites if target_rank < site.rank]
+    too_large = [site for site in sites if target_rank < site.rank]
+    low = [f"{site.name} (r={site.rank})" for site in too_large]
+    if any(is_used(site.lora_b) for site in too_large):  # an exported adapter, of several times the rank
+        raise used_adapter_error(some(low))
     if low:
         raise ValueError(
             f"srlora.target_rank {target_rank} is below the LoRA rank of {some(low)}: raise it, or lower r (lora.rank)"

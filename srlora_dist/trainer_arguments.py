@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from accelerate.utils import parse_flag_from_env
+from peft import PeftModel
 from transformers import TrainingArguments
 
 WITH_REFERENCE = {
-    **dict.fromkeys(("DPOConfig", "GRPOConfig", "KTOConfig", "OnlineDPOConfig", "RLOOConfig"), ("beta", 0)),
-    **dict.fromkeys(("SDFTConfig", "SDPOConfig"), ("teacher_model_kind", "live")),
+    **dict.fromkeys(("DPOConfig", "KTOConfig", "OnlineDPOConfig"), ("beta", 0, "")),
+    **dict.fromkeys(("GRPOConfig", "RLOOConfig"), ("beta", 0, ", or beta=0 to do without a reference")),
+    **dict.fromkeys(("SDFTConfig", "SDPOConfig"), ("teacher_model_kind", "live", ", or teacher_model_kind='live'")),
 }
-"""Of TRL: they compare with the model without its adapter, unless an argument has this value."""
+"""Of TRL: they compare with the model without its adapter, unless an argument has this value; who trains so is told."""
+
+OF_REFERENCE = ("ref", "teacher")
+"""Adapters that TRL adds to a PEFT model to switch to."""
 
 
 def refuse_arguments(args: TrainingArguments) -> None:
@@ -18,7 +23,6 @@ def refuse_arguments(args: TrainingArguments) -> None:
     Raises:
         ValueError: With the argument and the remedy.
     """
-    kinds = {kind.__name__ for kind in type(args).__mro__}
     by_itself = args.fp16 and args.deepspeed_plugin is None and args.optim == "adamw_torch_fused"
     checks = (
         (
@@ -51,15 +55,6 @@ def refuse_arguments(args: TrainingArguments) -> None:
             f"this process trains on {args.n_gpu} GPUs with nn.DataParallel, which is not supported",
             "start with accelerate launch or torchrun, or set CUDA_VISIBLE_DEVICES=0",
         ),
-        *(
-            (
-                getattr(args, name) != without,
-                f"{kind} compares with the model without its adapter, whose weights SRLoRA edits",
-                f"set {name}={without!r} where the method allows it, or train with SFTTrainer",
-            )
-            for kind, (name, without) in WITH_REFERENCE.items()
-            if kind in kinds
-        ),
     )
     for holds, what, remedy in checks:
         if holds:
@@ -76,6 +71,34 @@ def deepspeed_dtype(args: TrainingArguments) -> str | None:
         if getattr(args, name) if enabled == "auto" else enabled:
             return dtype
     return "float32"
+
+
+def refuse_reference(args: TrainingArguments, model: PeftModel, edited: list[str]) -> None:
+    """Stop where the Trainer compares with the model without its adapter, which is not the pretrained one any more.
+
+    Args:
+        args: Of the Trainer.
+        model: With its second adapters, which are switched off together with the first.
+        edited: Names of the sites that have none, because their weight is edited in place.
+
+    Raises:
+        ValueError: With the remedy.
+    """
+    kinds = {kind.__name__ for kind in type(args).__mro__} & set(WITH_REFERENCE)
+    for kind in kinds:
+        name, without, instead = WITH_REFERENCE[kind]
+        if getattr(args, name) == without:
+            continue
+        what = f"SRLoRA cannot work like this: {kind} compares with the model without its adapter"
+        if edited:
+            raise ValueError(
+                f"{what}, whose weights are edited: set srlora.fusion to adapter, which never writes them{instead}"
+            )
+        if getattr(args, name) == "ema" or set(OF_REFERENCE) & set(model.peft_config):
+            raise ValueError(
+                f"{what}, for which TRL switches to another one and back, and leaves out what was fused: give the "
+                f"trainer the plain model and peft_config=LoraConfig(...), and no teacher of kind 'ema'{instead}"
+            )
 
 
 def require_launched_engine(args: TrainingArguments, got: str) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from srlora_dist.adapters import used_adapter_error
 from srlora_dist.digest import digest_run
 from srlora_dist.pairs import add_pairs_, add_pairs_to_sum_, fill_pairs_, places_of_pairs
 from srlora_dist.sites import PAIR_DIM, Site
@@ -279,10 +280,7 @@ class Storage(Ranks, ABC):
                 "expected: use the engine's default layout, or another engine"
             )
         elif used:
-            error = ValueError(
-                f"the adapter at {self.sites[used[0].site].name} is not freshly initialised (B is not 0), and switch 0 "
-                "would overwrite it: use LoraConfig(init_lora_weights=True) and a new adapter"
-            )
+            error = used_adapter_error(self.sites[used[0].site].name)
         self.raise_together(error)
 
     def write_pairs_(

@@ -30,6 +30,7 @@ LAYERS = [
     ["storage"],
     ["pairs", "sites", "digest", "spans"],
     ["bypassed"],
+    ["adapters"],
     ["config"],
     ["srlora_config"],
     ["options_file", "ranges", "safefiles", "cache", "errors", "compiling", "paper", "process", "arguments"]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -95,9 +96,67 @@ def test_sft_on_four_bits_switches_resumes_and_exports(tmp_path: Path) -> None:
     torch.testing.assert_close(served.eval()(tokens).logits.detach().float(), live.float(), rtol=3e-2, atol=3e-2)
 
 
-@pytest.mark.parametrize(("name", "remedy"), [("DPOConfig", "beta=0"), ("SDFTConfig", "teacher_model_kind='live'")])
-def test_a_reference_that_would_be_edited_is_refused(name: str, remedy: str, tmp_path: Path) -> None:
+def adapted(decoder: str) -> PeftModel:
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=4, target_modules="all-linear")
+    return get_peft_model(AutoModelForCausalLM.from_pretrained(decoder), lora)
+
+
+REFERENCES = {
+    "DPOConfig": "adapter, which never writes them$",  # beta 0 would be no training
+    "GRPOConfig": "adapter, which never writes them, or beta=0",
+    "SDFTConfig": "adapter, which never writes them, or teacher_model_kind='live'",
+}
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_a_reference_that_would_be_edited_is_refused(name: str, tmp_path: Path) -> None:
     kind = getattr(trl, name, None) or getattr(pytest.importorskip("trl.experimental.sdft"), name)
-    arguments = kind(str(tmp_path), use_cpu=True, bf16=False, report_to=[])
-    with pytest.raises(ValueError, match=f"{name} compares with the model without its adapter.*{remedy}"):
-        SRLoRACallback().on_init_end(arguments, None, None)
+    more = {"beta": 0.1} if name == "GRPOConfig" else {}
+    arguments = kind(str(tmp_path), use_cpu=True, bf16=False, report_to=[], **more)
+    model = adapted(make_decoder(tmp_path))
+    with pytest.raises(ValueError, match=f"{name} compares with the model without its adapter.*{REFERENCES[name]}"):
+        SRLoRACallback(SRLoRAConfig(target_rank=8)).on_init_end(arguments, None, None, model)
+
+
+def make_dpo_trainer(tmp_path: Path, model: object, peft_config: LoraConfig | None) -> trl.DPOTrainer:
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randint(len(WORDS), (24, 3, 4), generator=generator).tolist()
+    texts = [[" ".join(WORDS[i] for i in part) for part in row] for row in rows]
+    columns = zip(("prompt", "chosen", "rejected"), zip(*texts, strict=True), strict=True)
+    options = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "max_length": 16}
+    options |= {"report_to": [], "disable_tqdm": True, "use_cpu": True, "bf16": False, "save_strategy": "no"}
+    srlora = SRLoRAConfig(target_rank=10, fusion="adapter", svd_cache=str(tmp_path / "svd"))
+    return trl.DPOTrainer(
+        model=model,
+        args=trl.DPOConfig(str(tmp_path / "run"), logging_steps=1, **options),
+        train_dataset=datasets.Dataset.from_dict({name: list(column) for name, column in columns}),
+        processing_class=PreTrainedTokenizerFast.from_pretrained(tmp_path / "decoder"),
+        peft_config=peft_config,
+        callbacks=[SRLoRACallback(srlora)],
+    )
+
+
+def test_dpo_with_a_second_adapter_keeps_its_reference(tmp_path: Path) -> None:
+    decoder = make_decoder(tmp_path / "decoder")
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=4, target_modules="all-linear")
+    trainer = make_dpo_trainer(tmp_path, AutoModelForCausalLM.from_pretrained(decoder), lora)
+    batch = next(iter(trainer.get_train_dataloader()))
+    before = torch.stack(trainer.compute_ref_log_probs(trainer.model, batch))
+    trainer.train()
+    history = trainer.state.log_history
+    assert [entry["step"] for entry in history if "srlora_switch" in entry] == [0, 2, 4]
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-4)  # the model is its reference still
+    assert abs(losses[-1] - losses[0]) > 1e-3
+    after = torch.stack(trainer.compute_ref_log_probs(trainer.model, batch))
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+    served = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(decoder), tmp_path / "run/adapter")
+    tokens = torch.tensor([[2, 3, 4, 5, 6]])
+    live = trainer.model.eval()(tokens).logits.detach()
+    torch.testing.assert_close(served.eval()(tokens).logits.detach(), live, rtol=1e-5, atol=1e-5)
+
+
+def test_dpo_that_switches_between_adapters_is_refused(tmp_path: Path) -> None:
+    decoder = make_decoder(tmp_path / "decoder")
+    with pytest.raises(ValueError, match="leaves out what was fused: give the trainer the plain model and peft_config"):
+        make_dpo_trainer(tmp_path, adapted(decoder), None)
