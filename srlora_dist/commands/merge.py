@@ -28,8 +28,15 @@ def run(argv: list[str]) -> None:
     prepare_process()
     from srlora_dist.merging import Merger  # seconds of imports
 
-    merger = Merger(options.adapter, options.base, options.weights)
-    about = merger.merge(options.folder, options.dtype)
+    try:
+        merger = Merger(options.adapter, options.base, options.weights)
+        about = merger.merge(options.folder, options.dtype)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # of PEFT or Transformers, about something in the files of the adapter or of the base
+        raise ValueError(
+            f"{options.adapter} cannot be merged ({type(error).__name__}: {error}); SRLORA_DEBUG=1 shows where"
+        ) from error
     quantised = merger.stored_as.quantization != "none"
     print(f"base: {merger.base} in {about['weights']}{', which was dequantised' if quantised else ''}")
     print(f"merged in {about['dtype']}: {options.folder}, {about['bytes'] / 1e6:.1f} MB")

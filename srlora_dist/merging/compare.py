@@ -8,13 +8,15 @@ from transformers import PreTrainedModel
 
 NUM_ROWS, ROW_LENGTH = 4, 16
 """Of the random inputs."""
+IMAGE_SIZE = 224
+"""Of the random pictures for a model that takes any size."""
 
 
 def random_inputs(model: PreTrainedModel) -> list[dict[str, Tensor]]:
     """Rows of tokens or pictures, the same every time; one by one, because a model may lack a padding token."""
     generator = torch.Generator().manual_seed(0)
     if model.main_input_name == "pixel_values":
-        config, size = model.config, model.config.image_size
+        config, size = model.config, getattr(model.config, "image_size", None) or IMAGE_SIZE
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         shape = (NUM_ROWS, 1, getattr(config, "num_channels", 3), height, width)
         return [{"pixel_values": row.to(model.dtype)} for row in torch.randn(shape, generator=generator)]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
@@ -22,6 +22,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from srlora_dist.errors import short
+from srlora_dist.merging.adapter_file import read_config, read_shapes, require_pairs
 from srlora_dist.merging.compare import logits, random_inputs, relative_difference
 from srlora_dist.merging.stored_as import StoredAs, named_in_readme
 from srlora_dist.safefiles import write_folder
@@ -54,13 +55,9 @@ class Merger:
             raise ValueError(f"{adapter} is no adapter: it has no adapter_config.json; srlora export writes one")
         if not (adapter / "adapter_model.safetensors").is_file():
             raise ValueError(f"{adapter} has no adapter_model.safetensors; pickles, which can run code, are not opened")
-        self.adapter, self.names = adapter, _names_in(adapter)
-        try:
-            self.config = PeftConfig.from_pretrained(str(adapter))
-        except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"{adapter / 'adapter_config.json'} is of no adapter that PEFT knows ({error!r})"
-            ) from error
+        self.adapter, self.config, self.shapes = adapter, read_config(adapter), read_shapes(adapter)
+        require_pairs(adapter, self.config, self.shapes)
+        self.names = set(self.shapes)
         self.base = base or self.config.base_model_name_or_path
         if not self.base:
             raise ValueError(f"{adapter} does not name its base: give --base")
@@ -127,18 +124,24 @@ class Merger:
         """The base with its adapter, all of it."""
         try:
             adapted = PeftModel.from_pretrained(model, self.adapter)
-        except (RuntimeError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())[:200]
+        except Exception as error:  # PEFT's are of many kinds
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise ValueError(
                 f"the adapter {self.adapter} does not fit the base {self.base!r} ({reason}): give its own with --base"
             ) from error
         # PEFT leaves out in silence what it finds no place for.
-        known = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys() | adapted.state_dict().keys()
+        factors = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+        known = factors | adapted.state_dict().keys()
         homeless = sorted(self.names - known)
         if homeless:
             raise ValueError(
                 f"the adapter {self.adapter} has {some(homeless)}, for which the base {self.base!r} has no place: give "
                 "its own with --base"
+            )
+        lacking = sorted(name for name in factors - self.names if ".lora_" in name)
+        if lacking:
+            raise ValueError(
+                f"the adapter {self.adapter} lacks {some(lacking)}, for which its adapter_config.json asks"
             )
         return adapted
 
@@ -161,8 +164,8 @@ class Merger:
         """The configuration of the base with the classes of the adapter's head, and what loads it."""
         try:
             settings = AutoConfig.from_pretrained(self.base)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"the base {self.base!r} cannot be read ({error}): give --base") from error
+        except Exception as error:  # of whatever is in its config.json
+            raise ValueError(f"the base {self.base!r} cannot be read ({short(error)}): give --base") from error
         kind = self.config.task_type
         if kind == "CAUSAL_LM":
             return settings, AutoModelForCausalLM
@@ -173,7 +176,10 @@ class Merger:
                 "classifier of pictures"
             )
         auto_class = AutoModelForImageClassification if is_vision else AutoModelForSequenceClassification
-        num_labels = _num_labels(self.adapter, settings, auto_class)
+        try:
+            num_labels = _num_labels(self.shapes, settings, auto_class)
+        except Exception as error:  # of whatever is in its config.json
+            raise ValueError(f"the base {self.base!r} cannot be made ({short(error)}): give another --base") from error
         if num_labels is not None:
             settings.num_labels = num_labels
         if not is_vision and settings.get_text_config().pad_token_id is None:
@@ -186,7 +192,7 @@ class Merger:
         options |= self.stored_as.options(self.auto_class, self.settings)
         try:
             model, report = self.auto_class.from_pretrained(self.base, config=self.settings, **options)
-        except (OSError, ValueError, ImportError) as error:
+        except Exception as error:  # of whatever is in its files
             reason = short(error)
             raise ValueError(f"the base {self.base!r} cannot be loaded ({reason}): give another with --base") from error
         not_loaded = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
@@ -207,7 +213,7 @@ class Merger:
                 shutil.copyfile(path, folder / path.name)
 
 
-def _num_labels(adapter: Path, settings: PretrainedConfig, auto_class: type) -> int | None:
+def _num_labels(shapes: dict[str, tuple[int, ...]], settings: PretrainedConfig, auto_class: type) -> int | None:
     """Classes of the head in an adapter: a model without memory, of a number of classes no other size has, tells where.
 
     None where the adapter has no head.
@@ -218,20 +224,13 @@ def _num_labels(adapter: Path, settings: PretrainedConfig, auto_class: type) -> 
     with torch.device("meta"):
         parameters = auto_class.from_config(marked).named_parameters()
     outputs = [name for name, parameter in parameters if parameter.dim() == 2 and parameter.shape[0] == mark]
-    path = adapter / "adapter_model.safetensors"
-    names = {f"base_model.model.{name}" for name in outputs} & _names_in(adapter)
-    with safe_open(path, "pt") as file:
-        return file.get_slice(min(names)).get_shape()[0] if names else None
-
-
-def _names_in(adapter: Path) -> set[str]:
-    """Of the tensors of an adapter."""
-    path = adapter / "adapter_model.safetensors"
-    try:
-        with safe_open(path, "pt") as file:
-            return set(file.keys())
-    except SafetensorError as error:
-        raise ValueError(f"{path} cannot be read as safetensors ({error})") from error
+    names = {f"base_model.model.{name}" for name in outputs} & shapes.keys()
+    if not names:
+        return None
+    name = min(names)
+    if len(shapes[name]) != 2:
+        raise ValueError(f"the adapter has {name} of the shape {shapes[name]}, which is no matrix: copy it again")
+    return shapes[name][0]
 
 
 def _with_published_layers(model: PreTrainedModel) -> PreTrainedModel:
