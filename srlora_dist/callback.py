@@ -20,6 +20,7 @@ from srlora_dist.checkpoint import Checkpoint, checkpoint_folders
 from srlora_dist.config import SRLoRAConfig
 from srlora_dist.engine import together
 from srlora_dist.export import export_checkpoint
+from srlora_dist.folder_lock import FolderLock
 from srlora_dist.fused import activate_again_
 from srlora_dist.ledger import SwitchReport
 from srlora_dist.live_pairs import mark_saves_
@@ -35,6 +36,7 @@ from srlora_dist.trainer_arguments import (
 
 logger = logging.getLogger(__name__)
 
+IN_USE = "output_dir of the Trainer", "choose another output_dir"
 FOLDER = "srlora"
 """In each ``checkpoint-N``: what the Trainer does not save."""
 
@@ -69,6 +71,7 @@ class SRLoRACallback(TrainerCallback):
         self.config = config or SRLoRAConfig()
         self.resume_from = resume_from
         self.switcher: Switcher | None = None
+        self._lock: FolderLock | None = None
 
     @override
     def on_init_end(
@@ -113,13 +116,20 @@ class SRLoRACallback(TrainerCallback):
     ) -> None:
         """Perform switch 0 on the prepared model, or resume."""
         self._require_fresh(args, state, model)
+        # Rank 0 alone writes what is not the Trainer's.
+        holds = args.process_index == 0
+        self._lock = together(lambda: FolderLock(args.output_dir, *IN_USE) if holds else None)
         self.switcher.plan(state.max_steps)
         resumes = state.global_step > 0
         # Where a model has several adapters or one of another name, a Trainer that resumes leaves one active.
         activate_again_(self.switcher.sites)
         source = together(lambda: self._find_checkpoint(args, state) if resumes and args.process_index == 0 else None)
-        report = self.switcher.bind(model, optimizer, source)
-        require_launched_engine(args, self.switcher.storage.name)
+        try:
+            report = self.switcher.bind(model, optimizer, source)
+            require_launched_engine(args, self.switcher.storage.name)
+        except BaseException:
+            self._let_go()
+            raise
         # Another one for each start, for two that resume the same checkpoint come to the same steps in two ways.
         self._run = self.switcher.storage.broadcast_object(uuid.uuid4().hex)
         _log(state, {"srlora_run": self._run})
@@ -156,6 +166,11 @@ class SRLoRACallback(TrainerCallback):
         # Rank 0 alone looks, for others may not see its files.
         best = folder / "adapter_best"
         self.switcher.storage.on_rank_0(f"export the best checkpoint to {best}", lambda: _export_best(state, best))
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
     def export(self, folder: str | Path, max_rank: int | None = None) -> None:
         """Write a plain PEFT adapter that gives the trained model's outputs on the untouched base.

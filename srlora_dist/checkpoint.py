@@ -68,7 +68,13 @@ class Checkpoint:
     @property
     def ledger(self) -> list[Path]:
         """The entries of the ledger in order, those that the manifest lists; none for a run without switches."""
-        return [self.folder / name for name in sorted(self._listed) if name.startswith(f"{LEDGER}/")]
+        return list(self.listed_ledger)
+
+    @property
+    def listed_ledger(self) -> dict[Path, dict[str, object]]:
+        """The same with what the manifest says of each, which was found to be true when this object was made."""
+        names = [name for name in sorted(self._listed) if name.startswith(f"{LEDGER}/")]
+        return {self.folder / name: self._listed[name] for name in names}
 
     @property
     def num_bytes(self) -> int:
@@ -100,7 +106,7 @@ def write_checkpoint(
     parent: Path,
     state: dict[str, object],
     tensors: dict[str, dict[str, Tensor]],
-    fill: Callable[[Path], None],
+    fill: Callable[[Path], dict[str, dict[str, object]]],
 ) -> int:
     """Write ``step-N`` into the folder of a run's checkpoints, whole or not at all.
 
@@ -108,7 +114,8 @@ def write_checkpoint(
         parent: Folder of the run's checkpoints.
         state: Content of ``state.json``; ``step`` names the folder.
         tensors: By file and name; a file without tensors is left out.
-        fill: Writes what else belongs into the folder that it is given.
+        fill: Writes what else belongs into the folder that it is given; returns what is known, see
+            :func:`~srlora_dist.safefiles.write_folder`.
 
     Returns:
         The size of its files, in bytes.
@@ -117,12 +124,12 @@ def write_checkpoint(
         OSError: It could not be written; the checkpoints that were there still are.
     """
 
-    def write(folder: Path) -> None:
+    def write(folder: Path) -> dict[str, dict[str, object]]:
         for file, named in tensors.items():
             if named:
                 save_file({name: t.contiguous() for name, t in named.items()}, folder / f"{file}.safetensors")
         (folder / STATE).write_text(json.dumps(state) + "\n")
-        fill(folder)
+        return fill(folder)
 
     folder = parent / f"step-{state['step']}"
     try:

@@ -7,8 +7,8 @@ pairs are kept as they were added, so that adding them again, entry by entry, gi
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -18,9 +18,47 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from srlora_dist.cache import require_writable
-from srlora_dist.safefiles import write_whole
+from srlora_dist.folder_lock import FolderLock
+from srlora_dist.safefiles import describe, link_or_copy, remove_abandoned, write_whole
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "srlora-ledger-2"
+
+
+@dataclass
+class _Entry:
+    """An entry in memory."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+    def save(self, path: Path) -> None:
+        save_file(self.tensors, path, metadata=self.metadata)
+
+
+@dataclass
+class _Written:
+    """An entry on disk: what :func:`describe` said of it, and when the file was changed last."""
+
+    path: Path
+    about: dict[str, object]
+    changed: int
+
+    @classmethod
+    def of(cls, path: Path, about: dict[str, object]) -> _Written:
+        return cls(path, about, path.stat().st_mtime_ns)
+
+    def require_unchanged(self) -> None:
+        """Raise unless the file is as it was written; it is read only if its date or size says that it is not."""
+        try:
+            state = self.path.stat()
+            same = (state.st_mtime_ns, state.st_size) == (self.changed, self.about["bytes"])
+            same = same or describe(self.path) == self.about
+        except OSError as error:
+            raise ValueError(f"the ledger {self.path.parent} lacks {self.path.name}: was it removed?") from error
+        if not same:
+            raise ValueError(f"the entry {self.path} of the ledger was changed since this run wrote it")
 
 
 @dataclass
@@ -70,37 +108,69 @@ class SwitchReport:
 class Ledger:
     """One entry a switch: for each site the columns and rows that were added to its W, signs included.
 
+    The first entries are files, the others are in memory: all of them without a folder, else those that could not be
+    written yet. A file is never changed in place, so that checkpoints may give it a second name.
+
     Args:
         folder: Where to append; None keeps the entries in memory. Only rank 0 has a ledger.
-        start_from: Files of entries to go on from, in place of those in ``folder``; they are copied.
+        start_from: Files of entries to go on from, in place of those in ``folder``, with what their manifest says of
+            each.
+        if_disk_full: ``stop``, or ``go_on`` with the entry in memory until it can be written.
 
     Raises:
-        ValueError: The folder cannot be written, holds the ledger of a run and there is nothing to go on from, or is
-            the one to go on from.
+        ValueError: The folder cannot be written, another process writes there, it holds the ledger of a run and there
+            is nothing to go on from, or is the one to go on from.
     """
 
-    def __init__(self, folder: str | Path | None, start_from: list[Path] | None = None) -> None:
-        self.folder = Path(folder) if folder is not None else None
-        self._entries: list[dict[str, Tensor]] = []
-        self._metadata: list[dict[str, str]] = []
+    def __init__(
+        self,
+        folder: str | Path | None,
+        start_from: Mapping[Path, dict[str, object]] | None = None,
+        if_disk_full: str = "stop",
+    ) -> None:
+        self.folder = Path(folder).absolute() if folder is not None else None  # the process may change its folder
+        self.if_disk_full = if_disk_full
+        self._on_disk: list[_Written] = []
+        self._in_memory: list[_Entry] = []
         self._pending: dict[str, Tensor] = {}
         if self.folder is not None:
-            require_writable(self.folder, "srlora.ledger_dir")
-            if any(path.parent.resolve() == self.folder.resolve() for path in start_from or []):
-                raise ValueError(f"srlora.ledger_dir {self.folder} is that of the checkpoint: choose another folder")
-            present = entry_paths(self.folder)
-            if present and start_from is None:
-                raise ValueError(
-                    f"srlora.ledger_dir {self.folder} holds the ledger of another run: choose a new folder"
-                )
-            for path in present:
-                path.unlink()
-        if start_from is not None and self.folder is None:
-            self._entries = list(read_entries(start_from))
-            self._metadata = [read_metadata(path) for path in start_from]
-        elif start_from is not None:
-            for path in start_from:
-                shutil.copyfile(path, self.folder / path.name)
+            self._take_folder(start_from)
+        for path, about in (start_from or {}).items():
+            if not self._take_file(path, about):
+                self._in_memory.append(_Entry(load_entry(path), read_metadata(path)))
+
+    def _take_folder(self, start_from: Mapping[Path, dict[str, object]] | None) -> None:
+        """Make the folder this run's alone, and empty it if the run goes on from elsewhere."""
+        require_writable(self.folder, "srlora.ledger_dir")
+        if any(path.parent.resolve() == self.folder.resolve() for path in start_from or ()):
+            raise ValueError(f"srlora.ledger_dir {self.folder} is that of the checkpoint: choose another folder")
+        self._lock = FolderLock(self.folder, "srlora.ledger_dir", "choose another srlora.ledger_dir")
+        remove_abandoned(self.folder)
+        present = entry_paths(self.folder)
+        if present and start_from is None:
+            raise ValueError(f"srlora.ledger_dir {self.folder} holds the ledger of another run: choose a new folder")
+        for path in present:
+            path.unlink()
+
+    def _take_file(self, path: Path, about: dict[str, object]) -> bool:
+        """Put the file of an entry after those in the folder, if that can be."""
+        if self.folder is None or self._in_memory:
+            return False
+        place = self.folder / _name(len(self._on_disk))
+        try:
+            link_or_copy(path, place)
+        except OSError:
+            place.unlink(missing_ok=True)  # half a copy
+            if self.if_disk_full == "stop":
+                raise
+            return False
+        self._on_disk.append(_Written.of(place, about))
+        return True
+
+    def release(self) -> None:
+        """Let other processes have the folder."""
+        if self.folder is not None:
+            self._lock.release()
 
     def add(self, site: str, left: Tensor, right: Tensor) -> None:
         """Note that ``s left @ right``, (m, k) times (k, n), is added to a site's W by the switch under way."""
@@ -112,28 +182,67 @@ class Ledger:
         self._pending = {}
 
     def close_switch(self, report: SwitchReport) -> None:
-        """Append the switch, whole or not at all."""
-        entry, self._pending = self._pending, {}
-        metadata = {"format": FORMAT, "report": json.dumps(asdict(report))}
-        if self.folder is None:
-            self._entries.append(entry)
-            self._metadata.append(metadata)
-            return
-        write_whole(self.folder / _name(report.switch), lambda path: save_file(entry, path, metadata=metadata))
+        """Append the switch, whole or not at all; an entry that cannot be written stays in memory in any case.
 
-    def copy_to(self, folder: Path) -> None:
-        """Write all entries into a new folder."""
+        Raises:
+            Exception: It could not be written, and ``if_disk_full`` is ``stop``.
+        """
+        entry, self._pending = self._pending, {}
+        self._in_memory.append(_Entry(entry, {"format": FORMAT, "report": json.dumps(asdict(report))}))
+        self.write_rest(self.if_disk_full == "stop")
+
+    def write_rest(self, must: bool = False) -> None:
+        """Write to the folder what is in memory, in order; without a folder it stays there.
+
+        Args:
+            must: Raise where that cannot be; else it is said.
+
+        Raises:
+            OSError: It cannot be written.
+            SafetensorError: Likewise: it reports a full disk in its own way.
+        """
+        try:
+            while self.folder is not None and self._in_memory:
+                path = self.folder / _name(len(self._on_disk))
+                write_whole(path, self._in_memory[0].save)
+                self._on_disk.append(_Written.of(path, describe(path)))
+                del self._in_memory[0]
+        except (OSError, SafetensorError) as error:
+            if must:
+                raise
+            logger.warning(
+                "going on with %d entries of the ledger in memory until %s can be written: %s",
+                *(len(self._in_memory), self.folder, error),
+            )
+
+    def copy_to(self, folder: Path) -> dict[str, dict[str, object]]:
+        """Put all entries into a new folder: those that are files by a second name, where the file system allows that.
+
+        Returns:
+            Of these their size and checksum when they were written.
+
+        Raises:
+            ValueError: A file was changed or removed since.
+        """
+        self.write_rest()
         folder.mkdir()
-        for number, (entry, metadata) in enumerate(zip(self._entries, self._metadata, strict=True)):
-            save_file(entry, folder / _name(number), metadata=metadata)
-        for path in entry_paths(self.folder) if self.folder is not None else []:
-            shutil.copyfile(path, folder / path.name)
+        for written in self._on_disk:
+            written.require_unchanged()
+            link_or_copy(written.path, folder / written.path.name)
+        for number, entry in enumerate(self._in_memory, len(self._on_disk)):
+            entry.save(folder / _name(number))
+        return {written.path.name: written.about for written in self._on_disk}
 
     def entries(self) -> Iterator[dict[str, Tensor]]:
-        """The switches in order, each as ``{site.left, site.right}``."""
-        yield from self._entries
-        if self.folder is not None:
-            yield from read_entries(entry_paths(self.folder))
+        """The switches in order, each as ``{site.left, site.right}``.
+
+        Raises:
+            ValueError: A file was changed or removed since it was written.
+        """
+        for written in self._on_disk:
+            written.require_unchanged()
+            yield load_entry(written.path)
+        yield from (entry.tensors for entry in self._in_memory)
 
     def factors(self, sites: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
         """For each site all that was added to W0, scale excluded: columns (m, R) and rows (R, n) in float32.
@@ -141,6 +250,10 @@ class Ledger:
         Raises:
             ValueError: There is no entry for a site.
         """
+        self.write_rest()
+        gone = [written.path.name for written in self._on_disk if not written.path.exists()]
+        if gone:
+            raise ValueError(f"the ledger {self.folder} has no entry for {sites[0]} in {gone[0]}: was it removed?")
         lefts: dict[str, list[Tensor]] = {site: [] for site in sites}
         rights: dict[str, list[Tensor]] = {site: [] for site in sites}
         for entry in self.entries():
@@ -154,17 +267,25 @@ class Ledger:
         return {site: (torch.cat(lefts[site], 1), torch.cat(rights[site], 0)) for site in sites}
 
 
+def load_entry(path: Path) -> dict[str, Tensor]:
+    """One entry of a ledger, in memory.
+
+    Raises:
+        ValueError: The file is not one of a ledger, or is gone.
+    """
+    try:
+        return {name: tensor.clone() for name, tensor in load_file(path).items()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is no ledger entry ({error})") from error
+
+
 def read_entries(paths: list[Path]) -> Iterator[dict[str, Tensor]]:
     """The entries in the files of a ledger, each as ``{site.left, site.right}``.
 
     Raises:
         ValueError: A file is not one of a ledger.
     """
-    for path in paths:
-        try:
-            yield load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is no ledger entry ({error})") from error
+    yield from map(load_entry, paths)
 
 
 def read_metadata(path: Path) -> dict[str, str]:

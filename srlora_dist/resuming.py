@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import asdict
 from pathlib import Path
 
 from srlora_dist.checkpoint import Checkpoint, find_checkpoint
 from srlora_dist.config import RunConfig
+from srlora_dist.folder_lock import was_restarted
 from srlora_dist.safefiles import clean_up
 from srlora_dist.srlora_config import DEFAULT_TARGET_RANK, FREE_ON_RESUME
 
@@ -21,8 +21,6 @@ FREE = {
 }
 """Options that may be others when a run is resumed: where things are, on what it runs, how often it reports. The
 pretrained weights are compared by their digests."""
-
-RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
 
 def checkpoints_of(config: RunConfig) -> Path:
@@ -40,8 +38,7 @@ def choose_checkpoint(config: RunConfig) -> Checkpoint | None:
     clean_up(own)
     # After a restart by the launcher or by SLURM the run of this launch goes on, whatever it was started from. It may
     # even have ended: a signal in its last moments has the job put back into the queue all the same.
-    restarted = any(os.environ.get(count, "0") != "0" for count in RESTART_COUNTS)
-    checkpoint = find_checkpoint(own) if restarted else None
+    checkpoint = find_checkpoint(own) if was_restarted() else None
     if checkpoint is None:
         has_ended = (Path(config.output_dir) / "summary.json").exists()
         if asked == "never" or (asked == "auto" and has_ended):

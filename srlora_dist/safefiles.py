@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
 MANIFEST = "manifest.json"
 BESIDE, REPLACED = ".srlora_tmp", ".srlora_old"
 """Endings of a hidden folder that is being written or removed, and of one that is being replaced."""
+PART, ALIVE = ".srlora_part", "alive"
+"""Ending of a hidden folder in which single files are written, and a file in it that its process holds locked."""
+SECONDS_TO_LOCK, SECONDS_WITHOUT_LOCKS = 60.0, 86400.0
+"""Age of a folder of parts that was left behind by a killed process: without such a file, and where none can be locked.
+"""
 KINDS = (".safetensors", ".json")
 """Endings of the files that a folder may hold: none of them can run code when it is read."""
 
@@ -27,24 +35,52 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     Raises:
         OSError: It could not be written; what was at the place before is still there.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        write(temporary)
-        _sync(temporary)
-        temporary.replace(path)
-    except BaseException:
+    write_files(path.parent, {path.name: write})
+
+
+def write_files(folder: Path, files: dict[str, Callable[[Path], None]]) -> None:
+    """Write files that belong together beside their places, and rename them once all of them are written.
+
+    What a killed process left of its own files in this folder is removed.
+
+    Args:
+        folder: Where they will be.
+        files: For each name what writes a new file at the path that it is given. If there are several, nobody can use
+            the others without the last one: a kill between two renames leaves a folder without it.
+
+    Raises:
+        OSError: One could not be written; what was there before still is.
+    """
+    remove_abandoned(folder)
+    with _workplace(folder, next(iter(files))) as place:
+        for name, write in files.items():
+            write(place / name)
+            _sync(place / name)
+        *others, last = files
+        if others:
+            (folder / last).unlink(missing_ok=True)
+        for name in files:
+            (place / name).replace(folder / name)
+    _sync(folder)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove what killed processes left behind in a folder while they wrote single files; others are left alone."""
+    for part in folder.glob(f".*{PART}"):
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-    _sync(path.parent)
+            if _is_abandoned(part):
+                shutil.rmtree(part, ignore_errors=True)
 
 
-def write_folder(folder: Path, fill: Callable[[Path], None], about: dict[str, object]) -> None:
+def write_folder(
+    folder: Path, fill: Callable[[Path], dict[str, dict[str, object]] | None], about: dict[str, object]
+) -> None:
     """Write a folder beside its place, list its files in a manifest, sync everything and rename it.
 
     Args:
         folder: Where it will be; one that is there already is replaced.
-        fill: Writes ``.safetensors`` and ``.json`` files into the folder that it is given.
+        fill: Writes ``.safetensors`` and ``.json`` files into the folder that it is given. It may return what
+            :func:`describe` gives for some of them, by their paths in the folder, where it knows that already.
         about: Kept in the manifest beside the list: which format it is, above all.
 
     Raises:
@@ -57,11 +93,16 @@ def write_folder(folder: Path, fill: Callable[[Path], None], about: dict[str, ob
         shutil.rmtree(stale, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        fill(temporary)
-        paths = sorted(path for path in temporary.rglob("*") if path.is_file())
-        files = {path.relative_to(temporary).as_posix(): describe(path) for path in paths}
+        known = fill(temporary) or {}
+        paths = {path.relative_to(temporary).as_posix(): path for path in temporary.rglob("*") if path.is_file()}
+        files = {name: known.get(name) or describe(paths[name]) for name in sorted(paths)}
         (temporary / MANIFEST).write_text(json.dumps({**about, "files": files}, indent=1) + "\n")
-        for path in (*paths, temporary / MANIFEST, *(p for p in temporary.rglob("*") if p.is_dir()), temporary):
+        for path in (
+            *paths.values(),
+            temporary / MANIFEST,
+            *(p for p in temporary.rglob("*") if p.is_dir()),
+            temporary,
+        ):
             _sync(path)
         if folder.exists():
             folder.rename(old)
@@ -117,6 +158,18 @@ def describe(path: Path) -> dict[str, object]:
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file that is never changed in place a second name, or copy it where the file system refuses that.
+
+    Raises:
+        OSError: It can neither be linked nor be copied.
+    """
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def folders_with_manifest(parent: Path) -> Iterator[Path]:
     """The folders in a folder that hold a manifest; those still being written are hidden and left out."""
     if parent.is_dir():
@@ -130,6 +183,7 @@ def clean_up(parent: Path) -> None:
 
     Only for the one who writes there: another one's unfinished folder would go as well.
     """
+    remove_abandoned(parent)
     for old in parent.glob(f".*{REPLACED}"):
         place = parent / old.name[1:].removesuffix(REPLACED)
         if place.exists():
@@ -145,6 +199,35 @@ def remove_folder(folder: Path) -> None:
     temporary = folder.with_name(f".{folder.name}{BESIDE}")
     folder.rename(temporary)
     shutil.rmtree(temporary)
+
+
+@contextlib.contextmanager
+def _workplace(folder: Path, name: str) -> Iterator[Path]:
+    """A hidden folder in a folder, removed at the end; others see by its lock whether this process is alive.
+
+    Of its own, because libraries write beside a file too before they rename it.
+    """
+    place = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=PART, dir=folder))
+    try:
+        with (place / ALIVE).open("w") as alive:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _is_abandoned(part: Path) -> bool:
+    try:
+        with (part / ALIVE).open("r+") as alive:
+            fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except FileNotFoundError:
+        return time.time() - part.stat().st_mtime > SECONDS_TO_LOCK
+    except OSError:  # a file system without locks
+        return time.time() - part.stat().st_mtime > SECONDS_WITHOUT_LOCKS
+    return True
 
 
 def _require_regular(folder: Path, name: str) -> Path:

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from srlora_dist.checkpoint import LEDGER, Checkpoint, describe_sites, find_checkpoint, write_checkpoint
 from srlora_dist.export import NOT_TRAINED, exported_parts
+from srlora_dist.folder_lock import HeldFolders
 from srlora_dist.ledger import Ledger
-from srlora_dist.safefiles import clean_up
+from srlora_dist.safefiles import MANIFEST, clean_up
 from srlora_dist.storage import Storage
 from srlora_dist.training_state import gather_training_state
 
@@ -28,6 +29,7 @@ def save_run(
     state: dict[str, object],
     tensors: dict[str, dict[str, Tensor]],
     ledger: Ledger | None,
+    folders: HeldFolders | None = None,
 ) -> int | None:
     """Write ``step-N`` into a folder of checkpoints.
 
@@ -40,6 +42,7 @@ def save_run(
         state: What else belongs into ``state.json``; its ``step`` names the checkpoint.
         tensors: What else is saved, by file and name, on rank 0.
         ledger: On rank 0; None for a run without switches.
+        folders: Gets the parent, so that no other process writes there; None where that is known already.
 
     Returns:
         The size in bytes on rank 0, None elsewhere.
@@ -61,14 +64,19 @@ def save_run(
         "world_size": storage.world_size,
     }
 
-    def fill(folder: Path) -> None:
+    def fill(folder: Path) -> dict[str, dict[str, object]]:
         adapter_config.save_pretrained(str(folder))
-        if ledger is not None:
-            ledger.copy_to(folder / LEDGER)
+        known = ledger.copy_to(folder / LEDGER) if ledger is not None else {}
+        return {f"{LEDGER}/{name}": about for name, about in known.items()}
+
+    def write() -> int:
+        parent.mkdir(parents=True, exist_ok=True)
+        if folders is not None and folders.hold(parent, "the folder of checkpoints", "choose another one"):
+            clean_up(parent)
+        return write_checkpoint(parent, state, files, fill)
 
     files = {**tensors, **trained, NOT_TRAINED: not_trained}
-    what = f"write the checkpoint of step {state['step']} to {parent}"
-    return storage.on_rank_0(what, lambda: write_checkpoint(parent, state, files, fill))
+    return storage.on_rank_0(f"write the checkpoint of step {state['step']} to {parent}", write)
 
 
 @dataclass
@@ -88,13 +96,16 @@ class SavedRun:
         return self.checkpoint.read(file, name)
 
 
-def open_run(storage: Storage, source: str | Path | Checkpoint | None) -> SavedRun | None:
+def open_run(
+    storage: Storage, source: str | Path | Checkpoint | None, folders: HeldFolders | None = None
+) -> SavedRun | None:
     """Open a checkpoint for all ranks.
 
     Args:
         storage: How the ranks hold the model.
         source: The checkpoint, its folder, or a folder of checkpoints, of which the last good one is taken; rank 0's
             counts.
+        folders: Gets a folder of checkpoints, for a run that goes on from there saves there too.
 
     Returns:
         None if there is none in the folder.
@@ -108,8 +119,12 @@ def open_run(storage: Storage, source: str | Path | Checkpoint | None) -> SavedR
     def find() -> Checkpoint | None:
         if isinstance(source, Checkpoint):
             return source
-        clean_up(Path(source))
-        return find_checkpoint(Path(source))
+        folder = Path(source)
+        if folders is not None and not (folder / MANIFEST).exists():
+            remedy = f"name one checkpoint, such as {folder / 'step-N'}, to start from it in another folder"
+            if folders.hold(folder, "the folder of checkpoints", remedy):
+                clean_up(folder)
+        return find_checkpoint(folder)
 
     checkpoint = storage.on_rank_0(f"open the checkpoint {source}", find)
     state = storage.broadcast_object(checkpoint.state if checkpoint is not None else None)

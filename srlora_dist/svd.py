@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import math
-import os
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import scipy.linalg
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from srlora_dist.cache import cache_dir, require_writable
 from srlora_dist.config import SRLoRAConfig
-from srlora_dist.digest import combine, digest_run
+from srlora_dist.direction_file import PARTS, DirectionFile
 from srlora_dist.krylov import find_triplets, is_worth_it
 from srlora_dist.matmul import exact_matmul
 from srlora_dist.original import OriginalWeights
@@ -91,6 +89,7 @@ class Directions:
             self.shares = False
         self.digests: list[int] = []  # of each site's W
         self.path: Path | None = None  # on rank 0
+        self._file: DirectionFile | None = None  # likewise
         self.was_there = False  # the file, before prepare()
         self._original: OriginalWeights | None = None  # likewise
 
@@ -109,7 +108,7 @@ class Directions:
         if self.was_there:
             return
         tensors = self._compute()
-        self.storage.on_rank_0("write the directions (srlora.svd_cache)", lambda: self._write(tensors))
+        self.storage.on_rank_0("write the directions (srlora.svd_cache)", lambda: self._file.write(tensors, METHOD))
 
     def take(self, wanted: list[tuple[int, list[int]]], made: dict[int, Triplet]) -> list[Triplet]:
         """The wanted directions of each (site number, their numbers): U (m, k), S (k,), Vt (k, n).
@@ -131,30 +130,28 @@ class Directions:
         if self.storage.rank == 0:
             were_read.fill_(self._read(wanted, made, parts))
         if not self.storage.broadcast_(packed)[-1].item():
-            raise ValueError("rank 0 cannot read its file of directions any more: was it removed? Start the run again")
+            raise ValueError(
+                "rank 0 cannot read its copy of the directions any more: look at the disk, and start the run again"
+            )
         triplets = zip(parts[0::3], parts[1::3], parts[2::3], shapes, strict=True)
         return [(left.view(k, m).T, values, right.view(k, n)) for left, values, right, (m, k, n) in triplets]
 
     def singular_values(self) -> dict[str, list[float]]:
         """Of each site, by its name, falling; for rank 0 alone."""
-        with safe_open(self.path, "pt") as file:
-            return {site.name: file.get_tensor(f"{site.name}.S").tolist() for site in self.storage.sites}
+        return {site.name: self._file.singular_values(site.name) for site in self.storage.sites}
 
     def _read(self, wanted: list[tuple[int, list[int]]], made: dict[int, Triplet], parts: list[Tensor]) -> bool:
         """Fill the parts; False where the file cannot be read, for the other ranks wait."""
         try:
-            with safe_open(self.path, "pt") as file:
-                for j, (number, rows) in enumerate(wanted):
-                    name, into = self.storage.sites[number].name, parts[3 * j : 3 * j + 3]
-                    if number in made:
-                        left, values, right = made[number]
-                        of_site = [left.T, values, right]
-                    else:
-                        slices = [file.get_slice(f"{name}.{part}") for part in ("Ut", "S", "Vt")]
-                        of_site = [torch.cat([each[row : row + 1] for row in rows]) for each in slices]
-                    for part, tensor in zip(into, of_site, strict=True):
-                        part.copy_(tensor.flatten())
-        except (OSError, SafetensorError):
+            for j, (number, rows) in enumerate(wanted):
+                if number in made:
+                    left, values, right = made[number]
+                    of_site = [left.T, values, right]
+                else:
+                    of_site = self._file.rows(self.storage.sites[number].name, rows)
+                for part, tensor in zip(parts[3 * j : 3 * j + 3], of_site, strict=True):
+                    part.copy_(tensor.flatten())
+        except OSError:
             return False
         return True
 
@@ -172,18 +169,14 @@ class Directions:
             fingerprint = [*fingerprint, self._original.identity()]
         name = hashlib.sha256(json.dumps(fingerprint).encode()).hexdigest()[:32]
         folder = Path(self.cache) if self.cache is not None else cache_dir() / "svd"
-        self.path = folder / f"{name}.safetensors"
+        self._file = DirectionFile(folder / f"{name}.safetensors")
+        self.path = self._file.path
         if not self.path.exists():
             require_writable(folder, "srlora.svd_cache")
             return False
-        try:
-            with safe_open(self.path, "pt") as file:
-                names = sorted(file.keys())
-                digest = combine(*(digest_run(file.get_tensor(name)) for name in names))
-                if file.metadata().get("digest") == str(digest):
-                    return True
-        except (SafetensorError, OSError, AttributeError):
-            pass
+        with contextlib.suppress(OSError):
+            if self._file.open():
+                return True
         warnings.warn(f"the file of directions {self.path} is damaged and will be computed again", stacklevel=2)
         return False
 
@@ -238,7 +231,7 @@ class Directions:
     def _collect(self, made: dict[int, Triplet]) -> dict[str, Tensor]:
         """All of them by their names in the file, on rank 0. Collective: they are collected if they were shared out."""
         sites = self.storage.sites
-        names = [f"{site.name}.{part}" for site in sites for part in ("Ut", "S", "Vt")]
+        names = [f"{site.name}.{part}" for site in sites for part in PARTS]
         if not self.shares:
             made = [part for number in sorted(made) for part in made[number]]
             return dict(zip(names, made, strict=True)) if self.storage.rank == 0 else {}
@@ -250,10 +243,3 @@ class Directions:
         if self.storage.rank != 0:
             return {}
         return {name: whole.view(shape) for name, whole, shape in zip(names, wholes, shapes, strict=True)}
-
-    def _write(self, tensors: dict[str, Tensor]) -> None:
-        """Write beside, then rename."""
-        digest = combine(*(digest_run(tensors[name]) for name in sorted(tensors)))
-        temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
-        save_file(tensors, temporary, metadata={"method": METHOD, "digest": str(digest)})
-        temporary.rename(self.path)

@@ -17,6 +17,7 @@ from srlora_dist.digest import digest_run
 from srlora_dist.errors import RunStoppedError
 from srlora_dist.exchange import Exchange
 from srlora_dist.export import export_adapter
+from srlora_dist.folder_lock import HeldFolders
 from srlora_dist.fused import add_second_adapters_, require_intact
 from srlora_dist.importance import Importance
 from srlora_dist.ledger import Ledger, SwitchReport, require_entries
@@ -52,12 +53,21 @@ class Switcher:
         config: Options.
         num_training_steps: Optimizer steps of the whole run (N_all of Eq. 14); None where that is known only later, see
             :meth:`plan`.
+        if_disk_full: What a switch does that cannot be written to ``srlora.ledger_dir``: ``stop`` raises, ``go_on``
+            warns. Either way it is kept in memory, and written once there is room.
 
     Raises:
         ValueError: The model or the options cannot be worked with; the message names the remedy.
     """
 
-    def __init__(self, model: nn.Module, config: SRLoRAConfig, num_training_steps: int | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: SRLoRAConfig,
+        num_training_steps: int | None = None,
+        *,
+        if_disk_full: str = "stop",
+    ) -> None:
         self.config = config
         self.sites = find_sites(model, config.adapter_name)
         share_out_directions_(self.sites, config)
@@ -67,10 +77,12 @@ class Switcher:
         if num_training_steps is not None:
             self.plan(num_training_steps)
         add_second_adapters_(self.sites, config)
+        self._if_disk_full, self._folders = if_disk_full, HeldFolders()
         self.num_steps = 0
         self.num_switches = 0
         self.svd_seconds = self.switch_seconds = 0.0
         self.storage: Storage | None = None
+        self._ledger: Ledger | None = None
         self.extra_memory: ExtraMemory | None = None
         self._importance: Tracked | None = None
         self._pair_steps: PairSteps | None = None
@@ -122,7 +134,7 @@ class Switcher:
         self._model = model
         require_resettable(storage.optimizer, self.config.optimizer_reset)
         require_intact(self.sites)
-        saved = open_run(storage, resume_from) if storage.rank_0_says(resume_from is not None) else None
+        saved = open_run(storage, resume_from, self._folders) if storage.rank_0_says(resume_from is not None) else None
         self.resumed = saved.state if saved is not None else None
         storage.require_usable(fresh=saved is None)
         if saved is None:
@@ -237,6 +249,7 @@ class Switcher:
             state=state,
             tensors={AVERAGES: averages},
             ledger=self._ledger,
+            folders=self._folders,
         )
 
     def export(self, folder: str | Path, max_rank: int | None = None) -> None:
@@ -251,6 +264,12 @@ class Switcher:
         self._require_bound()
         require_intact(self.sites)
         export_adapter(self._model, self.storage, self.sites, self._ledger, folder, max_rank, self.config.adapter_name)
+
+    def close(self) -> None:
+        """Let other processes write into the folders of this run, which is over; the end of the process does so too."""
+        self._folders.release()
+        if self._ledger is not None:
+            self._ledger.release()
 
     @property
     def tracking_seconds(self) -> float:
@@ -271,9 +290,9 @@ class Switcher:
             site.held, site.born = [-1] * site.rank, [0] * site.rank
         return sites
 
-    def _open_ledger(self, start_from: list[Path] | None) -> None:
-        ledger_dir = self.config.ledger_dir
-        self._ledger = self.storage.on_rank_0("open the ledger", lambda: Ledger(ledger_dir, start_from))
+    def _open_ledger(self, start_from: dict[Path, dict[str, object]] | None) -> None:
+        folder, full = self.config.ledger_dir, self._if_disk_full
+        self._ledger = self.storage.on_rank_0("open the ledger", lambda: Ledger(folder, start_from, full))
 
     def _prepare_exchange(self) -> None:
         self._exchange = Exchange(self.storage, self._directions, self._ledger, self._importance, self.config)
@@ -296,7 +315,8 @@ class Switcher:
         self._agenda.restore_(state)
         self.num_steps, self.num_switches = state["num_steps"], state["num_switches"]
         require_same_training(self._model, self.storage, state)
-        entries = saved.checkpoint.ledger if saved.checkpoint is not None else []
+        listed = saved.checkpoint.listed_ledger if saved.checkpoint is not None else {}
+        entries = list(listed)
         self.storage.on_rank_0("count the ledger", lambda: require_entries(entries, self.num_switches))
         self._ledger = None
         self._prepare_exchange()
@@ -306,7 +326,7 @@ class Switcher:
         restore_training_state_(self._model, self.storage, state, saved.read)
         if self._importance is not None and self._observes():
             self._importance.restore_(lambda name: saved.read(AVERAGES, name))
-        self._open_ledger(entries)  # now that nothing can be wrong with the checkpoint any more
+        self._open_ledger(listed)  # now that nothing can be wrong with the checkpoint any more
         self._exchange.ledger = self._ledger
 
     def _announce(self) -> None:
@@ -386,9 +406,9 @@ class Switcher:
                 *(report.switch, report.step, report.relative_output_change, self._check.tolerance),
             )
         else:
+            self.num_switches += 1  # it has happened, whether it can be written or not
             what = f"append switch {report.switch} to the ledger"
             self.storage.on_rank_0(what, lambda: self._ledger.close_switch(report))
-            self.num_switches += 1
             found = (*more, even_scores(report), no_gradient(report), directions_exhausted(report, self.sites))
             report.findings = [finding for finding in found if finding is not None]
             for finding in report.findings:

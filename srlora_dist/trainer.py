@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from srlora_dist.errors import RunStoppedError, StoppedBySignalError
 from srlora_dist.evaluation import evaluate
 from srlora_dist.export import export_checkpoint
 from srlora_dist.figures import draw
+from srlora_dist.folder_lock import PATIENCE_OF_A_RESTART, FolderLock, was_restarted
 from srlora_dist.keeper import Keeper
 from srlora_dist.ledger import SwitchReport
 from srlora_dist.methods import build_method
@@ -59,6 +61,14 @@ def train(config: RunConfig) -> dict[str, object]:
     """
     accelerator, engine = build_accelerator(config)
     log = together(lambda: _begin(config, accelerator))
+    with together(lambda: _hold_folder(config, accelerator)):
+        summary = _train(config, accelerator, engine, log)
+    accelerator.end_training()
+    return summary
+
+
+def _train(config: RunConfig, accelerator: Accelerator, engine: str, log: RunLog | None) -> dict[str, object]:
+    """The run, once the folder is its own."""
     checkpoint = together(lambda: choose_checkpoint(config) if accelerator.is_main_process else None)
     ledger_dir = config.srlora.ledger_dir or str(Path(config.output_dir) / "ledger")
     config = replace(config, engine=engine, srlora=replace(config.srlora, ledger_dir=ledger_dir))
@@ -71,7 +81,6 @@ def train(config: RunConfig) -> dict[str, object]:
     if log is not None:
         draw(log.folder, summary)
         log.summary(summary)
-    accelerator.end_training()
     return summary
 
 
@@ -79,6 +88,15 @@ def _begin(config: RunConfig, accelerator: Accelerator) -> RunLog | None:
     """What can fail is tried before anything that takes long; gives the main process its log."""
     check_task(config)
     return RunLog(Path(config.output_dir), config) if accelerator.is_main_process else None
+
+
+def _hold_folder(config: RunConfig, accelerator: Accelerator) -> AbstractContextManager:
+    """Keep others out of the output folder; a run that was restarted waits for the one before it to end."""
+    if not accelerator.is_main_process:
+        return nullcontext()
+    # The other ranks wait as long.
+    patience = min(PATIENCE_OF_A_RESTART, config.train.timeout / 2) if was_restarted() else None
+    return FolderLock(config.output_dir, "output_dir", "choose another --output_dir", patience)
 
 
 class Trainer:

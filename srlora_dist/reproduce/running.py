@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import shlex
@@ -11,9 +12,9 @@ import sys
 import time
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from srlora_dist.folder_lock import FolderInUseError, FolderLock
 from srlora_dist.reproduce.grid import Cell, Grid
 from srlora_dist.reproduce.results import Results, finished_summary
 
@@ -66,12 +67,7 @@ def run_grid(grid: Grid, train: Path) -> tuple[list[str], bool]:
         ValueError: Another process runs a grid in this folder.
     """
     grid.folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(grid.folder / ".lock")
-    try:
-        held = lock.acquire(timeout=0)
-    except Timeout:
-        message = f"a grid runs in {grid.folder} already: wait for it, or choose another --output_dir"
-        raise ValueError(message) from None
+    held = FolderLock(grid.folder, "a grid runs already: --output_dir", "choose another --output_dir", patience=0)
     with held, Stopped() as stopped:
         return _run_all(grid, train, Results(grid.results), stopped)
 
@@ -115,6 +111,7 @@ def command(grid: Grid, cell: Cell, train: Path) -> list[str]:
 
 def _launch(grid: Grid, cell: Cell, train: Path, stopped: Stopped) -> int:
     """Run the command to its end; gives its exit status. What it prints is appended to its log."""
+    _wait_for_the_run_before(cell)
     path = _log_of(grid, cell)
     path.parent.mkdir(exist_ok=True)
     with path.open("a") as log:
@@ -129,6 +126,12 @@ def _launch(grid: Grid, cell: Cell, train: Path, stopped: Stopped) -> int:
         status = stopped.child.wait()
         _wait_for_group(stopped.child.pid)
     return status
+
+
+def _wait_for_the_run_before(cell: Cell) -> None:
+    """Of a grid that was killed a moment ago: it has been asked to stop, and may still write its checkpoint."""
+    with contextlib.suppress(FolderInUseError):  # then the run says so
+        FolderLock(cell.folder, "the folder of the run", "wait", patience=SECONDS_TO_STOP).release()
 
 
 def _end_with_the_parent() -> None:

@@ -53,6 +53,7 @@ def train(
             parts.append([(part.site, part.slots, part.new_directions) for part in report.sites])
         if step + 1 in (NUM_STEPS // 2, last):
             switcher.save_checkpoint(f"{folder}/checkpoints", {"rate": RATE})
+    switcher.close()  # another process goes on from here, and this one stays
     storage = switcher.storage
     storage.settle()
     whole = storage.gather_parameters(list(trained_parameters(engine.model).values()))

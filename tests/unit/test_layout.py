@@ -26,7 +26,7 @@ LAYERS = [
     ["targets"],
     ["svd", "importance", "changes", "pair_steps", "fused", "training_state", "checkpoint"],
     ["tracked"],
-    ["ledger", "schedule", "original", "krylov", "settling"],
+    ["ledger", "schedule", "original", "krylov", "settling", "direction_file"],
     ["storage"],
     ["pairs", "sites", "digest", "spans"],
     ["bypassed"],
@@ -34,7 +34,7 @@ LAYERS = [
     ["config"],
     ["srlora_config"],
     ["options_file", "ranges", "safefiles", "cache", "errors", "compiling", "paper", "process", "arguments"]
-    + ["live_pairs", "trainer_arguments", "matmul"],
+    + ["live_pairs", "trainer_arguments", "matmul", "folder_lock"],
 ]
 
 

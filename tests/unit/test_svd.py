@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,6 +23,7 @@ from srlora_dist.svd import Directions, compute_directions
 from srlora_dist.targets import clamp_target_ranks
 from tests import reference
 from tests.ranks.engines import make_net
+from tests.unit.test_switcher import bound, take_steps
 
 
 def directions_of(folder, scale: float = 1.0, target: int = 6) -> Directions:
@@ -94,12 +103,90 @@ def test_an_unwritable_cache_is_an_error_with_the_option(tmp_path) -> None:
         directions_of(tmp_path / "file" / "below").prepare()
 
 
-def test_a_file_that_is_gone_is_an_error(tmp_path) -> None:
+HARMS = {
+    "removed": lambda path: shutil.rmtree(path.parent),
+    "truncated": lambda path: path.write_bytes(b""),
+    "overwritten": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "replaced": lambda path: (path.unlink(), path.write_bytes(b"something else")),
+}
+
+
+@pytest.mark.parametrize("room", [True, False])
+@pytest.mark.parametrize("found", [True, False])
+@pytest.mark.parametrize("harm", HARMS)
+def test_what_happens_to_the_file_during_a_run_does_not_matter(tmp_path, monkeypatch, harm, found, room) -> None:
+    if not room:
+        monkeypatch.setattr(tempfile, "TemporaryFile", no_room)
+    directions = directions_of(tmp_path / "svd")
+    if found:
+        directions_of(tmp_path / "svd").prepare()
+    directions.prepare()
+    wanted = [(0, [1, 2]), (1, [0, 3])]
+    before = [[part.clone() for part in triplet] for triplet in directions.take(wanted, {})]
+    monkeypatch.chdir(tmp_path)  # whose folder may be relative
+    HARMS[harm](directions.path)
+    for triplet, expected in zip(directions.take(wanted, {}), before, strict=True):
+        assert all(torch.equal(part, known) for part, known in zip(triplet, expected, strict=True))
+    assert len(directions.singular_values()["first"]) == 6
+
+
+def no_room(*_: object, dir: Path, **__: object) -> None:  # noqa: A002 (tempfile's name)
+    """For a copy: ``require_writable`` still finds room."""
+    if sys._getframe(1).f_code.co_name == "_copied":
+        raise OSError(errno.ENOSPC, "No space left on device")
+    return tempfile.NamedTemporaryFile(dir=dir)
+
+
+def test_a_switch_needs_no_cache_any_more(tmp_path) -> None:
+    weights = []
+    for removed in (False, True):
+        model, optimizer, switcher = bound(tmp_path, target_rank=10)
+        if removed:
+            shutil.rmtree(tmp_path / "svd")
+        reports = take_steps(model, optimizer, switcher, 20)
+        assert len(reports) == 2
+        weights.append([parameter.detach().clone() for parameter in model.parameters()])
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*weights, strict=True))
+
+
+def test_a_failed_write_leaves_nothing(tmp_path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, hard))  # writing beyond fails as it does on a full disk
+    try:
+        with pytest.raises(ValueError, match="cannot write the directions .srlora.svd_cache.*[Ff]ile too large"):
+            directions_of(tmp_path).prepare()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_write_left_is_removed_and_what_is_being_written_is_not(tmp_path) -> None:
+    program = """
+import os, sys, time
+from pathlib import Path
+from srlora_dist.safefiles import write_whole
+
+def write(path):
+    path.write_bytes(b"half")
+    print("here", flush=True)
+    sys.stdin.read()
+
+write_whole(Path(sys.argv[1]) / "some.safetensors", write)
+"""
+    writers = [
+        subprocess.Popen([sys.executable, "-c", program, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    for writer in writers:
+        assert writer.stdout.readline() == b"here\n"
+    writers[0].kill()
+    writers[0].wait()
+    assert len([*tmp_path.iterdir()]) == 2
     directions = directions_of(tmp_path)
     directions.prepare()
-    directions.path.unlink()
-    with pytest.raises(ValueError, match="file of directions any more"):
-        directions.take([(0, [0])], {})
+    assert len([*tmp_path.iterdir()]) == 2
+    writers[1].communicate()
+    assert {path.name for path in tmp_path.iterdir()} == {directions.path.name, "some.safetensors"}
 
 
 def test_the_digest_adds_up_over_runs_and_sees_every_element() -> None:
