@@ -16,6 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer import SCHEDULER_NAME
 from typing_extensions import override
 
+from srlora_dist.alone import require_company
 from srlora_dist.checkpoint import Checkpoint, checkpoint_folders
 from srlora_dist.config import SRLoRAConfig
 from srlora_dist.engine import together
@@ -26,8 +27,10 @@ from srlora_dist.ledger import SwitchReport
 from srlora_dist.live_pairs import mark_saves_
 from srlora_dist.precision import require_deepspeed_type
 from srlora_dist.sites import find_peft_model
+from srlora_dist.storage import require_cuttable
 from srlora_dist.switcher import Switcher
 from srlora_dist.trainer_arguments import (
+    asks_for_fsdp,
     deepspeed_dtype,
     refuse_arguments,
     refuse_reference,
@@ -84,6 +87,8 @@ class SRLoRACallback(TrainerCallback):
     ) -> None:
         """Give quantised layers their second adapter, for which it is too late once the model is prepared."""
         refuse_arguments(args)
+        if args.world_size == 1:
+            require_company()
         require_deepspeed_type(deepspeed_dtype(args) or "float32", "the type of the training")
         if args.push_to_hub:
             logger.warning(
@@ -98,6 +103,8 @@ class SRLoRACallback(TrainerCallback):
             )
         self._has_evaluated = False
         self.switcher = Switcher(model, self.config)
+        for site in self.switcher.sites if asks_for_fsdp(args) else ():
+            require_cuttable(site)
         self._peft_model = peft_model = find_peft_model(model)
         edited = [site.name for site in self.switcher.sites if site.fused_a is None]
         refuse_reference(args, peft_model, edited)

@@ -26,52 +26,12 @@ from torch import nn
 
 from srlora_dist.compiling import wait_for_locks
 from srlora_dist.config import RunConfig
-from srlora_dist.deepspeed_file import compiled_operators, fill, read_settings, require_nvme, zero_stage
+from srlora_dist.deepspeed_file import compiled_operators, fill, read_settings, require_nvme
+from srlora_dist.launched import flag, launched_engine, world_size
 from srlora_dist.precision import mixed_precision
 from srlora_dist.storage import rejoin
 
 T = TypeVar("T")
-
-
-def launched_engine() -> str:
-    """The engine that the environment asks for: ``plain``, ``ddp``, ``zero0`` to ``zero3``, or ``fsdp2``.
-
-    Raises:
-        ValueError: The launch asks for something that is not supported; the message says what to use instead.
-    """
-    for variable, name in (
-        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
-        ("ACCELERATE_USE_PARALLELISM_CONFIG", "tensor or context parallelism"),
-    ):
-        if _flag(variable):
-            raise ValueError(
-                f"the launch asks for {name}, which is not supported yet: "
-                "use launch/accelerate/ddp.yaml or zero1.yaml, zero2.yaml, zero3.yaml there"
-            )
-    if _flag("ACCELERATE_USE_DEEPSPEED"):
-        return f"zero{zero_stage(read_settings())}"
-    if _flag("ACCELERATE_USE_FSDP"):
-        return _fsdp_engine()
-    _require_a_launcher_of_all()
-    return "ddp" if world_size() > 1 else "plain"
-
-
-def world_size() -> int:
-    """How many processes were launched, according to the environment.
-
-    Raises:
-        ValueError: What the launcher leaves in the environment is incomplete or contradicts itself.
-    """
-    size = _number("WORLD_SIZE", 1, least=1)
-    for variable in ("RANK", "LOCAL_RANK"):
-        _number(variable, 0, least=0, most=size - 1)
-    _number("MASTER_PORT", 0, least=0, most=65535)
-    missing = [variable for variable in ("RANK", "MASTER_ADDR", "MASTER_PORT") if variable not in os.environ]
-    if size > 1 and missing:
-        raise ValueError(
-            f"WORLD_SIZE is {size} in the environment, but {', '.join(missing)} not set: start with accelerate launch"
-        )
-    return size
 
 
 def build_accelerator(config: RunConfig) -> tuple[Accelerator, str]:
@@ -227,50 +187,8 @@ def _shard_on_cpu(accelerator: Accelerator) -> None:
     state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
 
-def _flag(variable: str) -> bool:
-    return os.environ.get(variable, "false").lower() in ("true", "1", "yes")
-
-
-def _number(variable: str, default: int, least: int, most: int | None = None) -> int:
-    value = os.environ.get(variable, str(default))
-    if not value.isdecimal() or int(value) < least or (most is not None and int(value) > most):
-        span = f"at least {least}" if most is None else f"from {least} to {most}"
-        raise ValueError(
-            f"{variable} is {value!r} in the environment, not a number {span}: start with accelerate launch"
-        )
-    return int(value)
-
-
-def _require_a_launcher_of_all() -> None:
-    """Stop where several processes were started that do not know of each other: each would train by itself."""
-    if "WORLD_SIZE" in os.environ:
-        return
-    # Accelerate's launcher of one process sets the first, and the second where several were asked for.
-    if {"ACCELERATE_USE_CPU", "MASTER_PORT"} <= {*os.environ}:
-        raise ValueError(
-            "accelerate launch was asked for several processes, but with this file it starts one alone on each node: "
-            "use --config_file launch/accelerate/ddp.yaml, or cpu2.yaml on the CPU"
-        )
-    for variable in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-        if os.environ.get(variable, "1") != "1":
-            raise ValueError(
-                f"{variable} is {os.environ[variable]} in the environment, but each of these processes would train by "
-                "itself: start accelerate launch, once on each node, as launch/slurm/train.sbatch does"
-            )
-
-
 def _without_gpu() -> bool:
-    return _flag("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-
-
-def _fsdp_engine() -> str:
-    version = os.environ.get("FSDP_VERSION", "1")
-    if version != "2":
-        raise ValueError(
-            f"the launch asks for FSDP version {version}, which is not supported: set fsdp_version: 2 in the "
-            "Accelerate file, as in launch/accelerate/fsdp2.yaml"
-        )
-    return "fsdp2"
+    return flag("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 
 def _require_divisible(config: RunConfig, num_processes: int) -> None:

@@ -16,6 +16,17 @@ def parent_is_gone() -> bool:
     return os.getpid() == process and os.getppid() != parent  # a fork has another parent
 
 
+def launched_by_deepspeed() -> bool:
+    """Whether the command ``deepspeed`` has started this process; it leaves these three in the environment."""
+    return {"CROSS_RANK", "CROSS_SIZE", "LOCAL_SIZE"} <= {*os.environ}
+
+
+def without_local_rank(argv: list[str]) -> list[str]:
+    """The command line without what ``deepspeed`` and the old ``torch.distributed.launch`` put in front of it."""
+    added = argv[:1] and argv[0].startswith(("--local_rank=", "--local-rank=")) and "RANK" in os.environ
+    return argv[1:] if added else argv
+
+
 def prepare_process() -> bool:
     """Set what torch and DeepSpeed read when they are imported, and leave the messages to the main process.
 

@@ -101,14 +101,19 @@ def refuse_reference(args: TrainingArguments, model: PeftModel, edited: list[str
             )
 
 
+def asks_for_fsdp(args: TrainingArguments) -> bool:
+    """Whether the arguments or the launch ask for FSDP."""
+    return bool(args.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
+
+
 def require_launched_engine(args: TrainingArguments, got: str) -> None:
     """Stop where the launch asks for an engine and Accelerate has dropped it in silence.
 
     Raises:
         ValueError: With both names.
     """
-    fsdp = bool(args.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
-    for asked, is_asked, prefix in (("DeepSpeed", args.deepspeed_plugin is not None, "zero"), ("FSDP", fsdp, "fsdp")):
+    deepspeed = args.deepspeed_plugin is not None
+    for asked, is_asked, prefix in (("DeepSpeed", deepspeed, "zero"), ("FSDP", asks_for_fsdp(args), "fsdp")):
         if is_asked and not got.startswith(prefix):
             raise ValueError(
                 f"the launch asks for {asked}, but the Trainer runs on {got}: Accelerate drops {asked} without a GPU; "

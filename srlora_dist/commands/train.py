@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from srlora_dist.process import prepare_process
+from srlora_dist.process import prepare_process, without_local_rank
 
 # The launcher ends the other ranks within a moment of the main process, so that one message is enough.
 GRACE_SECONDS = 5
@@ -26,7 +26,7 @@ def run(argv: list[str]) -> None:
     from srlora_dist.trainer import train
 
     try:
-        config = parse(argv)
+        config = parse(without_local_rank(argv))
         summary = train(config)
     except StoppedBySignalError as stop:
         if is_main:

@@ -13,6 +13,8 @@ from srlora_dist.storage.lost import lost_ranks
 from srlora_dist.storage.moments import require_resettable
 from srlora_dist.storage.plain import PlainStorage
 from srlora_dist.storage.probe import deepspeed_types, quantised_error, try_process_group
+from srlora_dist.storage.quantised import require_cuttable
+from srlora_dist.storage.ranks import require_group
 from srlora_dist.storage.rejoin import rejoin
 from srlora_dist.storage.zero0 import Zero0Storage, leave_out_bad_steps_
 from srlora_dist.storage.zero3 import Zero3Storage, require_async_io
@@ -32,6 +34,7 @@ __all__ = [
     "rejoin",
     "release_gathered",
     "require_async_io",
+    "require_cuttable",
     "require_resettable",
     "try_process_group",
 ]
@@ -46,8 +49,10 @@ def find_storage(model: nn.Module, optimizer: object, sites: list[Site]) -> Stor
         sites: The sites of that model.
 
     Raises:
-        ValueError: The storage is not supported; the message says what to use instead.
+        ValueError: The storage is not supported; the message says what to use instead. Or this process is one of
+            several that do not know of each other.
     """
+    require_group()
     layers = [optimizer]
     while hasattr(layers[-1], "optimizer"):
         layers.append(layers[-1].optimizer)

@@ -12,6 +12,7 @@ from srlora_dist.sites import Site
 from srlora_dist.spans import longest_rows, rows
 from srlora_dist.storage.base import Piece, local_part, not_stepped
 from srlora_dist.storage.cut import CutWeights
+from srlora_dist.storage.quantised import require_cuttable
 
 
 class Fsdp2Storage(CutWeights):
@@ -48,8 +49,8 @@ class Fsdp2Storage(CutWeights):
 
 
 def _require_rows(site: Site, world_size: int) -> None:
-    if site.quantised == "int8":
-        raise ValueError(f"{site.name} is int8, which bitsandbytes cannot use under FSDP2: choose NF4, or ZeRO-3")
+    if site.quantised and not isinstance(site.weight, DTensor):
+        require_cuttable(site)
     for parameter in (site.weight, site.lora_a, site.lora_b, site.fused_a, site.fused_b):
         if parameter is None:
             continue
@@ -59,6 +60,14 @@ def _require_rows(site: Site, world_size: int) -> None:
             )
         if parameter.placements != (Shard(0),) or parameter.device_mesh.size() != world_size:
             raise ValueError(
-                f"{site.name} is placed as {parameter.placements} on a mesh of {parameter.device_mesh.size()}, and "
-                f"SRLoRA supports FSDP2 with rows cut over all {world_size} ranks: use a mesh of one dimension"
+                f"{site.name} is placed as {parameter.placements} on a mesh of {tuple(parameter.device_mesh.shape)}"
+                f"{_known_as(parameter)}, and SRLoRA supports FSDP2 with rows cut over all {world_size} ranks: use a "
+                f"mesh of one dimension, ({world_size},)"
             )
+
+
+def _known_as(parameter: DTensor) -> str:
+    """What users call a placement that is not supported."""
+    if any(placement.is_replicate() for placement in parameter.placements) and parameter.device_mesh.ndim > 1:
+        return ", which is HSDP"
+    return ", which is FSDP2 with tensor parallelism" if parameter.device_mesh.ndim > 1 else ""

@@ -37,6 +37,22 @@ def dequantise(site: Site, payload: Tensor) -> Tensor:
     return functional.dequantize_4bit(payload.view(torch.uint8).view(-1, 1), state).view(m, n)
 
 
+def require_cuttable(site: Site) -> None:
+    """Stop where FSDP2 cannot cut a quantised weight.
+
+    Raises:
+        ValueError: It is int8, or a 4-bit payload of integers, which Accelerate leaves out of FSDP2.
+    """
+    if site.quantised == "int8":
+        raise ValueError(f"{site.name} is int8, which bitsandbytes cannot use under FSDP2: choose NF4, or ZeRO-3")
+    if site.quantised and not site.weight.is_floating_point():
+        raise ValueError(
+            f"the 4-bit payload of {site.name} is stored as {site.weight.dtype}, which Accelerate leaves out of FSDP2: "
+            "load the model with BitsAndBytesConfig(bnb_4bit_quant_storage=torch.bfloat16, ...), or in whatever "
+            "floating-point type the rest of it is"
+        )
+
+
 def digest_scales(site: Site) -> int:
     """Digest of the scales, which belong to a quantised W as much as its payload does."""
     if site.quantised == "int8":

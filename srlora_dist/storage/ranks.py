@@ -9,12 +9,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from srlora_dist.alone import require_company
 from srlora_dist.digest import to_int64
 
 T = TypeVar("T")
 
 BUCKET_ELEMENTS = 16 << 20
 """Whole tensors are collected and spread in messages of at most about this many elements, or of one tensor."""
+
+
+def require_group() -> None:
+    """Stop where several processes were started and this one is in no group with others.
+
+    Raises:
+        ValueError: The environment says so; see :func:`require_company`.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        require_company()
 
 
 class Ranks:

@@ -22,6 +22,11 @@ def deepspeed(file: str, **more: str) -> dict[str, str]:
 
 # What accelerate launch --cpu --num_processes 2 leaves in the environment.
 LONELY = {"ACCELERATE_USE_CPU": "True", "MASTER_PORT": "29500"}
+# What the command deepspeed leaves there.
+DEEPSPEED = {"CROSS_RANK": "0", "CROSS_SIZE": "1", "LOCAL_SIZE": "2", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+DEEPSPEED |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+HSDP = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+HSDP |= {"PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2", "PARALLELISM_CONFIG_TP_SIZE": "2"}
 OWN_CACHE = {"srlora__svd_cache": "null", "SRLORA_CACHE": "{file}"}
 LM = {"task__name": "lm", "model__name_or_path": "{other_model}"}
 STSB = {"task__name": "stsb"}
@@ -187,6 +192,13 @@ CASES = {
     "processes that Accelerate does not start": (LONELY, "starts one alone on each node: use --config_file launch/acc"),
     "single.yaml for several": (LONELY | {"ACCELERATE_USE_CPU": "False"}, "or cpu2.yaml on the CPU"),
     "srun without a launcher": ({"SLURM_STEP_NUM_TASKS": "8"}, "SLURM_STEP_NUM_TASKS is 8 in the environment"),
+    "Kubeflow without torchrun": ({"PET_NNODES": "2", "PET_NPROC_PER_NODE": "1"}, "PET_NNODES is 2 in the environment"),
+    "a pod of an indexed Job": ({"JOB_COMPLETION_INDEX": "1"}, "JOB_COMPLETION_INDEX is 1 in the environment"),
+    "bare PMIx": ({"PMIX_RANK": "1"}, "PMIX_RANK is 1 in the environment"),
+    "ZeRO under PMI": (deepspeed("none") | {"PMI_SIZE": "2", "PMI_RANK": "0"}, "PMI_SIZE is 2 in the environment"),
+    "the command deepspeed": (DEEPSPEED, "command deepspeed has started these processes, but without a word to Acc"),
+    "HSDP": (HSDP, "the launch asks for HSDP (copies of an FSDP2 model"),
+    "tensor parallelism": (HSDP | {"PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "1"}, "launch asks for tensor parallelism,"),
     "Megatron": ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "asks for Megatron-LM"),
     "number of processes in words": ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
     "no processes": ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),

@@ -342,6 +342,14 @@ def columns(model: torch.nn.Module) -> Engine:
     return with_optimizer(model)
 
 
+def replicas(model: torch.nn.Module) -> Engine:
+    """HSDP: whole copies of what FSDP2 shards, here over one rank each."""
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (torch.distributed.get_world_size(), 1)))
+    return with_optimizer(model)
+
+
 def fsdp1(model: torch.nn.Module) -> Engine:
     """The first FSDP, which keeps flat parameters."""
     from torch.distributed.fsdp import FullyShardedDataParallel
@@ -380,6 +388,7 @@ REFUSED = {
         "first is int8, which bitsandbytes cannot use under FSDP2",
     ),
     "fsdp2-columns": (columns, "first is placed as (Shard(dim=1),)"),
+    "fsdp2-hsdp": (replicas, "on a mesh of (2, 1), which is HSDP, and SRLoRA supports FSDP2 with rows cut over all 2"),
     "fsdp2-one-layer": (one_layer, "second is in part not sharded by FSDP2"),
     "bf16-optimizer": (
         lambda model: prepare(

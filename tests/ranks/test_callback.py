@@ -10,10 +10,14 @@ import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Trainer
 
+from srlora_dist import SRLoRACallback, SRLoRAConfig
+from srlora_dist.sites import keep_payloads_
 from srlora_dist.training_state import trained_parameters
-from tests.ranks.hf_trainer import ACCUMULATION, BATCH, CLIP, Judged, make_trainer, samples, switches
+from tests.ranks.hf_trainer import ACCUMULATION, BATCH, CLIP, Judged, make_arguments, make_trainer, samples, switches
 from tests.ranks.world import run_ranks
 
 
@@ -134,3 +138,58 @@ def test_a_trainer_without_its_engine_is_noticed_on_every_rank(tmp_path: Path) -
     for messages in run_ranks(go_wrong, 2, str(tmp_path / "run"), timeout=180, last=True):
         assert "asks for FSDP, but the Trainer runs on ddp" in messages["dropped"]
         assert "eval_on_start=True instead" in messages["evaluated"]
+
+
+def train_in_4_bits(rank: int, world_size: int, folder: str) -> dict:
+    """The Trainer on FSDP2 with bitsandbytes' default storage, which is refused, and with the one that is offered."""
+    results = {}
+    for storage in (None, torch.bfloat16):
+        for state in (AcceleratorState, PartialState, GradientState):
+            state._reset_state()
+        base = load_in_4_bits(folder, storage)
+        model = get_peft_model(base, LoraConfig(r=4, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+        tokens = torch.randint(4, 60, (16, 8), generator=torch.Generator().manual_seed(1))
+        callback = SRLoRACallback(SRLoRAConfig(target_rank=8, svd_cache=f"{folder}/svd"))
+        args = make_arguments(Path(folder) / "run", max_steps=3, label_names=None, **on_engine("fsdp2"))
+        try:
+            samples = [{"input_ids": row, "labels": row} for row in tokens]
+            trainer = Trainer(model=model, args=args, train_dataset=samples, callbacks=[callback])
+        except ValueError as error:
+            results["message"] = str(error)
+            continue
+        finally:
+            os.environ.pop("ACCELERATE_USE_FSDP", None)
+        trainer.train()
+        results |= {"storage": callback.switcher.storage.name, "switches": switches(trainer)}
+        trainer.model.eval()
+        with torch.no_grad():
+            results["logits"] = trainer.model_wrapped(tokens[:4]).logits.float()
+    return results
+
+
+def load_in_4_bits(folder: str, storage: torch.dtype | None) -> nn.Module:
+    more = {} if storage is None else {"bnb_4bit_quant_storage": storage}
+    options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **more)
+    return LlamaForCausalLM.from_pretrained(f"{folder}/base", quantization_config=options, dtype=torch.bfloat16)
+
+
+@pytest.mark.timeout(200)
+def test_a_4_bit_payload_that_fsdp_would_leave_out_is_refused_with_a_remedy_that_works(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).save_pretrained(tmp_path / "base")
+    for result in run_ranks(train_in_4_bits, 2, str(tmp_path), timeout=180):
+        assert "stored as torch.uint8, which Accelerate leaves out of FSDP2" in result["message"]
+        assert "BitsAndBytesConfig(bnb_4bit_quant_storage=torch.bfloat16" in result["message"]
+        assert (result["storage"], result["switches"]) == ("fsdp2", [0, 2])
+    tokens = torch.randint(4, 60, (16, 8), generator=torch.Generator().manual_seed(1))[:4]
+    base = keep_payloads_in(load_in_4_bits(str(tmp_path), None))
+    served = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()
+    with torch.no_grad():
+        difference = (served(tokens).logits.float() - result["logits"]).norm() / result["logits"].norm()
+    assert difference < 0.02  # roundings of bfloat16
+
+
+def keep_payloads_in(model: nn.Module) -> nn.Module:
+    """bitsandbytes would repack them on some processors."""
+    keep_payloads_(model)
+    return model

@@ -18,7 +18,8 @@ LAYERS = [
     ["forecast"],
     ["inspection", "merging", "health"],
     ["figures", "runlog", "methods", "engine", "plan", "tasks", "precision", "resuming", "preemption", "earlier"]
-    + ["evaluation", "summary", "outcome", "random_state", "optimizers", "token_mean", "deepspeed_file"],
+    + ["evaluation", "summary", "outcome", "random_state", "optimizers", "token_mean", "deepspeed_file"]
+    + ["launched"],
     ["switcher"],
     ["memory", "diagnostics", "exchange", "output_check", "saving"],
     ["export"],
@@ -34,7 +35,7 @@ LAYERS = [
     ["config"],
     ["srlora_config"],
     ["options_file", "ranges", "safefiles", "cache", "errors", "compiling", "paper", "process", "arguments"]
-    + ["live_pairs", "trainer_arguments", "matmul", "folder_lock"],
+    + ["live_pairs", "trainer_arguments", "matmul", "folder_lock", "alone"],
 ]
 
 

@@ -1,0 +1,91 @@
+"""Whether this process is one of several that do not know of each other, so that each would train by itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+
+SIZES = {
+    "SLURM_STEP_NUM_TASKS": "SLURM's srun",
+    "OMPI_COMM_WORLD_SIZE": "Open MPI",
+    "PMI_SIZE": "MPICH and Intel MPI",
+    "MV2_COMM_WORLD_SIZE": "MVAPICH",
+    "JSM_NAMESPACE_SIZE": "LSF's jsrun",
+    "FLUX_JOB_SIZE": "Flux",
+    "HOROVOD_SIZE": "horovodrun",
+    "_CONDOR_NPROCS": "HTCondor",
+    "PET_NNODES": "Kubeflow, for torchrun",
+    "PET_NPROC_PER_NODE": "likewise",
+    "LWS_GROUP_SIZE": "Kubernetes' LeaderWorkerSet",
+    "AWS_BATCH_JOB_NUM_NODES": "AWS Batch",
+    "AZUREML_NODE_COUNT": "Azure Machine Learning",
+    "SKYPILOT_NUM_NODES": "SkyPilot",
+    "DSTACK_NODES_NUM": "dstack",
+}
+"""Variables with the number of processes, or of nodes, that a launcher started, and who sets them."""
+HOSTS = {"SM_HOSTS": "SageMaker", "CLUSTER_SPEC": "Vertex AI", "TF_CONFIG": "Vertex AI and Kubeflow's TFJob"}
+"""Variables with all hosts as JSON."""
+RANKS = {
+    "PMIX_RANK": "PMIx",
+    "PMI_RANK": "MPICH and Intel MPI",
+    "OMPI_COMM_WORLD_RANK": "Open MPI",
+    "MV2_COMM_WORLD_RANK": "MVAPICH",
+    "PALS_RANKID": "Cray's PALS",
+    "ALPS_APP_PE": "Cray's aprun",
+    "JSM_NAMESPACE_RANK": "LSF's jsrun",
+    "FLUX_TASK_RANK": "Flux",
+    "JOB_COMPLETION_INDEX": "an indexed Job of Kubernetes",
+    "VC_TASK_INDEX": "Volcano",
+}
+"""Variables with the number of this process. Some launchers say no more: then the first one cannot know of others."""
+REMEDY = (
+    "start accelerate launch or torchrun, once on each node, as docs/multi-node.md says; or, where each is meant to "
+    "train by itself, set WORLD_SIZE=1 and take {} out of its environment"
+)
+
+
+def require_company() -> None:
+    """Stop where the environment says that there are others, for a process that is in no group of several.
+
+    Raises:
+        ValueError: There are others; the message names the variable and the remedy.
+    """
+    if "WORLD_SIZE" in os.environ:
+        if os.environ["WORLD_SIZE"] not in ("", "0", "1"):
+            raise ValueError(
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE']} in the environment, but this process trains by itself: call "
+                "torch.distributed.init_process_group, or make an Accelerator, before bind()"
+            )
+        return
+    sizes = {name: _size(name) for name in (*SIZES, *HOSTS) if name in os.environ}
+    ranks = {name: int(os.environ[name]) for name in RANKS if os.environ.get(name, "").isdecimal()}
+    name = next((name for name, number in (sizes | {n: 1 + r for n, r in ranks.items()}).items() if number > 1), None)
+    if name is not None:
+        who = (SIZES | HOSTS | RANKS)[name]
+        raise ValueError(
+            f"{name} is {os.environ[name]} in the environment ({who}), but each of these processes would train by "
+            f"itself: {REMEDY.format(name)}"
+        )
+    if ranks and not sizes:
+        name = next(iter(ranks))
+        warnings.warn(
+            f"{name} is 0 in the environment ({RANKS[name]}), so this may be the first of several processes, and each "
+            f"would train by itself: if so, {REMEDY.format(name)}",
+            stacklevel=2,
+        )
+
+
+def _size(name: str) -> int:
+    """How many processes or hosts a variable tells of; 1 where it says no number, as ``auto``, the GPUs of a node."""
+    text = os.environ[name]
+    if name in HOSTS:
+        try:
+            hosts = json.loads(text)
+        except json.JSONDecodeError:
+            return 1
+        cluster = hosts.get("cluster") if isinstance(hosts, dict) else [hosts]
+        groups = cluster.values() if isinstance(cluster, dict) else cluster or ()
+        return sum(len(group) for group in groups if isinstance(group, (list, dict)))
+    most = text.rpartition(":")[2]  # torchrun's nodes may be a range
+    return int(most) if most.isdecimal() else 1
