@@ -26,6 +26,7 @@ from srlora_dist.fused import activate_again_
 from srlora_dist.ledger import SwitchReport
 from srlora_dist.live_pairs import mark_saves_
 from srlora_dist.precision import require_deepspeed_type
+from srlora_dist.process import launched_by_deepspeed
 from srlora_dist.sites import find_peft_model
 from srlora_dist.storage import require_cuttable
 from srlora_dist.switcher import Switcher
@@ -90,6 +91,11 @@ class SRLoRACallback(TrainerCallback):
         if args.world_size == 1:
             require_company()
         require_deepspeed_type(deepspeed_dtype(args) or "float32", "the type of the training")
+        if launched_by_deepspeed() and args.deepspeed_plugin is None:
+            logger.warning(
+                "the command deepspeed has started this, but TrainingArguments have no deepspeed=, so that the Trainer "
+                "runs DDP: give it a file such as ds_configs/zero2.json, or start torchrun"
+            )
         if args.push_to_hub:
             logger.warning(
                 "push_to_hub uploads the live pairs, which nobody can use without what was fused: upload the exported "

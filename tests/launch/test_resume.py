@@ -172,7 +172,7 @@ REFUSED = {
 def test_a_checkpoint_of_another_run_is_refused(name: str, resumed: dict[str, Ended]) -> None:
     run = resumed[name]
     assert run.returncode != 0
-    assert run.seconds < 10
+    assert run.seconds < 30
     assert len(run.errors) == 1, run.stderr
     assert REFUSED[name] in run.errors[0]
     assert "Traceback" not in run.stderr

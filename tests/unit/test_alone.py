@@ -125,6 +125,13 @@ def test_the_command_deepspeed_without_a_word_to_accelerate_is_refused(clean) ->
     assert without_local_rank(["--local_rank=1"]) == ["--local_rank=1"]
 
 
+def test_a_trainer_under_the_command_deepspeed_is_warned(clean, tmp_path: Path, caplog) -> None:
+    args = make_arguments(tmp_path)
+    put(clean, {name: DEEPSPEED[name] for name in ("CROSS_RANK", "CROSS_SIZE", "LOCAL_SIZE")})
+    SRLoRACallback(SRLoRAConfig(target_rank=8)).on_init_end(args, None, None, model=make_model())
+    assert "no deepspeed=, so that the Trainer runs DDP" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("sizes", "named"),
     [
