@@ -65,6 +65,22 @@ class Agenda:
             chosen.append(choose_slots(score, count, ages, config.choose, config.grace))
         return chosen
 
+    def missing_switches(self, num_steps: int) -> str | None:
+        """What to say of a run that ends after this step with switches still to come, or None."""
+        missing = [due for due in self.due_steps if due > num_steps]
+        if not missing:
+            return None
+        return (
+            f"{len(missing)} of {len(self.due_steps)} switches have not happened, for they were planned for "
+            f"{self.num_training_steps} optimizer steps and there were {num_steps}: the loader was shorter, or "
+            "num_training_steps counts micro-batches; in the middle of a run call export(..., is_last=False)"
+        )
+
+    def plan(self) -> dict[str, object]:
+        """What has to be the same on every rank; a folder may have another name there."""
+        options = {name: value for name, value in self._options().items() if name != "directions_from"}
+        return {"num_training_steps": self.num_training_steps, **{f"srlora.{n}": v for n, v in options.items()}}
+
     def state(self) -> dict[str, object]:
         """For a checkpoint."""
         return {

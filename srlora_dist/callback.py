@@ -14,6 +14,7 @@ from pathlib import Path
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer_utils import SaveStrategy
 from typing_extensions import override
 
 from srlora_dist.alone import require_company
@@ -138,7 +139,7 @@ class SRLoRACallback(TrainerCallback):
         activate_again_(self.switcher.sites)
         source = together(lambda: self._find_checkpoint(args, state) if resumes and args.process_index == 0 else None)
         try:
-            report = self.switcher.bind(model, optimizer, source)
+            report = self.switcher.bind(model, optimizer, source, will_save=args.save_strategy != SaveStrategy.NO)
             require_launched_engine(args, self.switcher.storage.name)
         except BaseException:
             self._let_go()

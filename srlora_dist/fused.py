@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from srlora_dist.config import SRLoRAConfig
 from srlora_dist.pairs import truncate_pairs
@@ -21,7 +22,7 @@ from srlora_dist.sites import FUSED, PAIR_DIM, Site
 from srlora_dist.storage import Storage
 
 
-def add_second_adapters_(sites: list[Site], config: SRLoRAConfig) -> None:
+def add_second_adapters_(sites: list[Site], config: SRLoRAConfig) -> list[RemovableHandle]:
     """Give sites a second, frozen adapter that is active beside the first and holds nothing yet.
 
     Its rank is all that a run can fuse and take, ``2 r_target - r`` with the paper's choices, or ``fused_rank`` if that
@@ -30,6 +31,9 @@ def add_second_adapters_(sites: list[Site], config: SRLoRAConfig) -> None:
     Args:
         sites: Of a model that is not yet prepared; the factors of the second adapter are set.
         config: ``fusion``, ``fused_rank`` and ``start``.
+
+    Returns:
+        Handles of the hooks that keep it frozen.
 
     Raises:
         ValueError: A quantised site is to be edited in place, the budget does not even hold the first directions, or
@@ -52,11 +56,13 @@ def add_second_adapters_(sites: list[Site], config: SRLoRAConfig) -> None:
             )
     if budget is not None and not needing:
         warnings.warn(f"srlora.fused_rank {budget} is without effect: no weight needs a second adapter", stacklevel=3)
+    hooks = []
     for site in needing:
         most = site.num_starts - site.num_first  # those that are fused
         if config.start == "pissa":
             most += site.num_starts  # what they began with was taken
-        _add_to_layer_(site, max(1, most) if budget is None else min(budget, max(1, most)))
+        hooks += _add_to_layer_(site, max(1, most) if budget is None else min(budget, max(1, most)))
+    return hooks
 
 
 def activate_again_(sites: list[Site]) -> None:
@@ -90,7 +96,7 @@ def require_intact(sites: list[Site]) -> None:
             )
 
 
-def _add_to_layer_(site: Site, rank: int) -> None:
+def _add_to_layer_(site: Site, rank: int) -> list[RemovableHandle]:
     layer = site.lora
     with _same_gradients(layer):
         # Not PeftModel.add_adapter: it would also copy modules_to_save, and refuses two active names beside them.
@@ -99,20 +105,21 @@ def _add_to_layer_(site: Site, rank: int) -> None:
         layer.set_adapter([*layer.active_adapters, FUSED])
     site.fused_rank = rank
     site.fused_a, site.fused_b = (factors[FUSED].weight for factors in (layer.lora_A, layer.lora_B))
-    for factors in (layer.lora_A, layer.lora_B):
-        factors[FUSED].register_forward_pre_hook(_freeze)
     for parameter, like in ((site.fused_a, site.lora_a), (site.fused_b, site.lora_b)):
         parameter.requires_grad_(False)
         parameter.data = torch.zeros(parameter.shape, dtype=like.dtype, device=like.device)
+    return [factors[FUSED].register_forward_pre_hook(_freeze) for factors in (layer.lora_A, layer.lora_B)]
 
 
 @contextmanager
 def _same_gradients(layer: LoraLayer) -> Iterator[None]:
     """Put back which parameters are trained: set_adapter turns on gradients of all that it activates."""
     trains = {parameter: parameter.requires_grad for parameter in layer.parameters()}
-    yield
-    for parameter, before in trains.items():
-        parameter.requires_grad_(before)
+    try:
+        yield
+    finally:
+        for parameter, before in trains.items():
+            parameter.requires_grad_(before)
 
 
 def _freeze(module: nn.Module, *_: object) -> None:

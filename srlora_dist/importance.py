@@ -101,7 +101,8 @@ class Importance(Tracked):
         """Eq. 6-7. Collective: one all-reduce of 8 bytes a pair, or of 32 if they are relative."""
 
         def score(run: Run) -> Tensor:
-            return self.of(run, "mean") * self.of(run, "deviation")
+            # In float32 the product of two averages of 1e-20 would be 0.
+            return self.of(run, "mean").double() * self.of(run, "deviation").double()
 
         if not self.relative:
             return self.by_site(self.storage.all_reduce_(sum_by_pair(self.storage, score)))
@@ -145,7 +146,7 @@ class Importance(Tracked):
 
 def mean_square(run: Run) -> Tensor:
     """What is averaged over a pair's elements to tell how large it is."""
-    return run.of(run.owner).float().square()
+    return run.of(run.owner).double().square()
 
 
 def _quotient(part: Tensor, size: Tensor) -> Tensor:

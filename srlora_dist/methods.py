@@ -209,7 +209,7 @@ class SRLoRA(Method):
         self.model = model
         options = config.srlora
         if config.method == "pissa":
-            options = replace(options, target_rank=config.lora.rank)
+            options = replace(options, target_rank=config.lora.rank, num_switches=None)
         self.switcher = Switcher(model, options, num_training_steps=num_steps)
 
     @override
@@ -230,7 +230,7 @@ class SRLoRA(Method):
 
     @override
     def export(self, folder: Path) -> None:
-        self.switcher.export(folder)
+        self.switcher.export(folder, is_last=False)  # the loop itself counts the steps
 
     @override
     def seconds(self) -> Seconds:

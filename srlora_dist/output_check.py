@@ -27,7 +27,7 @@ class OutputCheck:
         self._model = model
         self._inputs: tuple[tuple, dict] | None = None
         peft_model = find_peft_model(model)
-        peft_model.register_forward_pre_hook(self._keep, with_kwargs=True)
+        self.hooks = [peft_model.register_forward_pre_hook(self._keep, with_kwargs=True)]
 
     def _keep(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if module.training and torch.is_grad_enabled():

@@ -4,33 +4,35 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from pathlib import Path
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from srlora_dist.agenda import Agenda
-from srlora_dist.changes import Changes
+from srlora_dist.agreement import require_agreement
 from srlora_dist.checkpoint import Checkpoint, require_same_base
 from srlora_dist.config import SRLoRAConfig
 from srlora_dist.diagnostics import Finding, directions_exhausted, even_scores, no_gradient, noise_level_directions
-from srlora_dist.digest import digest_run
-from srlora_dist.errors import RunStoppedError
 from srlora_dist.exchange import Exchange
 from srlora_dist.export import export_adapter
 from srlora_dist.folder_lock import HeldFolders
 from srlora_dist.fused import add_second_adapters_, require_intact
-from srlora_dist.importance import Importance
 from srlora_dist.ledger import Ledger, SwitchReport, require_entries
 from srlora_dist.memory import ExtraMemory, count_extra_memory
+from srlora_dist.observer import Observer, make_scores
 from srlora_dist.output_check import OutputCheck
 from srlora_dist.pair_steps import PairSteps
+from srlora_dist.rehearsal import rehearse
 from srlora_dist.saving import AVERAGES, SavedRun, open_run, save_run
 from srlora_dist.sites import Site, find_sites, keep_payloads_, warn_of_unsaved_parts
-from srlora_dist.storage import Storage, find_storage, release_gathered, require_resettable
+from srlora_dist.storage import Storage, find_storage, release_gathered
 from srlora_dist.svd import Directions
 from srlora_dist.targets import share_out_directions_
 from srlora_dist.tracked import Tracked
-from srlora_dist.training_state import require_same_training, restore_training_state_, trained_parameters
+from srlora_dist.training_state import require_same_training, restore_training_state_
+from srlora_dist.watch import Watch, require_same_model
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +71,7 @@ class Switcher:
         if_disk_full: str = "stop",
     ) -> None:
         self.config = config
+        self._watch: Watch | None = None
         self.sites = find_sites(model, config.adapter_name)
         share_out_directions_(self.sites, config)
         warn_of_unsaved_parts(model, self.sites, config.adapter_name)
@@ -76,7 +79,7 @@ class Switcher:
         self._agenda: Agenda | None = None
         if num_training_steps is not None:
             self.plan(num_training_steps)
-        add_second_adapters_(self.sites, config)
+        hooks_of_adapters = add_second_adapters_(self.sites, config)
         self._if_disk_full, self._folders = if_disk_full, HeldFolders()
         self.num_steps = 0
         self.num_switches = 0
@@ -85,18 +88,20 @@ class Switcher:
         self._ledger: Ledger | None = None
         self.extra_memory: ExtraMemory | None = None
         self._importance: Tracked | None = None
-        self._pair_steps: PairSteps | None = None
         self._check: OutputCheck | None = None
         self.resumed: dict[str, object] | None = None
-        self._stepped: set[int] = set()
-        self._warned_of_nothing = False
+        self._warned_of_nothing = self._is_closed = False
+        self._hooks: list[RemovableHandle] = hooks_of_adapters
 
     def plan(self, num_training_steps: int) -> None:
         """Share the switches out over a run of so many optimizer steps, before ``bind``.
 
         Raises:
             ValueError: There are more switches than steps.
+            RuntimeError: ``bind`` was called before, and the switches are under way.
         """
+        if self._watch is not None:
+            raise RuntimeError("call switcher.plan() before switcher.bind(): the switches are under way")
         self._agenda = Agenda(self.sites, self.config, num_training_steps)
 
     @property
@@ -105,7 +110,11 @@ class Switcher:
         return self._agenda.due_steps
 
     def bind(
-        self, model: nn.Module, optimizer: object, resume_from: str | Path | Checkpoint | None = None
+        self,
+        model: nn.Module,
+        optimizer: object,
+        resume_from: str | Path | Checkpoint | None = None,
+        will_save: bool = False,
     ) -> SwitchReport | None:
         """Find the storage; then perform switch 0, which starts every pair along the top directions (Eq. 2), or resume.
 
@@ -115,26 +124,32 @@ class Switcher:
             resume_from: A checkpoint, its folder, or a folder of checkpoints, of which the last good one is taken if
                 there is one; rank 0's counts. The base has to be untouched; the engine and the number of ranks may be
                 others.
+            will_save: Refuse an optimizer whose state a checkpoint cannot hold, in place of a warning; a run that is
+                resumed does so anyway.
 
         Returns:
             The report of switch 0, or None after a resume; then ``resumed`` is the content of ``state.json``.
 
-        Collective: the directions (see :class:`Directions`), then the phases 2 to 4 of a switch; or the content of the
-            checkpoint.
+        Collective: 16 bytes by which the ranks compare their models; the directions (see :class:`Directions`), then the
+            phases 2 to 4 of a switch; or the content of the checkpoint.
 
         Raises:
-            ValueError: The storage is not supported, the adapter has been trained already, or the checkpoint does not
-                fit.
+            ValueError: The ranks hold different models, the storage or the optimizer is not supported, the adapter has
+                been trained already, or the checkpoint does not fit.
         """
         if self._agenda is None:
             raise RuntimeError("give Switcher() the number of optimizer steps, or call switcher.plan() before bind()")
+        if self._watch is not None:
+            raise RuntimeError("bind() was called before, and has edited the weights: load the model anew for another")
         release_gathered(model)
         self.sites = self._find_same_sites(model)
         self.storage = storage = find_storage(model, optimizer, self.sites)
         self._model = model
-        require_resettable(storage.optimizer, self.config.optimizer_reset)
+        require_same_model(model, storage, self._agenda.plan())
+        resumes = storage.rank_0_says(resume_from is not None)
+        rehearse(model, storage, self.config.optimizer_reset, will_save or resumes)
         require_intact(self.sites)
-        saved = open_run(storage, resume_from, self._folders) if storage.rank_0_says(resume_from is not None) else None
+        saved = open_run(storage, resume_from, self._folders) if resumes else None
         self.resumed = saved.state if saved is not None else None
         storage.require_usable(fresh=saved is None)
         if saved is None:
@@ -143,14 +158,17 @@ class Switcher:
         self._directions = Directions(storage, self.config)
         self._directions.prepare()
         self.svd_seconds = time.perf_counter() - began
-        self._pair_steps = PairSteps(storage) if self.config.optimizer_reset == "pair_steps" else None
+        pair_steps = PairSteps(storage) if self.config.optimizer_reset == "pair_steps" else None
         storage.allocate_residuals(self.config.residual_device)
         if self.config.residual_device == "cpu" and not storage.residuals:
             logger.warning("srlora.residual_device cpu is without effect: no 16-bit weight is edited in place")
         if self.due_steps:
-            self._importance = self._make_scores()
+            self._importance = make_scores(storage, self.config)
+        self._watch = Watch(storage, self.config.adapter_name)
+        parts = self._importance, pair_steps, self._watch, self._agenda
+        self._observer = Observer(*parts, lambda: self.num_steps)
         report = self._start() if saved is None else self._resume(saved)
-        storage.on_optimizer_step(self._before_optimizer_step, self._after_optimizer_step)
+        self._hooks += storage.on_optimizer_step(self._observer.before, self._observer.after)
         if self.config.check_switch:
             self._check = OutputCheck(model, storage, self.config.switch_tolerance)
         self._announce()
@@ -161,20 +179,22 @@ class Switcher:
 
         A call before which no optimizer step happened (accumulation, overflow) does nothing.
 
-        Collective: nothing, or on a due step the phases 1 to 4 of a switch; with ``agreement_every`` an all-reduce of
-            16 bytes for each tensor that ranks hold copies of; with ``check_switch`` two forward passes a switch.
+        Collective: nothing, or on a due step 8 bytes by which the ranks say that nothing was changed behind their back
+            and the phases 1 to 4 of a switch; with ``agreement_every`` an all-reduce of 16 bytes for each tensor that
+            ranks hold copies of; with ``check_switch`` two forward passes a switch.
 
         Returns:
             What the switch did, or None; it may have been undone.
 
         Raises:
-            RuntimeError: The ranks no longer agree, the training has diverged, adapters were merged or switched, or
-                ``bind`` was not called.
+            RuntimeError: The ranks no longer agree, the training has diverged, adapters were merged or switched, the
+                model was changed behind the Switcher's back, or ``bind`` was not called.
         """
         self._require_bound()
-        if not self._stepped:
+        if self._is_closed:
+            raise RuntimeError("switcher.step() came after switcher.close(), which has ended the training")
+        if not self._observer.report():
             return None
-        self._stepped.clear()
         require_intact(self.sites)
         self.num_steps += 1
         planned = self._agenda.num_training_steps
@@ -187,31 +207,19 @@ class Switcher:
         return self._switch_now() if self._agenda.is_due(self.num_steps, self._choice) else None
 
     def require_agreement(self) -> None:
-        """Compare all that ranks hold copies of: trained parameters and, under DDP, their moments.
+        """Compare all that ranks hold copies of: what is trained, under DDP its moments, and the weights.
 
-        Collective: one all-reduce of 16 bytes a tensor.
+        Collective: one all-reduce of 16 bytes per tensor.
 
         Raises:
             RuntimeError: Some rank holds something else; the message names the first such tensor.
         """
-        parameters = trained_parameters(self._model)
-        digests, names = [], []
-        for name, parameter in parameters.items():
-            for copy in self.storage.copies([parameter]):
-                digests.append(digest_run(copy))
-                names.append(name)
-        if not digests and not self._warned_of_nothing:
+        if not require_agreement(self._model, self.storage, self.num_steps) and not self._warned_of_nothing:
             logger.warning(
                 "srlora.agreement_every %d is without effect: on %s no rank holds a copy of what another one holds",
                 *(self.config.agreement_every, self.storage.name),
             )
             self._warned_of_nothing = True
-        number = self.storage.find_difference(digests)
-        if number is not None:
-            raise RunStoppedError(
-                f"after step {self.num_steps} the ranks hold different values of {names[number]}; they have drifted "
-                "apart, so the run stops. Restart from the last good checkpoint"
-            )
 
     def save_checkpoint(
         self, parent: str | Path, extra: dict[str, object] | None = None, step: int | None = None
@@ -231,11 +239,13 @@ class Switcher:
 
         Raises:
             ValueError: Rank 0 could not write; the checkpoints that were there are still good. Raised on every rank.
+            RuntimeError: The model was changed behind the Switcher's back; raised on every rank.
         """
         self._require_bound()
-        if self._stepped:
+        if self._observer.stepped:
             raise RuntimeError("call switcher.step() before switcher.save_checkpoint(): a step was not reported yet")
-        averages = self._importance.gather() if self._importance is not None and self._observes() else {}
+        self._watch.require_untouched()
+        averages = self._importance.gather() if self._observer.counts_next() else {}
         state = {
             "step": self.num_steps if step is None else step,
             "num_steps": self.num_steps,
@@ -252,21 +262,37 @@ class Switcher:
             folders=self._folders,
         )
 
-    def export(self, folder: str | Path, max_rank: int | None = None) -> None:
+    def export(self, folder: str | Path, max_rank: int | None = None, is_last: bool = True) -> None:
         """Write a plain PEFT adapter that gives this model's outputs on the untouched base.
 
         Args:
             folder: Where to write.
             max_rank: Truncate each site to this rank by SVD and log the relative error; None keeps it exact.
+            is_last: False in the middle of a run; else there is a warning if switches are still to come.
 
         Collective: every rank must call it; under ZeRO-3 the trainable parameters are gathered.
+
+        Raises:
+            RuntimeError: The model was changed behind the Switcher's back; raised on every rank.
         """
         self._require_bound()
         require_intact(self.sites)
+        self._watch.require_untouched(in_step=bool(self._observer.stepped))
+        missing = self._agenda.missing_switches(self.num_steps)
+        if is_last and missing:
+            warnings.warn(missing, stacklevel=2)
         export_adapter(self._model, self.storage, self.sites, self._ledger, folder, max_rank, self.config.adapter_name)
 
     def close(self) -> None:
-        """Let other processes write into the folders of this run, which is over; the end of the process does so too."""
+        """End the run: remove every hook from model and optimizer, and let other processes write into its folders.
+
+        The weights stay as they were edited; ``export`` still works. The end of the process does as much.
+        """
+        watched = self._watch.hooks if self._watch is not None else []
+        checked = self._check.hooks if self._check is not None else []
+        for hook in (*self._hooks, *watched, *checked):
+            hook.remove()
+        self._is_closed = True
         self._folders.release()
         if self._ledger is not None:
             self._ledger.release()
@@ -277,8 +303,12 @@ class Switcher:
         return self._importance.seconds if self._importance is not None else 0.0
 
     def _require_bound(self) -> None:
-        if self.storage is None:
+        if self._watch is None:
             raise RuntimeError("call switcher.bind(model, optimizer) first: after accelerator.prepare, before training")
+
+    def _has_edited(self) -> bool:
+        """Whether any W may be another than the pretrained one; pairs that begin as nothing leave it at switch 0."""
+        return self.num_switches > (self.config.start == "zero_b")
 
     def _find_same_sites(self, model: nn.Module) -> list[Site]:
         """The sites again, because preparing a model can replace its parameters."""
@@ -324,8 +354,9 @@ class Switcher:
         for site, theirs in zip(self.sites, state["sites"], strict=True):
             site.num_taken, site.held, site.born = theirs["num_taken"], list(theirs["held"]), list(theirs["born"])
         restore_training_state_(self._model, self.storage, state, saved.read)
-        if self._importance is not None and self._observes():
+        if self._observer.counts_next():
             self._importance.restore_(lambda name: saved.read(AVERAGES, name))
+        self._watch.remember(self._has_edited())
         self._open_ledger(listed)  # now that nothing can be wrong with the checkpoint any more
         self._exchange.ledger = self._ledger
 
@@ -340,53 +371,12 @@ class Switcher:
         logger.info("SRLoRA on %s: %d sites, switches %s steps %s", name, num_sites, when, self.due_steps)
         logger.info("beside what LoRA needs this rank holds %s", self.extra_memory)
 
-    def _make_scores(self) -> Tracked:
-        config = self.config
-        if config.score == "change":
-            return Changes(self.storage)
-        relative, resets_all = config.score == "relative", config.score_reset == "all"
-        return Importance(self.storage, config.beta1, config.beta2, relative, resets_all)
-
-    def _observes(self) -> bool:
-        """Whether the next step counts for the choice of a switch that is still to come."""
-        to_next = self._agenda.steps_to_next(self.num_steps)
-        if to_next is None:
-            return False
-        if not self._importance.needs_gradients:
-            return True
-        return self._agenda.window is None or to_next <= self._agenda.window
-
-    def _before_optimizer_step(self, owners: list[Tensor]) -> None:
-        owned = {id(owner) for owner in owners}
-        if self._stepped & owned:
-            raise RuntimeError("call switcher.step() after every optimizer.step(): the one before was not reported")
-        if self._importance is not None and self._observes():
-            if not self._stepped and self._agenda.steps_to_next(self.num_steps) == self._agenda.window:
-                self._importance.clear_()
-            self._importance.observe_(owners)
-        if self._pair_steps is not None:
-            self._pair_steps.before_(owned)
-        self._stepped |= owned  # ZeRO steps one group after the other
-
-    def _after_optimizer_step(self, owners: list[Tensor]) -> None:
-        if self._pair_steps is not None:
-            self._pair_steps.after_({id(owner) for owner in owners}, self.num_steps + 1)
-
-    def _finite_scores(self) -> list[Tensor]:
-        """Of every site; raises on every rank if they are not numbers. Collective: one all-reduce."""
-        scores = self._importance.pair_scores()
-        if not all(bool(score.isfinite().all()) for score in scores):
-            raise RunStoppedError(
-                f"the pair scores of step {self.num_steps} are not finite, so the training has diverged: lower the "
-                "learning rate, or clip the gradient"
-            )
-        return scores
-
     def _choice(self) -> list[list[int]]:
-        return self._agenda.choose(self.sites, self._finite_scores(), self.num_steps)
+        return self._agenda.choose(self.sites, self._observer.finite_scores(), self.num_steps)
 
     def _switch_now(self) -> SwitchReport:
-        scores = self._finite_scores()
+        self._watch.require_untouched()
+        scores = self._observer.finite_scores()
         return self._switch(self._agenda.choose(self.sites, scores, self.num_steps), scores)
 
     def _switch(self, slots: list[list[int]], scores: list[Tensor] | None, *more: Finding | None) -> SwitchReport:
@@ -413,5 +403,6 @@ class Switcher:
             report.findings = [finding for finding in found if finding is not None]
             for finding in report.findings:
                 logger.warning("step %d: %s", finding.step, finding.message)
+        self._watch.remember(self._has_edited())
         self.switch_seconds += time.perf_counter() - began
         return report

@@ -60,7 +60,16 @@ def plan_switches(sites: list[Site], config: SRLoRAConfig, num_training_steps: i
         ValueError: There are more switches than steps.
     """
     ranks = [(site.rank, site.target_rank) for site in sites]
-    more = config.switch_until, config.num_switches, config.target_rank is None
+    num_switches, most = config.num_switches, count_switches(ranks, config.fusion_ratio)
+    goes_on = any(site.num_starts > site.target_rank for site in sites)
+    if num_switches is not None and num_switches > most and not goes_on:
+        warnings.warn(
+            f"srlora.num_switches is {num_switches}, but the directions of srlora.target_rank {config.num_directions} "
+            f"are used up by {most}, so there are no more: raise target_rank, or set srlora.exhausted to wrap or renew",
+            stacklevel=4,
+        )
+        num_switches = most
+    more = config.switch_until, num_switches, config.target_rank is None
     return due_steps(num_training_steps, ranks, config.fusion_ratio, *more)
 
 

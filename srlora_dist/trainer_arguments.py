@@ -51,6 +51,11 @@ def refuse_arguments(args: TrainingArguments) -> None:
             "set optim='adamw_torch', or save_strategy='no'",
         ),
         (
+            args.save_only_model and args.save_strategy != "no",
+            "save_only_model leaves out the learning rate and the random state, so that no checkpoint can be resumed",
+            "set it to False, or save_strategy='no': the adapter is exported at the end of training anyway",
+        ),
+        (
             args.n_gpu > 1,
             f"this process trains on {args.n_gpu} GPUs with nn.DataParallel, which is not supported",
             "start with accelerate launch or torchrun, or set CUDA_VISIBLE_DEVICES=0",

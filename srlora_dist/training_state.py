@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from srlora_dist.sites import find_peft_model
-from srlora_dist.storage import Storage
+from srlora_dist.storage import Storage, why_not_saved
 
 WEIGHTS, MOMENTS, BUFFERS = "trainable", "moments", "buffers"
 """Names of the files."""
@@ -165,17 +165,14 @@ def _state_of_pieces(storage: Storage, pieces: dict[str, object]) -> tuple[dict[
     for name, piece in pieces.items():
         state = storage.optimizer.state.get(piece.owner, {}) if piece.numel else {}
         for key, value in state.items():
-            if not torch.is_tensor(value) or value.dim() == 0:
+            problem = why_not_saved(type(storage.optimizer).__name__, key, value, piece.owner)
+            if problem is not None:
+                error = ValueError(problem)
+            elif not torch.is_tensor(value) or value.dim() == 0:
                 scalars.setdefault(name, {})[key] = float(value)
-            elif value.shape == piece.owner.shape and value.is_floating_point():
+            else:
                 scalars.setdefault(name, {})
                 kinds.add(key)
-            else:
-                error = ValueError(
-                    f"the {key} of {type(storage.optimizer).__name__} is kept as {value.dtype} of shape "
-                    f"{tuple(value.shape)}, which no other number of ranks could use: a checkpoint needs an optimizer "
-                    "with moments in floating point, such as AdamW"
-                )
     storage.raise_together(error)
     everywhere, all_kinds = {}, set()
     for theirs, their_kinds in storage.gather_objects((scalars, sorted(kinds))):

@@ -36,7 +36,9 @@ def start_up(blueprint: Blueprint, cold: bool) -> list[Message]:
     if blueprint.engine == "plain":
         return []
     messages = [
+        Message("all-reduce", 2 * WORD, "digest of the model"),
         Message("broadcast", WORD, "resume or not"),
+        Message("all-reduce", WORD, "the optimizer is supported"),
         Message("all-reduce", WORD, "the adapter is fresh"),
         Message("all-reduce", WORD, "the ledger is open"),
         Message("all-reduce", 2 * WORD * len(blueprint.sites), "digests of W"),
@@ -83,7 +85,10 @@ def restarted_pairs(blueprint: Blueprint) -> list[list[int]]:
 
 def _switch(blueprint: Blueprint, number: int, counts: list[int]) -> list[Message]:
     sites = blueprint.sites
-    messages = [Message("all-reduce", 8 * sum(site.rank for site in sites), "pair scores")] * (number > 0)
+    messages = []
+    if number > 0:
+        messages.append(Message("all-reduce", WORD, "nothing was changed"))
+        messages.append(Message("all-reduce", 8 * sum(site.rank for site in sites), "pair scores"))
     for bucket in cut_into_buckets(sites):
         switched = [(sites[j], counts[j]) for j in bucket if counts[j]]
         if not switched:

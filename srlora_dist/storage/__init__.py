@@ -16,6 +16,7 @@ from srlora_dist.storage.probe import deepspeed_types, quantised_error, try_proc
 from srlora_dist.storage.quantised import require_cuttable
 from srlora_dist.storage.ranks import require_group
 from srlora_dist.storage.rejoin import rejoin
+from srlora_dist.storage.trial import try_state, why_not_saved
 from srlora_dist.storage.zero0 import Zero0Storage, leave_out_bad_steps_
 from srlora_dist.storage.zero3 import Zero3Storage, require_async_io
 from srlora_dist.storage.zero12 import Zero12Storage
@@ -37,6 +38,8 @@ __all__ = [
     "require_cuttable",
     "require_resettable",
     "try_process_group",
+    "try_state",
+    "why_not_saved",
 ]
 
 

@@ -12,6 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from srlora_dist.adapters import used_adapter_error
 from srlora_dist.digest import digest_run
@@ -150,6 +151,14 @@ class Storage(Ranks, ABC):
     def copies(self, parameters: Iterable[nn.Parameter]) -> Iterator[Tensor]:  # noqa: ARG002 (the interface)
         """What every rank holds whole of trained parameters and their moments, so that it has to be the same there."""
         return iter(())
+
+    def weight_copies(self, number: int) -> Iterator[Tensor]:  # noqa: ARG002 (the interface)
+        """What every rank holds whole of a site's W, of its low part and of its second adapter."""
+        return iter(())
+
+    def is_away(self, number: int) -> bool:  # noqa: ARG002 (the interface)
+        """Whether a site's W would have to be fetched from a disk."""
+        return False
 
     def weight_to_edit(self, number: int) -> tuple[Tensor, int]:
         """The run of W, as it is stored, that this rank edits, and its offset."""
@@ -323,10 +332,15 @@ class Storage(Ranks, ABC):
             yield views
             self.after_edit(number)
 
-    def on_optimizer_step(self, before: Callable[[list[Tensor]], None], after: Callable[[list[Tensor]], None]) -> None:
+    def on_optimizer_step(
+        self, before: Callable[[list[Tensor]], None], after: Callable[[list[Tensor]], None]
+    ) -> list[RemovableHandle]:
         """Call ``before`` with the tensors that are about to be stepped, their final gradients in ``.grad``.
 
         And ``after`` with those that were: before DeepSpeed publishes what it has stepped.
+
+        Returns:
+            Handles that end this.
         """
 
         def stepped(optimizer: Optimizer) -> list[Tensor]:
@@ -340,12 +354,14 @@ class Storage(Ranks, ABC):
                 )
             before(stepped(optimizer))
 
-        self.optimizer.register_step_pre_hook(pre_hook)
-        self.optimizer.register_step_post_hook(lambda optimizer, *_: after(stepped(optimizer)))
+        return [
+            self.optimizer.register_step_pre_hook(pre_hook),
+            self.optimizer.register_step_post_hook(lambda optimizer, *_: after(stepped(optimizer))),
+        ]
 
 
 def not_stepped(sites: list[Site], parameter: nn.Parameter) -> ValueError:
     """The error of an optimizer that does not train a parameter."""
     names = [f"the LoRA parameters of {s.name}" for s in sites if parameter is s.lora_a or parameter is s.lora_b]
     what = names[0] if names else f"a trainable parameter of shape {tuple(parameter.shape)}"
-    return ValueError(f"the optimizer does not hold {what}: build it from all trainable ones")
+    return ValueError(f"the optimizer does not hold {what}: build it from all trainable ones, or freeze the others")

@@ -33,6 +33,11 @@ class Fsdp2Storage(CutWeights):
     def stepped(self, parameter: nn.Parameter) -> Piece:
         if id(parameter) not in self._stepped:
             raise not_stepped(self.sites, parameter)
+        if not isinstance(parameter, DTensor) or parameter.placements != (Shard(0),):
+            raise ValueError(
+                "FSDP2 does not cut it into rows (ignored_params), so that no rank answers for it: let fully_shard "
+                "have it too, or freeze it"
+            )
         run, start = self.parameter_run(parameter)
         return Piece(parameter, 0, start, run.numel())
 

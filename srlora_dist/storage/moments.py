@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -23,14 +23,24 @@ ADAM = ("Adam", "AdamW", "DeepSpeedCPUAdam", "FusedAdam")
 """Those of them that divide both moments by one minus their decay to the power of the step."""
 
 
-def require_resettable(optimizer: Optimizer, optimizer_reset: str) -> None:
+def require_resettable(optimizer: Optimizer, optimizer_reset: str, iterates: Sequence[str] = ()) -> None:
     """Refuse a reset that the layout of the optimizer's state does not permit.
+
+    Args:
+        optimizer: The innermost one.
+        optimizer_reset: ``srlora.optimizer_reset``.
+        iterates: Names of the parts of its state that hold weights, see :func:`try_state`.
 
     Raises:
         ValueError: With the reason and the remedy.
     """
     kinds = type(optimizer).__mro__
     name = type(optimizer).__name__
+    if iterates:
+        raise ValueError(
+            f"{name} is not supported: its {iterates[0]} is a copy of the weights, towards which it would pull "
+            "restarted pairs back, whatever srlora.optimizer_reset is; use AdamW or SGD"
+        )
     reason, remedy = "the layout of its state is not known", "use AdamW or SGD, or choose keep"
     if optimizer_reset in ("survivors", "pair_steps"):
         if any(_is_elementwise(kind) and _plain_name(kind) in ADAM for kind in kinds) and not name.endswith("8bit"):

@@ -39,6 +39,11 @@ class WholeWeights(Storage):
     def copies(self, parameters: Iterable[nn.Parameter]) -> Iterator[Tensor]:
         yield from (parameter.detach() for parameter in parameters)
 
+    def weight_copies(self, number: int) -> Iterator[Tensor]:
+        site = self.sites[number]
+        whole = (site.weight, self.residuals.get(number), site.fused_a, site.fused_b)
+        return (tensor.detach() for tensor in whole if tensor is not None)
+
     def weight_run(self, number: int) -> tuple[Tensor, int]:
         flat = self.sites[number].weight.detach().view(-1)
         return (flat if self.dealt_to[number] == self.rank else flat[:0]), 0

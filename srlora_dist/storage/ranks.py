@@ -158,19 +158,23 @@ class Ranks:
         self.raise_together(error)
         return result
 
-    def raise_together(self, error: Exception | None) -> None:
+    def raise_together(self, error: Exception | None, kind: type[Exception] = ValueError) -> None:
         """Raise on every rank if any has failed, so that no rank waits for one that is gone.
+
+        Args:
+            error: What went wrong on this rank, or None.
+            kind: What is raised, the same on every rank.
 
         Collective: one all-reduce of 8 bytes; after a failure also the messages.
 
         Raises:
-            ValueError: At least one rank called this with an error.
+            ValueError: At least one rank called this with an error; or an error of ``kind``.
         """
         failed = torch.tensor([int(error is not None)], dtype=torch.int64, device=self.device)
         if not self.all_reduce_(failed, "max").item():
             return
         messages = self.gather_objects(None if error is None else str(error))
-        raise ValueError(next(message for message in messages if message is not None)) from error
+        raise kind(next(message for message in messages if message is not None)) from error
 
 
 def _buckets(sizes: list[int]) -> Iterator[list[int]]:

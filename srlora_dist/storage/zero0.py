@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from srlora_dist.sites import Site
@@ -36,13 +37,15 @@ class Zero0Storage(PlainStorage):
         return {id(parameter): copy for parameter, copy in _pairs(self._wrapper)}
 
     @override
-    def on_optimizer_step(self, before: Callable[[list[Tensor]], None], after: Callable[[list[Tensor]], None]) -> None:
+    def on_optimizer_step(
+        self, before: Callable[[list[Tensor]], None], after: Callable[[list[Tensor]], None]
+    ) -> list[RemovableHandle]:
         def if_it_happens(hook: Callable[[list[Tensor]], None], owners: list[Tensor]) -> None:
             # A step that leave_out_bad_steps_ turned into nothing did not.
             if not getattr(self.optimizer, "overflow", False):
                 hook(owners)
 
-        super().on_optimizer_step(partial(if_it_happens, before), partial(if_it_happens, after))
+        return super().on_optimizer_step(partial(if_it_happens, before), partial(if_it_happens, after))
 
 
 def leave_out_bad_steps_(optimizer: Optimizer) -> None:

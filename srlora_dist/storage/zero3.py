@@ -50,6 +50,15 @@ class Zero3Storage(CutWeights):
     def copies(self, parameters: Iterable[nn.Parameter]) -> Iterator[Tensor]:
         yield from (parameter.detach() for parameter in parameters if _is_whole(parameter))
 
+    def weight_copies(self, number: int) -> Iterator[Tensor]:
+        site = self.sites[number]
+        if _is_whole(site.weight):  # and then so is the residual
+            yield from (t.detach() for t in (site.weight, self.residuals.get(number)) if t is not None)
+        yield from self.copies(factor for factor in (site.fused_a, site.fused_b) if factor is not None)
+
+    def is_away(self, number: int) -> bool:
+        return _is_away(self.sites[number].weight)
+
     def largest_run(self, parameter: nn.Parameter) -> int:
         return longest_padded(parameter.ds_numel, self.world_size)
 

@@ -81,16 +81,16 @@ def test_what_is_sent(name: str, zero: dict, tmp_path) -> None:
     for rank in (0, 1):
         assert ours[rank]["steps"] == plain[rank]["steps"]
     num_sites, floats = len(SHAPES), 4 * sum(RANKS[site] * (m + n) for site, (m, n) in SHAPES.items())
-    switch = [("allreduce_", 8 * sum(RANKS.values()))]
+    switch = [("allreduce_", 8), ("allreduce_", 8 * sum(RANKS.values()))]
     switched = {"second": 1, "tiny": 1}  # the first site has as many directions as pairs
     gathers = name in ("zero3", "fsdp2")
     switch += [("allreduce_", 4 * sum(RANKS[site] * sum(SHAPES[site]) for site in switched))] * gathers
     switch += [("broadcast_", 4 + 4 * sum(k * (sum(SHAPES[site]) + 1) for site, k in switched.items()))]
     switch += [("allreduce_", 16 * len(switched)), ("allreduce_", 8)]
     assert ours[0]["switches"] == [switch]
-    # Binding with a warm file: nothing to resume, adapter usable, ledger, fingerprint, the file looked for, found and
-    # judged; then switch 0.
-    bind = [("broadcast_", 8), ("allreduce_", 8), ("allreduce_", 8), ("allreduce_", 16 * num_sites)]
+    # Binding with a warm file: the same model, nothing to resume, optimizer and adapter usable, ledger, fingerprint,
+    # the file looked for, found and judged; then switch 0.
+    bind = [("allreduce_", 16), ("broadcast_", 8), *[("allreduce_", 8)] * 3, ("allreduce_", 16 * num_sites)]
     bind += [("allreduce_", 8), ("broadcast_", 8), ("allreduce_", 8)]
     first = [("allreduce_", floats)] * gathers
     first += [("broadcast_", 4 + 4 * sum(RANKS[site] * (m + n + 1) for site, (m, n) in SHAPES.items()))]

@@ -203,8 +203,11 @@ def test_an_adapter_of_another_name_resumes_with_its_second_adapter(tmp_path: Pa
 
 
 def test_a_checkpoint_without_the_learning_rate_is_refused(tmp_path: Path) -> None:
-    saves = {"save_strategy": "steps", "save_steps": 6, "save_only_model": True}
+    saves = {"save_strategy": "steps", "save_steps": 6}
+    with pytest.raises(ValueError, match="save_only_model leaves out the learning rate.*set it to False"):
+        make_trainer(tmp_path / "run", save_only_model=True, **saves)
     make_trainer(tmp_path / "run", **saves)[0].train()
+    (tmp_path / "run/checkpoint-6/scheduler.pt").unlink()
     trainer, _ = make_trainer(tmp_path / "run", **saves)
     with pytest.raises(ValueError, match="checkpoint-6 was saved with save_only_model.*learning rate"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-6"))

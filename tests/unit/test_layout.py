@@ -21,7 +21,8 @@ LAYERS = [
     + ["evaluation", "summary", "outcome", "random_state", "optimizers", "token_mean", "deepspeed_file"]
     + ["launched"],
     ["switcher"],
-    ["memory", "diagnostics", "exchange", "output_check", "saving"],
+    ["memory", "diagnostics", "exchange", "output_check", "saving", "observer"],
+    ["watch", "agreement", "rehearsal"],
     ["export"],
     ["agenda"],
     ["targets"],

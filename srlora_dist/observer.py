@@ -1,0 +1,125 @@
+"""What happens at each step of the optimizer between two switches: pairs are scored, and nothing is sent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from srlora_dist.agenda import Agenda
+from srlora_dist.changes import Changes
+from srlora_dist.errors import RunStoppedError
+from srlora_dist.importance import Importance
+from srlora_dist.pair_steps import PairSteps
+from srlora_dist.srlora_config import SRLoRAConfig
+from srlora_dist.storage import Storage
+from srlora_dist.tracked import Tracked
+from srlora_dist.watch import Watch
+
+IDLE_CALLS = {4 << k for k in range(30)}
+"""Calls of ``Switcher.step`` in a row without a step of the optimizer after which the pairs are looked at: so many
+micro-batches or overflows are rare, and pairs that move then are moved by an optimizer that ``bind`` did not get."""
+
+
+def make_scores(storage: Storage, config: SRLoRAConfig) -> Tracked:
+    """The statistics of ``srlora.score``."""
+    if config.score == "change":
+        return Changes(storage)
+    relative, resets_all = config.score == "relative", config.score_reset == "all"
+    return Importance(storage, config.beta1, config.beta2, relative, resets_all)
+
+
+class Observer:
+    """Follows the steps of the innermost optimizer.
+
+    Args:
+        scores: The statistics of the pairs; None where no switch is to come.
+        pair_steps: Adam's bias correction by the age of a pair; None where it is not asked for.
+        watch: Notices pairs that something else has moved.
+        agenda: Knows the next switch.
+        num_steps: Gives the steps that were reported so far.
+
+    Attributes:
+        stepped: Ids of the tensors that were stepped since the last report.
+    """
+
+    def __init__(
+        self,
+        scores: Tracked | None,
+        pair_steps: PairSteps | None,
+        watch: Watch,
+        agenda: Agenda,
+        num_steps: Callable[[], int],
+    ) -> None:
+        self.scores, self.pair_steps, self.watch, self.agenda = scores, pair_steps, watch, agenda
+        self._num_steps = num_steps
+        self._num_idle = 0
+        self.stepped: set[int] = set()
+
+    def counts_next(self) -> bool:
+        """Whether the next step counts for the choice of a switch that is still to come."""
+        to_next = self.agenda.steps_to_next(self._num_steps())
+        if to_next is None or self.scores is None:
+            return False
+        if not self.scores.needs_gradients:
+            return True
+        return self.agenda.window is None or to_next <= self.agenda.window
+
+    def before(self, owners: list[Tensor]) -> None:
+        """The optimizer is about to step these tensors; ZeRO steps one group after the other.
+
+        Raises:
+            RuntimeError: The step before was not reported.
+        """
+        owned = {id(owner) for owner in owners}
+        if self.stepped & owned:
+            raise RuntimeError("call switcher.step() after every optimizer.step(): the one before was not reported")
+        if not self.stepped:
+            self.watch.before_step()
+        if self.counts_next():
+            if not self.stepped and self.agenda.steps_to_next(self._num_steps()) == self.agenda.window:
+                self.scores.clear_()
+            self.scores.observe_(owners)
+        if self.pair_steps is not None:
+            self.pair_steps.before_(owned)
+        self.stepped |= owned
+
+    def after(self, owners: list[Tensor]) -> None:
+        """It has stepped them."""
+        if self.pair_steps is not None:
+            self.pair_steps.after_({id(owner) for owner in owners}, self._num_steps() + 1)
+
+    def report(self) -> bool:
+        """Whether there was a step since the last report.
+
+        Collective: after many calls in a row without a step one all-reduce of 8 bytes, see
+            :meth:`Watch.require_untouched`.
+
+        Raises:
+            RuntimeError: The pairs, or a weight, were changed by something else.
+        """
+        if not self.stepped:
+            self._num_idle += 1
+            if self._num_idle in IDLE_CALLS:
+                self.watch.require_untouched()
+            return False
+        self.stepped.clear()
+        self._num_idle = 0
+        self.watch.remember_pairs()
+        if self.watch.storage.world_size == 1 and self.watch.was_written():
+            self.watch.require_untouched()
+        return True
+
+    def finite_scores(self) -> list[Tensor]:
+        """The score of every pair of each site, the same on every rank. Collective: one all-reduce.
+
+        Raises:
+            RunStoppedError: They are not numbers.
+        """
+        scores = self.scores.pair_scores()
+        if not all(bool(score.isfinite().all()) for score in scores):
+            raise RunStoppedError(
+                f"the pair scores of step {self._num_steps()} are not finite, so the training has diverged: lower the "
+                "learning rate, or clip the gradient"
+            )
+        return scores

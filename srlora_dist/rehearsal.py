@@ -1,0 +1,55 @@
+"""Goes through the rules of resetting and saving when a run is bound, so that no run fails at its first checkpoint."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import nn
+
+from srlora_dist.storage import Storage, local_part, require_resettable, try_state
+from srlora_dist.training_state import trained_parameters
+
+
+def rehearse(model: nn.Module, storage: Storage, optimizer_reset: str, will_save: bool) -> None:
+    """Refuse what a switch could not reset, and what a checkpoint could not hold.
+
+    Args:
+        model: The prepared model.
+        storage: How it is held.
+        optimizer_reset: ``srlora.optimizer_reset``.
+        will_save: Whether the run writes checkpoints; else an optimizer whose state they cannot hold gets a warning.
+
+    Collective: one all-reduce of 8 bytes; after a failure also the messages.
+
+    Raises:
+        ValueError: The optimizer lacks a trained parameter, which is named, or its state does not permit the reset or
+            checkpoints. Raised on every rank.
+    """
+    error, problem = None, None
+    try:
+        owners = _stepped(model, storage)
+        tried = try_state(storage.optimizer, owners)
+        require_resettable(storage.optimizer, optimizer_reset, tried.iterates() if tried is not None else [])
+        problem = tried.problem() if tried is not None else None
+        if problem is not None and will_save:
+            raise ValueError(f"{problem}, or save none")
+    except ValueError as failure:
+        error = failure
+    storage.raise_together(error)
+    if problem is not None:
+        warnings.warn(f"{problem}; save_checkpoint() will be refused", stacklevel=3)
+
+
+def _stepped(model: nn.Module, storage: Storage) -> list:
+    """What this rank's optimizer steps for each trained parameter.
+
+    Raises:
+        ValueError: It lacks one; the message has its name.
+    """
+    owners = []
+    for name, parameter in trained_parameters(model).items():
+        try:
+            owners.append(local_part(storage.stepped(parameter).owner))
+        except ValueError as error:
+            raise ValueError(f"{name} is trained, but {error}") from error
+    return owners
