@@ -25,7 +25,7 @@ class Changes(Tracked):
         """Collective: one all-reduce of 8 bytes a pair."""
 
         def square(run: Run) -> Tensor:
-            return (run.of(run.owner).float() - self.of(run, "start")).square()
+            return (run.of(run.owner).float() - self.of(run, "start")).double().square()
 
         return self.by_site(self.storage.all_reduce_(sum_by_pair(self.storage, square)))
 

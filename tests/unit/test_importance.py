@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from srlora_dist import importance
+from srlora_dist import SRLoRAConfig, Switcher, importance
 from srlora_dist.importance import MOST_GROUPINGS, Importance
 from srlora_dist.storage import Run
+from tests.ranks.engines import make_batch, make_net
 
 B1, B2 = 0.7, 0.4
 # A and B of three sites, flat: (owner, offset, elements). The first owner has neighbours out of order and a gap, as
@@ -77,3 +78,24 @@ def test_few_groupings_are_kept_where_the_tensors_change_at_random() -> None:
             owner.grad = torch.ones(3) if step >> number & 1 else None
         tracked.observe_(owners)
         assert len(tracked._groups) <= MOST_GROUPINGS
+
+
+@pytest.mark.parametrize("score", ["sensitivity", "relative"])
+def test_small_gradients_choose_as_large_ones_do(score: str, tmp_path) -> None:
+    """Averages of 1e-20 are float32 numbers, but their product is not."""
+    chosen, scores = {}, {}
+    for scale in (1.0, 1e-20):
+        model = make_net()
+        switcher = Switcher(model, SRLoRAConfig(target_rank=8, score=score, svd_cache=str(tmp_path)), 8)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+        switcher.bind(model, optimizer)
+        for step in range(switcher.due_steps[0]):
+            x, y = make_batch(step)
+            optimizer.zero_grad()
+            ((model(x) - y).square().mean() * scale).backward()
+            optimizer.step()
+            report = switcher.step()
+        chosen[scale] = [site.slots for site in report.sites]
+        scores[scale] = torch.tensor([site.scores for site in report.sites], dtype=torch.float64)
+    assert chosen[1e-20] == chosen[1.0]
+    torch.testing.assert_close(scores[1e-20] * 1e40, scores[1.0], rtol=1e-4, atol=0)
