@@ -112,6 +112,11 @@ class Watch:
             now = (layer.get_base_layer().weight, *factors)
             if any(a is not b for a, b in zip(now, (site.weight, site.lora_a, site.lora_b), strict=True)):
                 return f"the parameters of {site.name} are others than those that bind() got: {remedy}"
+            if name not in layer.active_adapters or layer.scaling[name] != site.scale:
+                return (
+                    f"the adapter {name!r} of {site.name} is active with scale {site.scale} no more (set_adapter, "
+                    "set_scale), so that the model computes something else than what is written: set it back"
+                )
         for number, site in enumerate(self.storage.sites):
             now = dict(self._parts(number))
             kept = zip(self._held[number], self._samples[number], self._versions[number], strict=True)

@@ -56,6 +56,11 @@ def require_resettable(optimizer: Optimizer, optimizer_reset: str, iterates: Seq
     raise ValueError(f"srlora.optimizer_reset {optimizer_reset!r} is not supported with {name}: {reason}; {remedy}")
 
 
+def is_known(kind: type) -> bool:
+    """Whether just this kind, none made from it, keeps moments in floating point of the shape of the weight."""
+    return _is_elementwise(kind) and kind.__module__.split(".")[0] != "bitsandbytes"
+
+
 def _is_elementwise(kind: type) -> bool:
     return _plain_name(kind) in ELEMENTWISE.get(kind.__module__.split(".")[0], ())
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from srlora_dist.storage.moments import is_known
+
 logger = logging.getLogger(__name__)
 
 LARGEST = 99_999
@@ -84,8 +86,12 @@ def try_state(optimizer: Optimizer, owners: Iterable[Tensor]) -> TriedState | No
         owners: What it steps, the parts of this rank; the largest of at most ``LARGEST`` elements is imitated.
 
     Returns:
-        None where the optimizer cannot be tried like this.
+        None where nothing is to be found out, or the optimizer cannot be tried like this.
     """
+    kind = type(optimizer)
+    # A copy that goes would take along what belongs to the original; and DeepSpeed's own may communicate.
+    if is_known(kind) or hasattr(kind, "__del__") or kind.__module__.startswith("deepspeed."):
+        return None
     owners = sorted((owner for owner in owners if owner.numel()), key=lambda owner: owner.numel())
     if not owners:
         return None
@@ -95,7 +101,7 @@ def try_state(optimizer: Optimizer, owners: Iterable[Tensor]) -> TriedState | No
     parameter.grad = torch.full_like(parameter, GRADIENT)
     # Not copy.copy, which leaves out what a kind of optimizer adds. A scheduler puts its own step on the instance.
     kept = {name: value for name, value in vars(optimizer).items() if name != "step"}
-    tried = object.__new__(type(optimizer))
+    tried = object.__new__(kind)
     vars(tried).update({k: copy.copy(v) if isinstance(v, (dict, list, set)) else v for k, v in kept.items()})
     group = {**optimizer.param_groups[0], "params": [parameter]}
     if "weight_decay" in group:
@@ -105,6 +111,6 @@ def try_state(optimizer: Optimizer, owners: Iterable[Tensor]) -> TriedState | No
     try:
         tried.step()
     except Exception as error:  # a kind of optimizer that nobody here knows
-        logger.debug("what %s keeps could not be tried: %r", type(optimizer).__name__, error)
+        logger.debug("what %s keeps could not be tried: %r", kind.__name__, error)
         return None
-    return TriedState(type(optimizer).__name__, parameter.detach(), dict(tried.state[parameter]))
+    return TriedState(kind.__name__, parameter.detach(), dict(tried.state[parameter]))

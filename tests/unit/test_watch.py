@@ -69,6 +69,7 @@ BEHIND = {
     "pairs alone": (write_pairs, "pairs were changed by something else"),
     "one element": (shift, "the weight of second was changed"),
     "one element of .data": (lambda model, best: shift(model, best, True), "the weight of second was changed"),
+    "scale": (lambda model, best: model.base_model.model.first.scale_layer(2), "of first is active with scale 1.5 no"),
     "new parameters": (replace_pairs, "the parameters of first are others"),
 }
 
