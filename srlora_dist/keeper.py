@@ -18,6 +18,8 @@ from srlora_dist.random_state import random_state, restore_random_state
 from srlora_dist.resuming import checkpoints_of
 from srlora_dist.runlog import Window
 from srlora_dist.summary import Progress
+from srlora_dist.tasks import Task
+from srlora_dist.tasks.same_rows import pack_names, put_rows_back_, unpack_names
 
 logger = logging.getLogger(__name__)
 
@@ -28,29 +30,40 @@ class Keeper:
     Args:
         config: The run.
         accelerator: On its engine.
-        num_samples: Of the training split.
+        task: What is learnt; a resumed one gets the training rows of its checkpoint back.
         checkpoint: To go on from, on the main process; None elsewhere, and for a new run.
 
     Attributes:
+        rows: The names of the training rows as a checkpoint holds them, or None where they have none.
         saved: What the loop had written into that checkpoint, on every process; None for a new run.
         source: The checkpoint on the main process and its folder elsewhere; None for a new run.
         progress: How far the run has come.
         num_bytes: Size of the last checkpoint that was written, on the main process.
 
-    Collective: two broadcasts of ``saved``.
+    Collective: two broadcasts of ``saved``, and a gather of the number of rows.
 
     Raises:
-        ValueError: The checkpoint is of a run on other data.
+        ValueError: The checkpoint is of a run on other data, or the ranks have other data.
     """
 
-    def __init__(
-        self, config: RunConfig, accelerator: Accelerator, num_samples: int, checkpoint: Checkpoint | None
-    ) -> None:
-        self.config, self.accelerator, self.num_samples = config, accelerator, num_samples
+    def __init__(self, config: RunConfig, accelerator: Accelerator, task: Task, checkpoint: Checkpoint | None) -> None:
+        self.config, self.accelerator, self.task = config, accelerator, task
         parts = [checkpoint.state["extra"], str(checkpoint.folder)] if checkpoint is not None else [None, None]
         self.saved, folder = broadcast_object_list(parts)
         self.source: Checkpoint | str | None = checkpoint or folder
         self.num_bytes: int | None = None
+        counts = {*gather_object([(len(task.train), len(task.eval))])}
+        if len(counts) > 1:
+            found = ", ".join(f"{train} and {evaluation}" for train, evaluation in sorted(counts))
+            raise ValueError(
+                f"the ranks do not have the same data, but {found} samples: give every rank the same files"
+            )
+        self.rows = self.saved.get("rows") if self.saved is not None else None
+        if task.names is not None:
+            if self.rows is not None:
+                put_rows_back_(task, unpack_names(self.rows))
+            self.rows = self.rows or pack_names(task.names)
+        num_samples = len(task.train)
         if self.saved is not None and self.saved["num_samples"] != num_samples:
             raise ValueError(
                 f"the checkpoint is of a run on {self.saved['num_samples']} training samples, and there are "
@@ -86,7 +99,8 @@ class Keeper:
         extra = {
             "config": asdict(self.config),
             "progress": asdict(replace(self.progress, method_seconds=self.method_seconds(method))),
-            "num_samples": self.num_samples,
+            "num_samples": len(self.task.train),
+            "rows": self.rows,
             "scheduler": scheduler.state_dict(),
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
             "window": window.state_dict(accelerator),

@@ -125,6 +125,7 @@ class Trainer:
     ) -> None:
         self.config, self.accelerator, self.task, self.log = config, accelerator, task, log
         options = config.train
+        self.keeper = Keeper(config, accelerator, task, checkpoint)
         self.steps_per_epoch = len(task.train) // options.batch_size
         if self.steps_per_epoch == 0:
             raise ValueError(
@@ -132,7 +133,6 @@ class Trainer:
                 "choose a smaller batch"
             )
         self.num_steps = options.max_steps or max(1, round(options.epochs * self.steps_per_epoch))
-        self.keeper = Keeper(config, accelerator, len(task.train), checkpoint)
         self.progress = self.keeper.progress
         self.resumes = self.keeper.saved is not None
         set_seed(config.seed)

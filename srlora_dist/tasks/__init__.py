@@ -50,6 +50,8 @@ class Task:
         heads: Modules to train whole and save where the type does not say.
         num_targets: Tokens of each training row that are learnt, at least one: then an optimizer step takes the mean
             over all its tokens, and ``labels`` has -100 for the others. None takes the mean over rows.
+        names: Of the training rows, where one of them can go missing between two starts of a run, as files can: then a
+            run goes on without it.
     """
 
     model: PreTrainedModel
@@ -64,6 +66,7 @@ class Task:
     peft_type: str | None
     heads: tuple[str, ...] = ()
     num_targets: Sequence[int] | None = None
+    names: list[str] | None = None
 
 
 def check_task(config: RunConfig) -> None:

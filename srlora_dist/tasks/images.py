@@ -46,7 +46,7 @@ def check(config: RunConfig) -> None:
 
 
 def load(config: RunConfig) -> Task:
-    """Build the task; the pictures are made ready batch by batch.
+    """Build the task; the pictures of a folder are all opened once, and made ready batch by batch.
 
     Raises:
         ValueError: The pictures or the model cannot be read, or do not fit each other.
@@ -57,6 +57,7 @@ def load(config: RunConfig) -> Task:
     from srlora_dist.tasks.heads import heads_of
     from srlora_dist.tasks.metrics import Scorer
     from srlora_dist.tasks.models import load_image_model, quiet
+    from srlora_dist.tasks.picture_check import leave_out_broken
     from srlora_dist.tasks.text import classification_loss, logits_and_labels
 
     task = config.task
@@ -64,11 +65,16 @@ def load(config: RunConfig) -> Task:
         train, evaluation, num_classes = _read(config)
         model, processor = load_image_model(config, AutoModelForImageClassification, num_labels=num_classes)
     _require_size(model, processor)
+    train = train.select(range(min(len(train), task.max_train_samples or len(train))))
+    evaluation = evaluation.select(range(min(len(evaluation), task.max_eval_samples or len(evaluation))))
+    are_files = getattr(train.features["picture"], "dtype", None) == "string"
+    if are_files:
+        train, evaluation = leave_out_broken(train, evaluation)
     return Task(
         model,
         processor,
-        train.select(range(min(len(train), task.max_train_samples or len(train)))),
-        evaluation.select(range(min(len(evaluation), task.max_eval_samples or len(evaluation)))),
+        train,
+        evaluation,
         collate=pictures.collator(processor),
         answers=logits_and_labels,
         loss=classification_loss,
@@ -76,6 +82,7 @@ def load(config: RunConfig) -> Task:
         main_metric="accuracy",
         peft_type=None,  # PEFT has none for pictures
         heads=heads_of(model),
+        names=[pictures.row_name(path) for path in train["picture"]] if are_files else None,
     )
 
 

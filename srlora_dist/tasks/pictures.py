@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
-import random
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -81,6 +81,11 @@ def read_folder(data_dir: str) -> tuple[datasets.Dataset, datasets.Dataset, int]
     return *rows, len(classes)
 
 
+def row_name(path: str) -> str:
+    """What a picture in a folder of a class is called, wherever the folder lies."""
+    return "/".join(Path(path).parts[-2:])
+
+
 def collator(processor: BaseImageProcessor) -> Callable[[list[dict]], dict[str, Tensor]]:
     """What makes a batch out of rows: RGB, in the size and with the normalisation that the processor knows."""
     import torch
@@ -92,22 +97,38 @@ def collator(processor: BaseImageProcessor) -> Callable[[list[dict]], dict[str, 
     return collate
 
 
-def _open(picture: object) -> object:
-    """A picture in RGB, from a path, the content of a file, or one that is open already."""
+def _open(picture: object) -> Image.Image:
+    """The same, whose errors name the picture."""
     from PIL import Image
 
     try:
-        if isinstance(picture, Image.Image):
-            return _in_rgb(picture)
-        with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as opened:
-            return _in_rgb(opened)
+        return decode(picture)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{picture} is no picture that can be read ({error}): replace or remove it") from error
 
 
+class TooDeepError(ValueError):
+    """A picture is whole, but has more than 8 bits a value."""
+
+
+def decode(picture: object) -> Image.Image:
+    """A picture in RGB, all of it read, from a path, the content of a file, or one that is open already.
+
+    Raises:
+        TooDeepError: It has more than 8 bits a value.
+        Exception: What PIL makes of a file that is broken.
+    """
+    from PIL import Image
+
+    if isinstance(picture, Image.Image):
+        return _in_rgb(picture)
+    with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as opened:
+        return _in_rgb(opened)
+
+
 def _in_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith(("I", "F")):  # PIL would cut off what is above 255, and make 0 of fractions
-        raise ValueError(f"mode {picture.mode} has more than 8 bits a value")
+        raise TooDeepError(f"mode {picture.mode} has more than 8 bits a value")
     return picture.convert("RGB")
 
 
@@ -167,13 +188,12 @@ def _classes(split: Path) -> list[str]:
 
 
 def _list_files(split: Path, classes: list[str]) -> dict[str, list]:
-    """The pictures of a split in an order that mixes the classes and is the same in every run."""
+    """The pictures of a split, in an order that mixes the classes and that no other picture has a say in."""
     files = []
     for label, name in enumerate(classes):
         found = [path for path in sorted((split / name).rglob("*")) if path.suffix.lower() in SUFFIXES]
         if not found:
             raise ValueError(f"{split / name} has no pictures ({' '.join(sorted(SUFFIXES))}): add some, or remove it")
-        files += [(str(path), label) for path in found]
-    random.Random(0).shuffle(files)
-    paths, labels = map(list, zip(*files, strict=True))
+        files += [(hashlib.sha256(row_name(str(path)).encode()).digest(), str(path), label) for path in found]
+    _, paths, labels = map(list, zip(*sorted(files), strict=True))
     return {"picture": paths, "labels": labels}

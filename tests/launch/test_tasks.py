@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from tests.launch.conftest import Bench
 from tests.launch.forks import Forks, lines, untimed
-from tests.unit.test_images import write_idx, write_vit
+from tests.unit.test_images import write_classes, write_idx, write_vit
 from tests.unit.test_instruct import write_jsonl, write_model
 
 PICTURES = {
@@ -113,3 +113,22 @@ def test_packed_instructions_train_in_4_bits_on_two_ranks(bench: Bench, forks: F
     assert losses[-1] < losses[0]
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["storage"], summary["weights"]) == ("ddp", "nf4 computing in bfloat16")
+
+
+def test_a_picture_that_is_gone_does_not_cost_the_run(bench: Bench, forks: Forks, folder: Path) -> None:
+    """It is cut after the run was stopped, and so left out, or removed; the run goes on with as many steps."""
+    data = write_classes(bench.folder / "files", classes=tuple("abcdefgh"))
+    options = PICTURES | {"task__name": "images", "task__data_dir": "files", "train__batch_size": 4}
+    options |= {"train__max_steps": "null", "train__epochs": 0.75, "train__eval_batch_size": 2}
+    mine = arguments(bench, "gone", **options)
+    ended = forks.start(yaml="cpu2", arguments=mine, rank=1, place="srlora_dist.keeper:Keeper.save", call=2)
+    assert ended["statuses"]["1"] == -signal.SIGKILL, ended["stderr"]
+    (data / "train" / "a" / "0.png").unlink()
+    (data / "train" / "b" / "1.png").write_bytes((data / "train" / "b" / "1.png").read_bytes()[:-30])
+    again = forks.start(yaml="cpu2", arguments=mine)
+    assert again["statuses"] == {"0": 0, "1": 0}, again["stderr"]
+    assert "1 of 47 pictures cannot be read, and are left out" in again["stderr"][0]
+    assert "2 of 32 training samples are gone since the checkpoint" in again["stderr"][0]
+    assert "is gone" not in again["stderr"][1]
+    summary = json.loads((bench.run_folder("gone") / "summary.json").read_text())
+    assert (summary["steps"], len(summary["resumed_after"])) == (6, 1)
