@@ -115,16 +115,17 @@ def main() -> None:
     parser.add_argument("--model", help="folder of another decoder")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=["zero3-bf16", "ddp-nf4"])
     parser.add_argument("--output_dir", type=Path, default=ROOT / "runs" / "decoder")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the file to which a line per case is appended")
     parser.add_argument("options", nargs="*", help="options of launch/train.py, after --")
     arguments = parser.parse_args()
-    RESULTS.parent.mkdir(exist_ok=True)
+    arguments.results.parent.mkdir(exist_ok=True)
     print("  ".join(name.rjust(10) for name in COLUMNS))
     for case in arguments.cases:
         line = run(case, arguments.model, arguments.output_dir.resolve() / case, arguments.options)
         print(
             "  ".join(format(line[name], form).rjust(max(10, len(name))) for name, form in COLUMNS.items()), flush=True
         )
-        with RESULTS.open("a") as file:
+        with arguments.results.open("a") as file:
             file.write(json.dumps(machine() | line) + "\n")
 
 

@@ -141,13 +141,16 @@ def main() -> None:
     )
     torch.set_num_threads(options.threads)
     sides, rounds = ([2048], 2) if options.quick else (options.sides, options.rounds)
+    sides = [64] if options.tiny else sides
     kinds = ("values i^-0.3", "Gaussian") if options.quick else ("values i^-0.3", "Gaussian and falling", "Gaussian")
     for side in sides:
         for kind in kinds:
             for count in (side // 32,) if options.quick else (side // 64, side // 32):
-                report("directions", large(kind, side, count, rounds), options.quick)
-    report("directions", [small(shape, 3 * rounds) for shape in SMALL], options.quick)
-    report("directions", [start_up(384, 6, rounds + 1), start_up(768, 4, rounds)], options.quick)
+                report("directions", large(kind, side, count, rounds), options)
+    shapes = ((48, 64, 4),) if options.tiny else SMALL
+    report("directions", [small(shape, 3 * rounds) for shape in shapes], options)
+    models = ((48, 1, 1),) if options.tiny else ((384, 6, rounds + 1), (768, 4, rounds))
+    report("directions", [start_up(*model) for model in models], options)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from side_by_side import Row, arguments, medians, ratios, report
+from side_by_side import Row, arguments, medians, ratios, report, tiny_run
 
-from srlora_dist.cli import PlanOptions
+from srlora_dist.commands.plan import PlanOptions
 from srlora_dist.config import RunConfig, parse
 from srlora_dist.forecast.report import make_plan
 from srlora_dist.trainer import train
@@ -39,11 +39,12 @@ def main() -> None:
     extra = sys.argv[sys.argv.index("--") + 1 :] if "--" in sys.argv else []
     del sys.argv[len(sys.argv) - len(extra) - bool(extra) :]
     options = arguments(__doc__, rounds={"type": int, "default": 5})
-    rounds = 2 if options.quick else options.rounds
+    rounds = 1 if options.tiny else 2 if options.quick else options.rounds
     torch.set_num_threads(1)
-    extra = [*(f"--{name}={value}" for name, value in QUICK.items() if options.quick), *extra]
     seconds: dict[str, list[float]] = {"srlora": [], "pissa": []}
     with tempfile.TemporaryDirectory() as folder:
+        sizes = tiny_run(Path(folder) / "files") if options.tiny else QUICK if options.quick else {}
+        extra = [*(f"--{name}={value}" for name, value in sizes.items()), *extra]
         run("srlora", Path(folder) / "warm-up", [*extra, "--train.max_steps=6"])
         for number in range(rounds):
             for method in ("srlora", "pissa") if number % 2 else ("pissa", "srlora"):
@@ -85,7 +86,7 @@ def main() -> None:
             reason="the share falls with the width of the model, and this one is 384 wide (see srlora plan)",
         ),
     ]
-    report("fine_tune", [*rows, planned(8, 32), planned(16, 64)], options.quick)
+    report("fine_tune", [*rows, planned(8, 32), planned(16, 64)], options)
 
 
 def planned(rank: int, target_rank: int) -> Row:

@@ -222,8 +222,10 @@ def main() -> None:
     parser.add_argument("--switches", type=int, default=500)
     parser.add_argument("--rows", type=int, default=520)
     parser.add_argument("--columns", type=int, default=512)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the file to which the figures are appended")
     parser.add_argument("--delta", type=float, default=0.01, help="norm of a pair, relative to the weight's")
     options = parser.parse_args()
+    sizes = {name: value for name, value in vars(options).items() if name != "results"}
     print(f"{'weights':8}{'method':14}{'realised':>18}{'output, median':>16}{'largest':>10}", end="")
     print(f"{f'drift {EARLY}':>12}{f'drift {options.switches}':>12}")
     for kind in TYPES:
@@ -234,9 +236,9 @@ def main() -> None:
             print(f"{kind:8}{name:14}{first:>18}{found['output_median']:16.1e}{found['output_largest']:10.1e}", end="")
             print(f"{early:>12}{found['drift']:12.1e}", flush=True)
             line = {"date": date.today().isoformat(), "machine": platform.processor() or platform.machine()}
-            line |= {"torch": torch.__version__, "weights": kind, "method": name, **vars(options), **found}
-            RESULTS.parent.mkdir(exist_ok=True)
-            with RESULTS.open("a") as file:
+            line |= {"torch": torch.__version__, "weights": kind, "method": name, **sizes, **found}
+            options.results.parent.mkdir(exist_ok=True)
+            with options.results.open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
 

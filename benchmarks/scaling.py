@@ -102,22 +102,24 @@ def main() -> None:
     """Measure and report."""
     options = arguments(
         __doc__,
-        engines={"nargs": "+", "choices": ("ddp", *CUT), "default": ("ddp", *CUT)},
-        ranks={"nargs": "+", "type": int, "default": [1, 2, 4]},
+        engines={"nargs": "+", "choices": ("ddp", *CUT), "help": "all of them, ddp alone if tiny"},
+        ranks={"nargs": "+", "type": int, "help": "1 2 4, 1 2 if tiny"},
         layers={"type": int, "default": 12},
         width={"type": int, "help": "of the square weights, 256 if quick, else 1024"},
         rounds={"type": int},
     )
-    width = options.width or (256 if options.quick else 1024)
-    rounds = options.rounds or (5 if options.quick else 15)
+    width = options.width or (64 if options.tiny else 256 if options.quick else 1024)
+    rounds = options.rounds or (2 if options.tiny else 5 if options.quick else 15)
+    engines = options.engines or (("ddp",) if options.tiny else ("ddp", *CUT))
+    ranks = sorted(options.ranks or ([1, 2] if options.tiny else [1, 2, 4]))
     case = f"{options.layers} weights of {width} x {width}, LoRA rank {RANK}, gloo ranks of 1 thread"
     rows = []
     with tempfile.TemporaryDirectory() as cache:
-        for engine in options.engines:
+        for engine in engines:
             sizes = (options.layers, width, rounds, cache)
-            seen = {n: run_ranks(measure, n, engine, *sizes, timeout=3600) for n in sorted(options.ranks)}
+            seen = {n: run_ranks(measure, n, engine, *sizes, timeout=3600) for n in ranks}
             rows += rows_of(engine, seen, case)
-    report("scaling", rows, options.quick)
+    report("scaling", rows, options)
 
 
 if __name__ == "__main__":

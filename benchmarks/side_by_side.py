@@ -128,10 +128,13 @@ def _cpu_lines() -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def report(name: str, rows: list[Row], quick: bool) -> None:
-    """Print the rows and append them to ``results/<name>.jsonl``."""
+def report(name: str, rows: list[Row], options: argparse.Namespace) -> None:
+    """Print the rows and append them to ``results/<name>.jsonl``, which ``--tiny`` leaves out."""
+    if options.tiny:
+        print(*map(describe, rows), sep="\n", flush=True)
+        return
     about = {"run": os.environ.get("SRLORA_BENCHMARK_RUN", f"{START:%Y-%m-%dT%H:%M:%S}"), "date": f"{START:%Y-%m-%d}"}
-    about |= {"hardware": hardware(), "device": device().type, "quick": quick}
+    about |= {"hardware": hardware(), "device": device().type, "quick": options.quick}
     about["commit"] = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
     ).stdout.strip()
@@ -163,12 +166,28 @@ def describe(row: Row) -> str:
 
 
 def arguments(doc: str, **options: dict) -> argparse.Namespace:
-    """The command line of a benchmark: ``--quick`` and what it adds."""
+    """The command line of a benchmark: ``--quick``, ``--tiny`` and what it adds; tiny is quick, too."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds: about a minute on 2 cores")
+    parser.add_argument("--tiny", action="store_true", help="try that it runs: the figures say nothing and go nowhere")
     for name, settings in options.items():
         parser.add_argument(f"--{name.replace('_', '-')}", **settings)
-    return parser.parse_args()
+    found = parser.parse_args()
+    found.quick |= found.tiny
+    return found
+
+
+def tiny_run(folder: Path) -> dict[str, object]:
+    """Options of a run that takes a second: a decoder of one layer, and lines of text, which are written."""
+    from srlora_dist.health.runs import write_files
+    from srlora_dist.tasks.models import quiet
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with quiet():
+        write_files(folder)
+    sizes = {"task.max_length": 16, "task.max_train_samples": 32, "task.max_eval_samples": 4, "srlora.target_rank": 16}
+    files = {"task.name": "lm", "task.data_dir": str(folder), "model.name_or_path": str(folder)}
+    return files | sizes | {"train.max_steps": 8, "train.batch_size": 4, "train.eval_batch_size": 4}
 
 
 if str(ROOT) not in sys.path:  # the package may not be installed, and ranks are started as the tests start them

@@ -11,10 +11,11 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from side_by_side import Row, alternate, arguments, device, medians, ratios, report
+from side_by_side import Row, alternate, arguments, device, medians, ratios, report, tiny_run
 from torch import Tensor
 
 from srlora_dist import SRLoRAConfig, Switcher
@@ -37,8 +38,9 @@ def make_step(
 ) -> tuple[Callable[[], None], Switcher | None]:
     """A training step of LoRA, or of SRLoRA with this ``importance_window``, and its switcher."""
     torch.manual_seed(0)
-    lora = LoraConfig(r=8, lora_alpha=8, target_modules="all-linear", task_type="SEQ_CLS")
-    model = get_peft_model(load_task(config).model, lora).to(device())
+    task = load_task(config)
+    lora = LoraConfig(r=8, lora_alpha=8, target_modules="all-linear", task_type=task.peft_type)
+    model = get_peft_model(task.model, lora).to(device())
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     switcher = None
@@ -70,12 +72,15 @@ def main() -> None:
     )
     torch.set_num_threads(1)
     task, model = TaskOptions(max_length=options.max_length), ModelOptions(name_or_path=options.model, dropout=0.0)
-    config = RunConfig(task=task, model=model)
-    batch = make_batch(config, options.batch_size)
     with tempfile.TemporaryDirectory() as cache:
+        if options.tiny:
+            tiny_run(Path(cache))
+            task, model = TaskOptions("lm", cache, max_length=16), ModelOptions(name_or_path=cache, dropout=0.0)
+        config = RunConfig(task=task, model=model)
+        batch = make_batch(config, options.batch_size)
         steps = {"LoRA": None, "observed": "all", "not observed": 1}
         made = {name: make_step(config, batch, window, cache) for name, window in steps.items()}
-        rounds, warm_up = 40 if options.quick else 300, 3
+        rounds, warm_up = 2 if options.tiny else 40 if options.quick else 300, 3
         seconds = alternate({name: step for name, (step, _) in made.items()}, rounds, warm_up)
     added = made["observed"][1].tracking_seconds / (rounds + warm_up)
     length = window_length("auto", 0.85, 0.85)
@@ -102,7 +107,7 @@ def main() -> None:
             **common,
         ),
     ]
-    report("step_cost", rows, options.quick)
+    report("step_cost", rows, options)
 
 
 if __name__ == "__main__":

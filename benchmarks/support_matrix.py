@@ -3,11 +3,14 @@
 Runs ``tests/ranks/test_engines.py`` and puts a table between the two marks in that page: each cell is a test that
 passed, failed, or was skipped with its reason; an empty one has no test.
 
-    python benchmarks/support_matrix.py
+    python benchmarks/support_matrix.py [--only "fsdp2 and fp32"]
+
+``--only`` takes the cells that pytest's -k chooses, and prints the table alone.
 """
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 import tempfile
@@ -21,11 +24,12 @@ TESTS, TEST = "tests/ranks/test_engines.py", "test_engine_equals_the_reference"
 MARKS = "<!-- matrix: written by benchmarks/support_matrix.py -->", "<!-- end of matrix -->"
 
 
-def run_tests() -> dict[tuple[str, str], str]:
+def run_tests(only: str = "") -> dict[tuple[str, str], str]:
     """Each (engine, precision) with ``yes``, ``FAILS``, or the reason why it was skipped."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "results.xml"
-        subprocess.run([sys.executable, "-m", "pytest", TESTS, f"--junitxml={path}"], cwd=ROOT, check=False)
+        command = [sys.executable, "-m", "pytest", TESTS, f"--junitxml={path}", "-k", only]
+        subprocess.run(command, cwd=ROOT, check=False)
         cases = ElementTree.parse(path).getroot().iter("testcase")
         return dict(map(_result, (case for case in cases if case.get("name").startswith(f"{TEST}["))))
 
@@ -54,13 +58,23 @@ def make_table(cells: dict[tuple[str, str], str]) -> str:
 
 
 def main() -> None:
-    """Run the tests and rewrite the page."""
-    table = make_table(run_tests())
+    """Run the tests and rewrite the page; the exit status is 1 where a cell fails or there is none."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="cells, as pytest -k takes them; the page stays as it is")
+    only = parser.parse_args().only
+    cells = run_tests(only)
+    if not cells:
+        sys.exit(f"no cell is chosen by {only!r}")
+    table = make_table(cells)
+    if only:
+        print(table)
+        sys.exit("FAILS" in cells.values())
     page = ROOT / "docs" / "support.md"
     before, _, rest = page.read_text().partition(MARKS[0])
     _, _, after = rest.partition(MARKS[1])
     page.write_text(f"{before}{MARKS[0]}\n\n{table}\n\n{MARKS[1]}{after}")
     print(table)
+    sys.exit("FAILS" in cells.values())
 
 
 if __name__ == "__main__":

@@ -87,17 +87,17 @@ def main() -> None:
         layers={"type": int, "default": 12},
         rank={"type": int, "default": 8},
     )
-    hidden, layers = (384, 6) if options.quick else (options.hidden, options.layers)
+    hidden, layers = (48, 1) if options.tiny else (384, 6) if options.quick else (options.hidden, options.layers)
     case = f"one thread, {layers} layers of {hidden}, rank {options.rank}"
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as cache:
-        work = (50 if options.quick else 200, hidden, layers, options.rank, cache)
+        work = (2 if options.tiny else 50 if options.quick else 200, hidden, layers, options.rank, cache)
         alone = measure(0, 1, *work)
         rows = [speed(1, [alone], case)]
         if device().type == "cpu":
             seen = run_ranks(measure, 2, *work, timeout=600, last=True)
             rows += [speed(2, seen, case), memory(alone, seen, case)]
-    report("tracking", rows, options.quick)
+    report("tracking", rows, options)
 
 
 if __name__ == "__main__":

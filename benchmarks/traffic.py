@@ -55,11 +55,12 @@ def main() -> None:
     """Count and report; the counts are small enough that --quick changes nothing."""
     options = arguments(
         __doc__,
-        engines={"nargs": "+", "choices": ENGINES, "default": ENGINES},
+        engines={"nargs": "+", "choices": ENGINES, "help": "all of them, ddp alone if tiny"},
         ranks={"type": int, "default": 2},
     )
+    engines = options.engines or (ENGINES[:1] if options.tiny else ENGINES)
     with tempfile.TemporaryDirectory() as cache:
-        report("traffic", [row(engine, options.ranks, cache) for engine in options.engines], options.quick)
+        report("traffic", [row(engine, options.ranks, cache) for engine in engines], options)
 
 
 if __name__ == "__main__":

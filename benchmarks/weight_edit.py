@@ -54,11 +54,11 @@ def require_right(run: Tensor, before: Tensor, start: int, left: Tensor, right: 
     assert float((run[part] - wanted).norm() / wanted.norm()) <= bound
 
 
-def fp32_row(width: int, kind: str, num_fused: int, rounds: int) -> Row:
+def fp32_row(width: int, kind: str, num_fused: int, rounds: int, cold_bytes: int = COLD_BYTES) -> Row:
     """One matrix in float32, edited in place."""
     start, stop = runs(width)[kind]
     run, (left, right) = torch.randn(width * width, device=device())[start:stop], make_pairs(width, 2 * num_fused)
-    copies = COLD_BYTES // run.nbytes if kind == "cold" else 0
+    copies = cold_bytes // run.nbytes if kind == "cold" else 0
     turn = itertools.cycle([run, *(run.clone() for _ in range(copies))])
     before = run.clone()
     add_pairs_(run, start, left, right)
@@ -114,10 +114,11 @@ def main() -> None:
     )
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    rounds = options.rounds or (15 if options.quick else 50)
-    rows = [fp32_row(options.width, kind, fused, rounds) for kind in runs(options.width) for fused in TARGETS]
-    rows += [sum_row(options.width, kind, fused, max(5, rounds // 3)) for kind in ("whole", "odd") for fused in (4, 16)]
-    report("weight_edit", rows, options.quick)
+    rounds = options.rounds or (2 if options.tiny else 15 if options.quick else 50)
+    width, cold_bytes = (64, 1 << 16) if options.tiny else (options.width, COLD_BYTES)
+    rows = [fp32_row(width, kind, fused, rounds, cold_bytes) for kind in runs(width) for fused in TARGETS]
+    rows += [sum_row(width, kind, fused, max(5, rounds // 3)) for kind in ("whole", "odd") for fused in (4, 16)]
+    report("weight_edit", rows, options)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from fine_tune import QUICK, run
-from side_by_side import Row, arguments, report
+from side_by_side import Row, arguments, report, tiny_run
 
 from srlora_dist.schedule import window_length
 
@@ -35,6 +35,9 @@ def main() -> None:
     settings |= {"srlora.beta1": decay, "srlora.beta2": decay}
     seen = {}
     with tempfile.TemporaryDirectory() as folder:
+        if options.tiny:
+            steps = 40
+            settings |= tiny_run(Path(folder) / "files") | {"train.max_steps": steps, "train.eval_every": steps}
         for window in ("all", "auto"):
             place = Path(folder) / window
             run("srlora", place, [f"--{k}={v}" for k, v in (settings | {"srlora.importance_window": window}).items()])
@@ -54,7 +57,7 @@ def main() -> None:
         target=0.0,
         more={"largest relative difference of a score": max(abs(a - b) / a for a, b in scores)},
     )
-    report("window", [row], options.quick)
+    report("window", [row], options)
 
 
 if __name__ == "__main__":

@@ -132,9 +132,9 @@ def main() -> None:
         rounds={"type": int},
     )
     cases = [(options.layers, options.width)] if options.width else [(24, 1024), (6, 4096)]
-    for layers, width in cases:
-        rounds = options.rounds or (5 if options.quick else 15)
-        report("zero3_switch", rows_of(layers, width, options.ranks, rounds), options.quick)
+    for layers, width in [(2, 64)] if options.tiny else cases:
+        rounds = options.rounds or (2 if options.tiny else 5 if options.quick else 15)
+        report("zero3_switch", rows_of(layers, width, options.ranks, rounds), options)
 
 
 if __name__ == "__main__":
