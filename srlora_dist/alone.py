@@ -72,7 +72,7 @@ def require_company() -> None:
         warnings.warn(
             f"{name} is 0 in the environment ({RANKS[name]}), so this may be the first of several processes, and each "
             f"would train by itself: if so, {REMEDY.format(name)}",
-            stacklevel=2,
+            stacklevel=1,  # once, whoever asks
         )
 
 

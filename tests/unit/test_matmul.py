@@ -151,3 +151,14 @@ def test_a_trainer_in_tf32_trains(tmp_path: Path, restored) -> None:
     trainer.train()
     assert switches(trainer) == [0, 4, 8]
     assert settings()[1:2] == ["tf32"] * BY_BACKEND
+
+
+@pytest.mark.parametrize("state", ["as torch starts", "high", "medium", "allow_tf32"])
+def test_before_torch_2_9_the_one_setting_is_put_back(state: str, restored, monkeypatch) -> None:
+    """There only the older setting exists."""
+    monkeypatch.setattr("srlora_dist.matmul._backends", list)
+    STATES[state]()
+    before = torch.get_float32_matmul_precision()
+    with exact_matmul():
+        assert torch.get_float32_matmul_precision() == "highest"
+    assert torch.get_float32_matmul_precision() == before
