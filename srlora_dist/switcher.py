@@ -390,19 +390,21 @@ class Switcher:
             report.undone = report.relative_output_change > self._check.tolerance
         if report.undone:
             put_back()
+        else:
+            self.num_switches += 1  # it has happened, whether it can be written or not
+        self._watch.remember(self._has_edited())
+        if report.undone:
             logger.warning(
                 "switch %d after step %d changed the output by %.2e of its norm, more than srlora.switch_tolerance "
                 "%.2e, and was undone: training goes on with the pairs it had",
                 *(report.switch, report.step, report.relative_output_change, self._check.tolerance),
             )
         else:
-            self.num_switches += 1  # it has happened, whether it can be written or not
             what = f"append switch {report.switch} to the ledger"
             self.storage.on_rank_0(what, lambda: self._ledger.close_switch(report))
             found = (*more, even_scores(report), no_gradient(report), directions_exhausted(report, self.sites))
             report.findings = [finding for finding in found if finding is not None]
             for finding in report.findings:
                 logger.warning("step %d: %s", finding.step, finding.message)
-        self._watch.remember(self._has_edited())
         self.switch_seconds += time.perf_counter() - began
         return report
