@@ -25,7 +25,6 @@ from srlora_dist.export import export_checkpoint
 from srlora_dist.folder_lock import FolderLock
 from srlora_dist.fused import activate_again_
 from srlora_dist.ledger import SwitchReport
-from srlora_dist.live_pairs import mark_saves_
 from srlora_dist.precision import require_deepspeed_type
 from srlora_dist.process import launched_by_deepspeed
 from srlora_dist.sites import find_peft_model
@@ -148,7 +147,6 @@ class SRLoRACallback(TrainerCallback):
         self._run = self.switcher.storage.broadcast_object(uuid.uuid4().hex)
         _log(state, {"srlora_run": self._run})
         self._note(state, report)
-        mark_saves_(self._peft_model, self.config.adapter_name)
 
     @override
     def on_prediction_step(

@@ -1,41 +1,64 @@
-"""The HF Trainer saves the live pairs alone as an adapter; this keeps that from being taken for the trained one."""
+"""What PEFT saves in a run is the live pairs alone; this keeps that from being taken for the trained adapter."""
 
 from __future__ import annotations
 
+import inspect
 import logging
+from functools import partial
 from pathlib import Path
-from types import MethodType
 
 from peft import PeftModel
 
 logger = logging.getLogger(__name__)
 
-NOTE = """The adapter file here is not for use: it holds the live pairs of an SRLoRA run without what was fused into the
-pretrained weights. The Trainer needs it to resume; adapter_config.json was renamed so that nothing else loads it.
+CONFIG, RENAMED, NOTE = "adapter_config.json", "adapter_config.live_pairs.json", "LIVE_PAIRS.md"
+"""What PEFT loads an adapter by, what it is called in a marked folder, and the note beside it."""
 
-The adapter that gives the trained model's outputs on the untouched base is written at the end of training to
-`adapter/` in the output folder of the run, and by `callback.export(folder)`. That of a checkpoint:
+TEXT = """The adapter file here is not for use: it holds the live pairs of an SRLoRA run without what was fused into the
+pretrained weights. It may be needed to resume; adapter_config.json was renamed so that nothing else loads it.
 
-    srlora export checkpoint-N/srlora folder
+The adapter that gives the trained model's outputs on the untouched base is written by `switcher.export(folder)`; with
+the HF Trainer it is in `adapter/` of the output folder at the end of training, and `callback.export(folder)` writes it.
+That of a checkpoint:
+
+    srlora export checkpoint folder        # the HF Trainer's: checkpoint-N/srlora
 """
 
 
 def mark_saves_(model: PeftModel, adapter_name: str) -> None:
     """From now on, keep what ``model.save_pretrained`` writes from being taken for the trained adapter."""
+    # A partial can be copied and pickled with the model, a function in here could not.
+    model.save_pretrained = partial(_save_marked, model, adapter_name)
 
-    def save_pretrained(self: PeftModel, save_directory: str, *args: object, **kwargs: object) -> None:
-        type(self).save_pretrained(self, save_directory, *args, **kwargs)
-        folder = Path(save_directory) / (adapter_name if adapter_name != "default" else "")
-        config = folder / "adapter_config.json"
-        if not kwargs.get("is_main_process", True) or not config.exists():
-            return
-        config.replace(folder / "adapter_config.live_pairs.json")
-        (folder / "LIVE_PAIRS.md").write_text(NOTE)
-        if not Path(save_directory).name.startswith("checkpoint-"):
-            logger.warning(
-                "%s holds the live pairs without what was fused, so it was made not to load: the adapter is in "
-                "adapter/ of the output folder after training, or write it with callback.export(folder)",
-                save_directory,
-            )
 
-    model.save_pretrained = MethodType(save_pretrained, model)
+def unmark_saves_(model: PeftModel) -> None:
+    """Let ``model.save_pretrained`` write as PEFT does again, where nothing was fused or it was undone."""
+    vars(model).pop("save_pretrained", None)
+
+
+def unmark_folder(folder: Path) -> None:
+    """Remove the mark from a folder into which a whole adapter was written."""
+    for name in (RENAMED, NOTE):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _save_marked(model: PeftModel, adapter_name: str, *args: object, **kwargs: object) -> None:
+    given = inspect.signature(type(model).save_pretrained).bind(model, *args, **kwargs)
+    type(model).save_pretrained(*given.args, **given.kwargs)
+    given.apply_defaults()
+    options = given.arguments
+    saved = options["selected_adapters"] or list(model.peft_config)
+    if not options["is_main_process"] or adapter_name not in saved or adapter_name not in model.peft_config:
+        return
+    folder = Path(options["save_directory"]) / (adapter_name if adapter_name != "default" else "")
+    try:
+        (folder / CONFIG).replace(folder / RENAMED)
+    except FileNotFoundError:  # every process saves, and another one was first
+        return
+    (folder / NOTE).write_text(TEXT)
+    if not Path(options["save_directory"]).name.startswith("checkpoint-"):
+        logger.warning(
+            "%s holds the live pairs without what was fused, so it was made not to load: write the adapter with "
+            "switcher.export(folder), or callback.export(folder); the HF Trainer has it in adapter/ at the end",
+            folder,
+        )

@@ -19,6 +19,7 @@ from typing_extensions import override
 from srlora_dist.checkpoint import Checkpoint, require_same_base
 from srlora_dist.config import RunConfig
 from srlora_dist.export import export_adapter
+from srlora_dist.export_parts import ExportParts
 from srlora_dist.saving import open_run, save_run
 from srlora_dist.sites import find_sites
 from srlora_dist.storage import find_storage, release_gathered
@@ -168,7 +169,9 @@ class LoRA(Method):
     def __init__(self, config: RunConfig, model: PeftModel) -> None:
         self.model = model
         self.adapter_name = config.srlora.adapter_name
-        self.names = [site.name for site in find_sites(model, self.adapter_name)]  # refuses what cannot be worked on
+        sites = find_sites(model, self.adapter_name)  # refuses early what cannot be worked on
+        self.names = [site.name for site in sites]
+        self._parts = ExportParts(model, sites, self.adapter_name)
 
     @override
     def bind(self, model: nn.Module, optimizer: object, resume_from: str | Checkpoint | None = None) -> None:
@@ -178,6 +181,7 @@ class LoRA(Method):
         self.storage = find_storage(model, optimizer, self.sites)
         self.storage_name = self.storage.name
         self.digests = self.storage.digest_weights()
+        self._parts.bind(model, self.sites, self.digests)
         if resume_from is not None:
             saved = open_run(self.storage, resume_from)
             require_same_base(saved.state, self.sites, self.digests)
@@ -190,7 +194,7 @@ class LoRA(Method):
             parent,
             self.model,
             self.storage,
-            self.adapter_name,
+            self._parts,
             digests=self.digests,
             state={"step": step, "extra": extra},
             tensors={},
@@ -199,7 +203,7 @@ class LoRA(Method):
 
     @override
     def export(self, folder: Path) -> None:
-        export_adapter(self.model, self.storage, self.sites, None, folder, adapter_name=self.adapter_name)
+        export_adapter(self.model, self.storage, self.sites, None, folder, self._parts)
 
 
 class SRLoRA(Method):

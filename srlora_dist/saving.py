@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from srlora_dist.checkpoint import LEDGER, Checkpoint, describe_sites, find_checkpoint, write_checkpoint
 from srlora_dist.export import NOT_TRAINED, exported_parts
+from srlora_dist.export_parts import ExportParts
 from srlora_dist.folder_lock import HeldFolders
 from srlora_dist.ledger import Ledger
 from srlora_dist.safefiles import MANIFEST, clean_up
@@ -23,7 +24,7 @@ def save_run(
     parent: Path,
     model: nn.Module,
     storage: Storage,
-    adapter_name: str,
+    parts: ExportParts,
     *,
     digests: list[int],
     state: dict[str, object],
@@ -37,7 +38,7 @@ def save_run(
         parent: The folder.
         model: The prepared model.
         storage: How it is held.
-        adapter_name: What is trained.
+        parts: What is exported.
         digests: Of each site's untouched W.
         state: What else belongs into ``state.json``; its ``step`` names the checkpoint.
         tensors: What else is saved, by file and name, on rank 0.
@@ -50,11 +51,13 @@ def save_run(
     Collective: every rank must call it; see :func:`gather_training_state` and :func:`exported_parts`.
 
     Raises:
-        ValueError: Rank 0 could not write, or the optimizer's state cannot be saved; raised on every rank.
+        ValueError: Rank 0 could not write, the optimizer's state cannot be saved, or another adapter computes along;
+            raised on every rank.
     """
     storage.settle()
-    trained, about_training = gather_training_state(model, storage)
-    about_export, not_trained, adapter_config = exported_parts(model, storage, adapter_name)
+    parts.require_alone(model, storage.sites)
+    trained, about_training = gather_training_state(model, storage, parts.buffers(model))
+    about_export, not_trained, adapter_config = exported_parts(model, storage, parts)
     state = {
         **state,
         **describe_sites(storage.sites, digests),

@@ -11,7 +11,6 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
-from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -144,34 +143,6 @@ def _stored_as(site: Site) -> str:
     return site.quantised + (f" computing in {str(computes_in).removeprefix('torch.')}" if computes_in else "")
 
 
-def warn_of_unsaved_parts(model: nn.Module, sites: list[Site], adapter_name: str) -> None:
-    """Warn of what is trained and neither saved nor exported.
-
-    That is a new head which is a site, for its random start is lost, so that another load of the base has another; and
-    what the model around the PEFT model trains.
-    """
-    peft_model = find_peft_model(model)
-    kind = peft_model.peft_config[adapter_name].task_type
-    body = getattr(peft_model.get_base_model(), "base_model_prefix", "")
-    heads = [site.name for site in sites if site.name.split(".")[-1] in SEQ_CLS_HEAD_NAMES and kind is None]
-    if kind == "SEQ_CLS" and body:  # PEFT saves those that it knows
-        heads = [site.name for site in sites if not site.name.startswith(f"{body}.")]
-    if heads:
-        warnings.warn(
-            f"{some(heads)} looks like a new head, but is adapted and not saved: set task_type='SEQ_CLS' in the "
-            f"LoraConfig, or modules_to_save={heads}, or the export will lack it",
-            stacklevel=3,
-        )
-    inside = {id(parameter) for parameter in peft_model.parameters()}
-    outside = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
-    if outside:
-        warnings.warn(
-            f"{some(outside)} is trained outside of the PEFT model: put it in before get_peft_model, with "
-            "modules_to_save, or save it yourself, for checkpoints and the export will lack it",
-            stacklevel=3,
-        )
-
-
 def _fit_layers(peft_model: PeftModel, layers: dict[str, LoraLayer], adapter_name: str) -> dict[str, LoraLayer]:
     """The layers without those that cannot be worked on, whatever the options.
 
@@ -297,7 +268,7 @@ def _is_linear(layer: LoraLayer) -> bool:
     return isinstance(layer.get_base_layer(), (nn.Linear, Conv1D)) and not isinstance(layer, ParamWrapper)
 
 
-def _quantisation(layer: nn.Module) -> str:
+def quantisation(layer: nn.Module) -> str:
     """How bitsandbytes stores a layer's weight, by the name of its class: that package may not be installed."""
     kinds = {kind.__name__ for kind in type(layer).__mro__}
     if "Linear4bit" in kinds:
@@ -327,7 +298,7 @@ def _site(name: str, layer: LoraLayer, adapter_name: str) -> Site:
         rank=layer.r[adapter_name],
         scale=float(layer.scaling[adapter_name]),
         transposed=transposed,
-        quantised=_quantisation(linear),
+        quantised=quantisation(linear),
         fused_a=layer.lora_A[FUSED].weight if FUSED in layer.lora_A else None,
         fused_b=layer.lora_B[FUSED].weight if FUSED in layer.lora_B else None,
         fused_rank=layer.r.get(FUSED, 0),

@@ -17,16 +17,18 @@ from srlora_dist.config import SRLoRAConfig
 from srlora_dist.diagnostics import Finding, directions_exhausted, even_scores, no_gradient, noise_level_directions
 from srlora_dist.exchange import Exchange
 from srlora_dist.export import export_adapter
+from srlora_dist.export_parts import ExportParts, warn_of_start
 from srlora_dist.folder_lock import HeldFolders
 from srlora_dist.fused import add_second_adapters_, require_intact
 from srlora_dist.ledger import Ledger, SwitchReport, require_entries
+from srlora_dist.live_pairs import mark_saves_
 from srlora_dist.memory import ExtraMemory, count_extra_memory
 from srlora_dist.observer import Observer, make_scores
 from srlora_dist.output_check import OutputCheck
 from srlora_dist.pair_steps import PairSteps
 from srlora_dist.rehearsal import rehearse
 from srlora_dist.saving import AVERAGES, SavedRun, open_run, save_run
-from srlora_dist.sites import Site, find_sites, keep_payloads_, warn_of_unsaved_parts
+from srlora_dist.sites import Site, find_peft_model, find_sites, keep_payloads_
 from srlora_dist.storage import Storage, find_storage, release_gathered
 from srlora_dist.svd import Directions
 from srlora_dist.targets import share_out_directions_
@@ -74,7 +76,8 @@ class Switcher:
         self._watch: Watch | None = None
         self.sites = find_sites(model, config.adapter_name)
         share_out_directions_(self.sites, config)
-        warn_of_unsaved_parts(model, self.sites, config.adapter_name)
+        self._parts = ExportParts(model, self.sites, config.adapter_name)
+        warn_of_start(model, config.adapter_name)
         keep_payloads_(model)
         self._agenda: Agenda | None = None
         if num_training_steps is not None:
@@ -158,6 +161,7 @@ class Switcher:
         self._directions = Directions(storage, self.config)
         self._directions.prepare()
         self.svd_seconds = time.perf_counter() - began
+        self._parts.bind(model, self.sites, self._directions.digests)
         pair_steps = PairSteps(storage) if self.config.optimizer_reset == "pair_steps" else None
         storage.allocate_residuals(self.config.residual_device)
         if self.config.residual_device == "cpu" and not storage.residuals:
@@ -169,6 +173,7 @@ class Switcher:
         self._observer = Observer(*parts, lambda: self.num_steps)
         report = self._start() if saved is None else self._resume(saved)
         self._hooks += storage.on_optimizer_step(self._observer.before, self._observer.after)
+        mark_saves_(find_peft_model(model), self.config.adapter_name)
         if self.config.check_switch:
             self._check = OutputCheck(model, storage, self.config.switch_tolerance)
         self._announce()
@@ -254,7 +259,7 @@ class Switcher:
             "extra": extra or {},
         }
         return save_run(
-            *(Path(parent), self._model, self.storage, self.config.adapter_name),
+            *(Path(parent), self._model, self.storage, self._parts),
             digests=self._directions.digests,
             state=state,
             tensors={AVERAGES: averages},
@@ -281,7 +286,7 @@ class Switcher:
         missing = self._agenda.missing_switches(self.num_steps)
         if is_last and missing:
             warnings.warn(missing, stacklevel=2)
-        export_adapter(self._model, self.storage, self.sites, self._ledger, folder, max_rank, self.config.adapter_name)
+        export_adapter(self._model, self.storage, self.sites, self._ledger, folder, self._parts, max_rank)
 
     def close(self) -> None:
         """End the run: remove every hook from model and optimizer, and let other processes write into its folders.

@@ -30,19 +30,16 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
 
 
-def _trained_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """What modules that are trained whole keep beside their parameters, such as the averages of a batch norm."""
-    peft_model = find_peft_model(model)
-    return {name: buffer for name, buffer in peft_model.named_buffers() if ".modules_to_save." in name}
-
-
 @torch.no_grad()
-def gather_training_state(model: nn.Module, storage: Storage) -> tuple[dict[str, dict[str, Tensor]], dict[str, object]]:
+def gather_training_state(
+    model: nn.Module, storage: Storage, buffers: dict[str, Tensor]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, object]]:
     """The trained parameters, their moments, and the numbers that the optimizer keeps beside them.
 
     Args:
         model: The prepared model.
         storage: How it is held.
+        buffers: Those that a resumed run needs, such as the averages of a batch norm; the ones of rank 0 are kept.
 
     Returns:
         Whole tensors in float32 by file and name, on rank 0 (empty files elsewhere), and a part of ``state.json``.
@@ -76,7 +73,7 @@ def gather_training_state(model: nn.Module, storage: Storage) -> tuple[dict[str,
         scaler = vars(storage.loss_scaler)
         optimizer["loss_scaler"] = {key: scaler[key] for key in SCALER_NUMBERS if key in scaler}
     state = {"trainable": dict(zip(names, map(list, shapes), strict=True)), "optimizer": optimizer}
-    buffers = {name: buffer.detach().cpu().clone() for name, buffer in _trained_buffers(model).items()}
+    buffers = {name: buffer.detach().cpu().clone() for name, buffer in buffers.items()}
     files = {WEIGHTS: collect(lambda owner: owner), MOMENTS: moments, BUFFERS: buffers}
     return files, {**state, "buffers": sorted(buffers)}
 
@@ -132,10 +129,10 @@ def restore_training_state_(
         parameter, piece = parameters[names[number]], pieces[names[number]]
         for run, start in [(piece.of(piece.owner), piece.start), *storage.copies_to_write(parameter)]:
             run.copy_(whole[start : start + run.numel()])
-    for name, buffer in _trained_buffers(model).items():
-        if name in state["buffers"]:
-            saved_buffer = storage.on_rank_0(f"read {name}", lambda name=name: read(BUFFERS, name))
-            buffer.copy_(storage.broadcast_object(saved_buffer))
+    buffers = dict(find_peft_model(model).named_buffers())
+    for name in state["buffers"]:
+        saved_buffer = storage.on_rank_0(f"read {name}", lambda name=name: read(BUFFERS, name))
+        buffers[name].copy_(storage.broadcast_object(saved_buffer))
     saved = state["optimizer"]
     stepped = [name for name in names if name in saved["scalars"]]
     sizes = [size for name, size in zip(names, sizes, strict=True) if name in saved["scalars"]]

@@ -23,7 +23,7 @@ def run(argv: list[str]) -> None:
     parser.add_argument("folder", type=Path, help="where to write; new or empty")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; else the base's")
     parser.add_argument("--base", help="folder or name of the base, where it is not where the adapter says")
-    parser.add_argument("--weights", help="the type that the adapter belongs to, where its README does not say")
+    parser.add_argument("--weights", help="the type that the adapter belongs to, where it does not say")
     options = parser.parse(argv)
     prepare_process()
     from srlora_dist.merging import Merger  # seconds of imports

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -21,13 +22,16 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from srlora_dist.base_label import BaseLabel
 from srlora_dist.errors import short
 from srlora_dist.merging.adapter_file import read_config, read_shapes, require_pairs
 from srlora_dist.merging.compare import logits, random_inputs, relative_difference
-from srlora_dist.merging.stored_as import StoredAs, named_in_readme
+from srlora_dist.merging.stored_as import StoredAs
 from srlora_dist.safefiles import write_folder
 from srlora_dist.sites import keep_payloads_, some
 from srlora_dist.tasks.models import quiet
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "srlora-merged-1"
 INPUT_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
@@ -43,7 +47,7 @@ class Merger:
     Args:
         adapter: Folder of the adapter.
         base: Folder or name on the hub; None takes the one that the adapter names.
-        weights: The type that the adapter belongs to; None takes the one that its README names, and without that the
+        weights: The type that the adapter belongs to; None takes the one that the adapter says, and without that the
             type of the checkpoint.
 
     Raises:
@@ -61,7 +65,8 @@ class Merger:
         self.base = base or self.config.base_model_name_or_path
         if not self.base:
             raise ValueError(f"{adapter} does not name its base: give --base")
-        self.stored_as = StoredAs.parse(weights) if weights is not None else named_in_readme(adapter)
+        self.label = BaseLabel.read(adapter / "adapter_model.safetensors")
+        self.stored_as = self._find_type(weights)
         self.settings, self.auto_class = self._find_class()
 
     def merge(self, folder: Path, dtype: str | None = None) -> dict[str, object]:
@@ -113,12 +118,40 @@ class Merger:
                 raise OSError(str(error)) from error
         return about | {"bytes": sum(path.stat().st_size for path in folder.iterdir())}
 
+    def _find_type(self, weights: str | None) -> StoredAs:
+        if self.label is None:
+            logger.warning(
+                "%s does not say which base it belongs to: its weights are not checked, and taken in the type of %s",
+                *(self.adapter, "the checkpoint" if weights is None else weights),
+            )
+            return StoredAs() if weights is None else StoredAs.parse(weights)
+        own = StoredAs.parse(self.label.weights)
+        if weights is None or StoredAs.parse(weights) == own:
+            return own
+        logger.warning(
+            "%s belongs to weights in %s: in %s it gives something else, and the base cannot be checked",
+            *(self.adapter, self.label.weights, weights),
+        )
+        self.label = None
+        return StoredAs.parse(weights)
+
+    def _require_its_base(self, adapted: PeftModel) -> None:
+        """Stop where another base has the same shapes."""
+        others = self.label.differing(adapted.get_base_model()) if self.label is not None else []
+        if others:
+            raise ValueError(
+                f"the adapter {self.adapter} was trained on other weights than those of {self.base!r} in "
+                f"{self.label.weights}, from {some(others)} on: give its own base with --base"
+            )
+
     def _expected(self) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
         """Random inputs, and the logits of the adapter on the base as it was trained on."""
         model = self._load()
         keep_payloads_(model)
         inputs = random_inputs(model)
-        return inputs, logits(self._adapt(model), inputs)
+        adapted = self._adapt(model)
+        self._require_its_base(adapted)
+        return inputs, logits(adapted, inputs)
 
     def _adapt(self, model: PreTrainedModel) -> PeftModel:
         """The base with its adapter, all of it."""
@@ -196,20 +229,23 @@ class Merger:
             reason = short(error)
             raise ValueError(f"the base {self.base!r} cannot be loaded ({reason}): give another with --base") from error
         not_loaded = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
-        nowhere = sorted(key for key in not_loaded if f"base_model.model.{key}" not in self.names)
+        nowhere = sorted(key for key in not_loaded if not _names_of(key) & self.names)
         if nowhere:
             raise ValueError(
                 f"neither the base {self.base!r} nor the adapter has {some(nowhere)}, which started at random when it "
                 "was trained: train it whole and save it (modules_to_save), or give its own base with --base"
             )
+        if self.label is not None and self.label.vocab_size is not None:
+            with torch.random.fork_rng():
+                model.resize_token_embeddings(self.label.vocab_size, mean_resizing=False)  # the adapter has all rows
         return model.eval()
 
     def _copy_input_files(self, folder: Path) -> None:
         source = Path(self.base)
         if not source.is_dir():
             source = Path(snapshot_download(self.base, allow_patterns=list(INPUT_FILES)))
-        for pattern in INPUT_FILES:
-            for path in source.glob(pattern):
+        for place in (source, self.adapter):  # a tokenizer beside the adapter is the later one
+            for path in (path for pattern in INPUT_FILES for path in place.glob(pattern)):
                 shutil.copyfile(path, folder / path.name)
 
 
@@ -224,13 +260,19 @@ def _num_labels(shapes: dict[str, tuple[int, ...]], settings: PretrainedConfig, 
     with torch.device("meta"):
         parameters = auto_class.from_config(marked).named_parameters()
     outputs = [name for name, parameter in parameters if parameter.dim() == 2 and parameter.shape[0] == mark]
-    names = {f"base_model.model.{name}" for name in outputs} & shapes.keys()
+    names = {known for name in outputs for known in _names_of(name)} & shapes.keys()
     if not names:
         return None
     name = min(names)
     if len(shapes[name]) != 2:
         raise ValueError(f"the adapter has {name} of the shape {shapes[name]}, which is no matrix: copy it again")
     return shapes[name][0]
+
+
+def _names_of(parameter: str) -> set[str]:
+    """What a parameter of the base may be called in an adapter: whole, and in a layer that is adapted."""
+    layer, _, name = parameter.rpartition(".")
+    return {f"base_model.model.{parameter}", f"base_model.model.{layer}.base_layer.{name}"}
 
 
 def _with_published_layers(model: PreTrainedModel) -> PreTrainedModel:

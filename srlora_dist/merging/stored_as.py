@@ -1,18 +1,14 @@
-"""The type of the pretrained weights that an adapter belongs to, from its README, and how a base is loaded in it."""
+"""The type of the pretrained weights that an adapter belongs to, and how a base is loaded in it."""
 
 from __future__ import annotations
 
-import logging
 import re
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from transformers import BitsAndBytesConfig, PretrainedConfig
 
 from srlora_dist.tasks.heads import never_quantised
-
-logger = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -69,15 +65,3 @@ class StoredAs:
         four_bits = {"bnb_4bit_quant_type": self.quantization, "bnb_4bit_use_double_quant": self.double}
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **four_bits, **skipped)
         return {**options, "quantization_config": config}
-
-
-def named_in_readme(adapter: Path) -> StoredAs:
-    """The type that srlora_dist writes into the README of an adapter."""
-    try:
-        named = re.search(r"the adapted weights in \*\*(.+?)\*\*", (adapter / "README.md").read_text())
-    except (OSError, UnicodeDecodeError):
-        named = None
-    if named is None:
-        logger.warning("%s does not say which type of weights it belongs to: taking that of the checkpoint", adapter)
-        return StoredAs()
-    return StoredAs.parse(named[1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from srlora_dist.digest import digest_run
 from srlora_dist.sites import Site
@@ -25,8 +25,8 @@ def dequantise(site: Site, payload: Tensor) -> Tensor:
 
     m, n = site.shape
     if site.quantised == "int8":
-        return functional.int8_vectorwise_dequant(payload.view(m, n), _scales(site)).float()
-    state = _state(site)
+        return functional.int8_vectorwise_dequant(payload.view(m, n), _scales(site.lora.get_base_layer())).float()
+    state = _state(site.lora.get_base_layer())
     if getattr(state, "packing_format_for_cpu", False):
         raise ValueError(
             f"bitsandbytes has repacked the 4-bit weight of {site.name} for inference on this CPU: "
@@ -55,18 +55,23 @@ def require_cuttable(site: Site) -> None:
 
 def digest_scales(site: Site) -> int:
     """Digest of the scales, which belong to a quantised W as much as its payload does."""
-    if site.quantised == "int8":
-        return digest_run(_scales(site), 1)
-    state = _state(site)
-    return digest_run(state.absmax, 1) + (digest_run(state.state2.absmax, 2) if state.nested else 0)
+    return digest_layer_scales(site.lora.get_base_layer(), site.quantised)
 
 
-def _state(site: Site) -> object:
+def digest_layer_scales(layer: nn.Module, kind: str) -> int:
+    """The same of a layer without an adapter; ``kind`` is how it is quantised."""
+    if kind == "int8":
+        return digest_run(_scales(layer), 1)
+    state = _state(layer)
+    return (digest_run(state.absmax, 1) + (digest_run(state.state2.absmax, 2) if state.nested else 0)) % 2**64
+
+
+def _state(layer: nn.Module) -> object:
     """Shape, scales and kind of a 4-bit weight; FSDP2 leaves them on the layer alone."""
-    return getattr(site.weight, "quant_state", None) or site.lora.get_base_layer().quant_state
+    return getattr(layer.weight, "quant_state", None) or layer.quant_state
 
 
-def _scales(site: Site) -> Tensor:
+def _scales(layer: nn.Module) -> Tensor:
     # The first forward pass moves them from the weight to the layer's state.
-    scales = site.weight.SCB
-    return scales if scales is not None else site.lora.get_base_layer().state.SCB
+    scales = layer.weight.SCB
+    return scales if scales is not None else layer.state.SCB

@@ -64,8 +64,14 @@ def test_what_starts_at_random_is_in_the_adapter(kind: str, quantization: str, t
         assert torch.equal(again(**tokens).logits, model.eval()(**tokens).logits)
 
 
-def test_a_part_of_the_users_own_model_that_is_adapted_instead_of_saved_warns() -> None:
+def test_a_part_of_the_users_own_model_that_is_adapted_instead_of_saved_is_exported(tmp_path: Path) -> None:
     model = DebertaV2ForSequenceClassification(DEBERTA)
     model = get_peft_model(model, LoraConfig(r=2, task_type="SEQ_CLS", target_modules="all-linear"))
-    with pytest.warns(UserWarning, match="pooler.dense looks like a new head"):
-        Switcher(model, SRLoRAConfig(target_rank=4), 20)
+    switcher = Switcher(model, SRLoRAConfig(target_rank=4, svd_cache=str(tmp_path)), 20)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    with pytest.warns(UserWarning, match=r"the export will hold pooler\.dense"):
+        switcher.bind(model, optimizer)
+    switcher.export(tmp_path / "adapter")
+    another = PeftModel.from_pretrained(DebertaV2ForSequenceClassification(DEBERTA), tmp_path / "adapter")
+    ours, theirs = (m.base_model.model.pooler.dense.base_layer.weight for m in (model, another))
+    assert torch.equal(ours, theirs)

@@ -26,9 +26,10 @@ LAYERS = [
     ["export"],
     ["agenda"],
     ["targets"],
-    ["svd", "importance", "changes", "pair_steps", "fused", "training_state", "checkpoint"],
+    ["svd", "importance", "changes", "pair_steps", "fused", "training_state", "checkpoint"]
+    + ["export_parts", "adapter_files"],
     ["tracked"],
-    ["ledger", "schedule", "original", "krylov", "settling", "direction_file"],
+    ["ledger", "schedule", "original", "krylov", "settling", "direction_file", "base_label"],
     ["storage"],
     ["pairs", "sites", "digest", "spans"],
     ["bypassed"],

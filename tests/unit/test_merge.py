@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
@@ -22,8 +24,13 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from srlora_dist import SRLoRAConfig, Switcher
+from srlora_dist.base_label import BaseLabel
 from srlora_dist.cli import main
+from srlora_dist.digest import digest_run
 from srlora_dist.merging import StoredAs
+from srlora_dist.sites import quantisation
+from srlora_dist.storage.quantised import digest_layer_scales
 from tests.launch.conftest import write_decoder, write_model
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
@@ -40,8 +47,24 @@ def trained(base: torch.nn.Module, folder: Path, stored_as: str | None, **lora: 
                 parameter.copy_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(folder)
     if stored_as is not None:
-        (folder / "README.md").write_text(f"trained on a model, the adapted weights in **{stored_as}**.\n")
+        label(folder, BaseLabel(stored_as, digests(model)))
     return model
+
+
+def digests(model: PeftModel) -> dict[str, str]:
+    """Of the weights of all adapted layers, as an export holds them."""
+    found = {}
+    for name, layer in model.get_base_model().named_modules():
+        if isinstance(layer, LoraLayer):
+            linear = layer.get_base_layer()
+            kind = quantisation(linear)
+            found[name] = f"{digest_layer_scales(linear, kind) if kind else digest_run(linear.weight):016x}"
+    return found
+
+
+def label(folder: Path, base: BaseLabel) -> None:
+    path = folder / "adapter_model.safetensors"
+    save_file(load_file(path), path, metadata={"format": "pt", **base.metadata()})
 
 
 def merge(capsys: pytest.CaptureFixture, *argv: str | Path) -> str:
@@ -172,6 +195,53 @@ def test_another_base_is_refused(classifier: tuple, tmp_path: Path, capsys) -> N
         assert "with --base" in message
 
 
+@pytest.mark.parametrize("kind", ["float32", "nf4", "nf4-double", "int8"])
+def test_another_base_of_the_same_shape_is_refused(kind: str, tmp_path: Path, capsys) -> None:
+    for number in (0, 1):
+        write_decoder(tmp_path / f"model{number}")
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "model1")
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter += 0.02 * torch.randn_like(parameter) * parameter.std()  # as after a short training
+    other.save_pretrained(tmp_path / "model1")
+    options = {"nf4-double": {**NF4, "bnb_4bit_use_double_quant": True}, "nf4": NF4, "int8": {"load_in_8bit": True}}
+    quantised = {} if kind == "float32" else {"quantization_config": BitsAndBytesConfig(**options[kind])}
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model0", dtype="float32", **quantised)
+    stored_as = kind if kind in ("float32", "int8") else f"{kind} computing in float32"
+    trained(base, tmp_path / "adapter", stored_as, task_type="CAUSAL_LM")
+    message = merge(capsys, tmp_path / "adapter", tmp_path / "merged", "--base", tmp_path / "model1")
+    assert "was trained on other weights than those of" in message
+    assert "model.layers.0.self_attn.q_proj" in message
+    assert not (tmp_path / "merged").exists()
+    assert "merged in float32" in merge(capsys, tmp_path / "adapter", tmp_path / "merged")
+
+
+def test_the_type_is_read_from_the_tensors_and_not_from_the_readme(tmp_path: Path, capsys, caplog) -> None:
+    write_decoder(tmp_path / "model")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    trained(base, tmp_path / "adapter", "bfloat16", task_type="CAUSAL_LM")
+    (tmp_path / "adapter" / "README.md").write_text("the adapted weights in **int8**.\n")
+    assert "in bfloat16\n" in merge(capsys, tmp_path / "adapter", tmp_path / "merged")
+    merge(capsys, tmp_path / "adapter", tmp_path / "other", "--weights", "float32")
+    assert "belongs to weights in bfloat16: in float32 it gives something else" in caplog.text
+
+
+def test_an_exported_adapter_with_resized_embeddings_is_merged(tmp_path: Path, capsys) -> None:
+    write_decoder(tmp_path / "model")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    base.resize_token_embeddings(len(base.get_input_embeddings().weight) + 3)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    switcher = Switcher(model, SRLoRAConfig(target_rank=8, svd_cache=str(tmp_path / "svd")), 20)
+    switcher.bind(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]))
+    switcher.export(tmp_path / "adapter")
+    (tmp_path / "adapter" / "tokenizer_config.json").write_text("{}")
+    assert "merged in float32" in merge(capsys, tmp_path / "adapter", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        assert difference(merged(**TOKENS).logits, model.eval()(**TOKENS).logits) < 1e-5
+    assert (tmp_path / "merged" / "tokenizer_config.json").read_text() == "{}"
+
+
 def test_a_base_that_lacks_more_than_the_adapter_brings_is_refused(classifier: tuple, tmp_path: Path, capsys) -> None:
     base = AutoModelForSequenceClassification.from_pretrained(classifier[0].parent / "model")
     state = {name: weight for name, weight in base.state_dict().items() if "pooler" not in name}
@@ -203,7 +273,7 @@ def test_a_classifier_of_pictures_from_elsewhere(tmp_path: Path, capsys, caplog)
     model = trained(base, tmp_path / "adapter", None, **heads)
     (tmp_path / "adapter" / "README.md").unlink(missing_ok=True)
     merge(capsys, tmp_path / "adapter", tmp_path / "merged")
-    assert "does not say which type of weights" in caplog.text
+    assert "does not say which base it belongs to" in caplog.text
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "merged").eval()
     pictures = torch.randn(2, 3, 8, 8)
     with torch.no_grad():

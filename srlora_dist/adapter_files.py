@@ -1,0 +1,131 @@
+"""The files of a plain PEFT adapter: pairs of scale 1, what belongs to them, and which base they belong to."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftConfig
+from safetensors.torch import save_file
+from torch import Tensor
+
+from srlora_dist.base_label import BaseLabel
+from srlora_dist.live_pairs import unmark_folder
+from srlora_dist.pairs import truncate_pairs
+from srlora_dist.safefiles import write_whole
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class About:
+    """What an adapter's files say beside its tensors.
+
+    Args:
+        config: Of the adapter that was trained.
+        scales: Of each site, by its name.
+        other_layers: Rank and scale of each LoRA layer that is no site, by its name in ``rank_pattern``.
+        base: What the adapter belongs to.
+    """
+
+    config: PeftConfig
+    scales: dict[str, float]
+    other_layers: dict[str, tuple[int, float]]
+    base: BaseLabel
+
+
+def write_adapter(
+    tensors: dict[str, Tensor],
+    about: About,
+    added: dict[str, tuple[Tensor, Tensor]] | None,
+    folder: Path,
+    max_rank: int | None,
+) -> None:
+    """Write the adapter's files.
+
+    Args:
+        tensors: By PEFT's names; the live pairs among them.
+        about: What the files say.
+        added: What was added to each site's W, scale excluded, but for sites whose W is among the tensors; None for a
+            run without switches.
+        folder: Where to write.
+        max_rank: Truncate to this rank, or None.
+    """
+    config = copy.deepcopy(about.config)
+    config.inference_mode = True
+    if isinstance(config.target_modules, set):
+        config.target_modules = sorted(config.target_modules)  # the same file every time
+    if added is not None:
+        _set_ranks(config, _join_pairs_(tensors, about.scales, added, max_rank), about.other_layers)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    metadata = {"format": "pt", **about.base.metadata()}
+    write_whole(folder / "adapter_model.safetensors", lambda path: save_file(tensors, path, metadata=metadata))
+    config.save_pretrained(str(folder))
+    (folder / "README.md").write_text(_readme(config, about.base.weights))
+    unmark_folder(folder)
+
+
+def _join_pairs_(
+    tensors: dict[str, Tensor],
+    scales: dict[str, float],
+    added: dict[str, tuple[Tensor, Tensor]],
+    max_rank: int | None,
+) -> dict[str, int]:
+    """Put what was added to W and the live pairs together, as pairs of scale 1; gives the rank of each site."""
+    ranks, errors = {}, []
+    for name, scale in scales.items():
+        a_name, b_name = (f"base_model.model.{name}.lora_{factor}.weight" for factor in "AB")
+        b, a = tensors[b_name].float().cpu(), tensors[a_name].float().cpu()
+        if name in added:
+            b, a = torch.cat([added[name][0], b], 1), torch.cat([added[name][1], a], 0)
+        b = scale * b
+        if max_rank is not None and max_rank < a.shape[0]:
+            b, a, error = truncate_pairs(b, a, max_rank)
+            logger.info("%s: truncated to rank %d, relative error %.2e", name, max_rank, error)
+            errors.append(error)
+        tensors[a_name], tensors[b_name] = a, b
+        ranks[name] = a.shape[0]
+    if errors:
+        logger.warning(
+            "export to rank %d: relative error of the change of W, mean %.2e, largest %.2e over %d sites",
+            *(max_rank, sum(errors) / len(errors), max(errors), len(errors)),
+        )
+    return ranks
+
+
+def _readme(config: PeftConfig, base: str) -> str:
+    """A model card that says which weights the adapter belongs to: others differ from them by a rounding."""
+    name = config.base_model_name_or_path
+    header = [f"base_model: {name}"] * bool(name) + ["library_name: peft", "tags: [lora, srlora]"]
+    return "\n".join(["---", *header, "---", ""]) + (
+        f"\nA LoRA adapter trained with srlora_dist on {name or 'a model'}, the adapted weights in **{base}**.\n"
+        "Load the untouched model in that type (same dtype, same quantization_config) before the adapter: in another,\n"
+        "outputs differ by what the types round away.\n"
+    )
+
+
+def _set_ranks(config: PeftConfig, ranks: dict[str, int], other_layers: dict[str, tuple[int, float]]) -> None:
+    """Scale 1 at each site (alpha = rank), and what it was at other layers; names are escaped for PEFT.
+
+    Layers of another rank or alpha than most sites are listed.
+    """
+    config.use_rslora = False
+    config.init_lora_weights = True
+    for options in ("eva_config", "corda_config", "loftq_config", "lora_ga_config"):  # of other ways to start
+        if getattr(config, options, None):
+            setattr(config, options, {} if options == "loftq_config" else None)
+    config.r = max(ranks.values(), key=list(ranks.values()).count)
+    config.lora_alpha = config.r
+    alphas = ranks | {name: scale * rank for name, (rank, scale) in other_layers.items()}
+    ranks = ranks | {name: rank for name, (rank, _) in other_layers.items()}
+    config.rank_pattern = {_exactly(name): rank for name, rank in ranks.items() if rank != config.r}
+    config.alpha_pattern = {_exactly(name): alpha for name, alpha in alphas.items() if alpha != config.lora_alpha}
+
+
+def _exactly(name: str) -> str:
+    return f"^{re.escape(name)}"
