@@ -53,7 +53,7 @@ def export_adapter(
         the second adapter, and one of each frozen parameter that the export holds.
 
     Raises:
-        ValueError: ``max_rank`` is below 1, another adapter computes along, or rank 0 could not write; raised on every
+        ValueError: ``max_rank`` is below 1, another adapter is trained, too, or rank 0 could not write; raised on every
             rank.
     """
     peft_model = find_peft_model(model)
@@ -103,15 +103,16 @@ def export_checkpoint(checkpoint: Checkpoint, folder: str | Path, max_rank: int 
         for site in state["sites"]:
             left, right = (f"{site['name']}.{side}" for side in ("left", "right"))
             pairs = [(entry[left], entry[right]) for entry in entries if left in entry]
-            if site["fused_rank"] == 0 and site["name"] in state["exported_weights"]:
+            if site["fused_rank"] == 0 and site["name"] in state.get("exported_weights", ()):
                 continue  # in W itself
             # Without a second adapter nothing was ever compressed.
             a_sum = replay_pairs(pairs, site["fused_rank"] or sys.maxsize)
             added[site["name"]] = tuple(part.float() for part in a_sum)
     config = PeftConfig.from_pretrained(str(checkpoint.folder))
     scales = {site["name"]: site["scale"] for site in state["sites"]}
-    others = {name: (int(rank), float(scale)) for name, (rank, scale) in state["other_layers"].items()}
-    about = About(config, scales, others, BaseLabel.from_dict(state["base"]))
+    others = {name: (int(rank), float(scale)) for name, (rank, scale) in state.get("other_layers", {}).items()}
+    base = BaseLabel.from_dict(state["base"]) if "base" in state else BaseLabel(state["weights"])
+    about = About(config, scales, others, base)
     write_adapter(tensors, about, added, Path(folder), max_rank)
 
 

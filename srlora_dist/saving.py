@@ -51,7 +51,7 @@ def save_run(
     Collective: every rank must call it; see :func:`gather_training_state` and :func:`exported_parts`.
 
     Raises:
-        ValueError: Rank 0 could not write, the optimizer's state cannot be saved, or another adapter computes along;
+        ValueError: Rank 0 could not write, the optimizer's state cannot be saved, or another adapter is trained, too;
             raised on every rank.
     """
     storage.settle()

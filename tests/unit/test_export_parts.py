@@ -158,13 +158,13 @@ def test_what_is_unfrozen_after_get_peft_model(folders: Path, tmp_path: Path, wh
     assert difference(logits(loaded), logits(model)) < 1e-5
 
 
-def test_a_second_active_adapter_is_refused(folders: Path, tmp_path: Path) -> None:
+def test_a_second_adapter_that_is_trained_is_refused(folders: Path, tmp_path: Path) -> None:
     model = get_peft_model(load(folders / "decoder")(), lora())
     model.add_adapter("second", lora(target_modules=["v_proj"]))
     switcher = train(model, tmp_path, logits, 1)  # one that is not active is none of our business
     layer = model.get_submodule("base_model.model.model.layers.1.self_attn.v_proj")
     layer.set_adapter(["default", "second"])
-    message = r"'second' is active beside 'default' in model.layers.1.self_attn.v_proj.*set_adapter\('default'\)"
+    message = r"'second' is trained beside 'default' in model.layers.1.self_attn.v_proj.*set_adapter\('default'\)"
     for wrong in (
         lambda: switcher.export(tmp_path / "adapter"),
         lambda: switcher.save_checkpoint(tmp_path / "checkpoints"),
@@ -173,11 +173,14 @@ def test_a_second_active_adapter_is_refused(folders: Path, tmp_path: Path) -> No
         with pytest.raises(ValueError, match=message):
             wrong()
     assert not (tmp_path / "adapter").exists()
-    layer.set_adapter(["second"])
-    layer.lora_A.requires_grad_(True)
-    layer.lora_B.requires_grad_(True)
-    with pytest.raises(ValueError, match="'second' is active"):
-        Switcher(model, SRLoRAConfig(target_rank=8), 6)
+    layer.set_adapter("second")
+    with pytest.raises(ValueError, match="'default' is not active in model.layers.1.self_attn.v_proj"):
+        switcher.export(tmp_path / "adapter")
+    layer.set_adapter(["default", "second"])
+    for factors in (layer.lora_A, layer.lora_B):
+        factors["second"].requires_grad_(False)
+    with pytest.warns(UserWarning, match="'second' is active beside 'default' in .*v_proj and frozen"):
+        switcher.export(tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("task_type", [None, "FEATURE_EXTRACTION", "SEQ_CLS"])

@@ -1,0 +1,115 @@
+"""What of a PEFT model belongs to its base, and which parts of that another load of the base would not have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from operator import attrgetter
+
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import nn
+
+from srlora_dist.sites import Site
+
+
+def adapters_of(module: nn.Module) -> Iterator[tuple[str, nn.Module | nn.Parameter]]:
+    """Each adapter's name with each of its parts in a layer of PEFT."""
+    for attribute in module.adapter_layer_names:
+        parts = attrgetter(attribute)(module)
+        if isinstance(parts, (nn.ModuleDict, nn.ParameterDict)):
+            yield from parts.items()
+
+
+def inside(part: nn.Module | nn.Parameter) -> list[nn.Parameter]:
+    """The parameters of a part of an adapter."""
+    return list(part.parameters()) if isinstance(part, nn.Module) else [part]
+
+
+def of_adapters(peft_model: PeftModel) -> Iterator[nn.Parameter]:
+    """Every parameter that belongs to some adapter and not to the base."""
+    for module in peft_model.modules():
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            for _, part in adapters_of(module):
+                yield from inside(part)
+
+
+def _of_base(peft_model: PeftModel) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of the base, but for the copies that PEFT keeps of modules it trains whole."""
+    owned = {id(tensor) for tensor in of_adapters(peft_model)}
+    kept = {
+        f"{name}.original_module."
+        for name, module in peft_model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+    }
+    for name, parameter in peft_model.named_parameters(remove_duplicate=False):
+        if id(parameter) not in owned and not any(name.startswith(prefix) for prefix in kept):
+            yield name, parameter
+
+
+def was_loaded(parameter: nn.Parameter) -> bool:
+    """Whether Transformers has read a parameter from a checkpoint."""
+    return getattr(parameter, "_is_hf_initialized", False)
+
+
+def never_loaded(peft_model: PeftModel) -> dict[str, None]:
+    """What started at random in a model that Transformers has loaded, so that another load has other numbers there.
+
+    Nothing where most of a model is without the mark, for then something else has taken the marks off.
+    """
+    base = dict(_of_base(peft_model))
+    fresh = [name for name, p in base.items() if not was_loaded(p) and type(p) is nn.Parameter]  # no quantised ones
+    return dict.fromkeys(fresh if len(fresh) * 2 < len(base) else [])
+
+
+def new_heads(peft_model: PeftModel, sites: list[Site]) -> dict[str, None]:
+    """Sites that look like new heads, where Transformers has left no marks: by their names, or beside the body."""
+    base = peft_model.get_base_model()
+    body = getattr(base, "base_model_prefix", "")
+    output = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+
+    def is_head(site: Site) -> bool:
+        beside = body and hasattr(base, body) and not site.name.startswith(f"{body}.") and site.lora is not output
+        return bool(beside) or site.name.split(".")[-1] in SEQ_CLS_HEAD_NAMES
+
+    layers = tuple(f"base_model.model.{site.name}." for site in sites if is_head(site))
+    return dict.fromkeys(name for name, _ in _of_base(peft_model) if layers and name.startswith(layers))
+
+
+def _vocab_size(config: object) -> int | None:
+    size = getattr(config, "vocab_size", None)
+    if size is None and hasattr(config, "get_text_config"):
+        size = getattr(config.get_text_config(), "vocab_size", None)
+    return size
+
+
+def resized_embeddings(peft_model: PeftModel) -> tuple[int | None, dict[str, None]]:
+    """Size of the vocabulary and parameters of the embeddings, if the configuration that was loaded has another one.
+
+    PEFT asks the same, of the hub; this looks into what is on this machine alone.
+    """
+    base = peft_model.get_base_model()
+    config = getattr(base, "config", None)
+    source = getattr(config, "name_or_path", "")
+    if not source or not hasattr(type(config), "from_pretrained"):
+        return None, {}
+    try:
+        size, published = _vocab_size(config), type(config).from_pretrained(source, local_files_only=True)
+        if _vocab_size(published) in (None, size):
+            return None, {}
+        embeddings = [base.get_input_embeddings(), base.get_output_embeddings()]
+    except (OSError, ValueError, NotImplementedError):
+        return None, {}
+    ids = {id(p) for layer in embeddings if layer is not None for p in layer.parameters()}
+    return size, dict.fromkeys(name for name, p in _of_base(peft_model) if id(p) in ids)
+
+
+def lasting_buffers(peft_model: PeftModel) -> list[str]:
+    """Names of the buffers that a state dict holds."""
+    return [
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in peft_model.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if buffer is not None and name not in module._non_persistent_buffers_set  # noqa: SLF001 (there is no other way)
+    ]
