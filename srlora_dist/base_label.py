@@ -49,8 +49,15 @@ class BaseLabel:
 
     @classmethod
     def from_dict(cls, values: dict[str, object]) -> BaseLabel:
-        """What ``as_dict`` gave."""
-        return cls(str(values["weights"]), dict(values["digests"]), values.get("vocab_size"))
+        """What ``as_dict`` gave.
+
+        Raises:
+            ValueError, KeyError, TypeError: It is something else.
+        """
+        size = values.get("vocab_size")
+        if size is not None and not (isinstance(size, int) and size > 0):
+            raise ValueError(f"vocab_size is {size!r}")
+        return cls(str(values["weights"]), dict(values["digests"]), size)
 
     @classmethod
     def read(cls, path: object) -> BaseLabel | None:
@@ -63,7 +70,7 @@ class BaseLabel:
             text = (file.metadata() or {}).get(KEY)
         try:
             return None if text is None else cls.from_dict(json.loads(text))
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the metadata {KEY} of {path} cannot be read ({error!r})") from error
 
     def as_dict(self) -> dict[str, object]:

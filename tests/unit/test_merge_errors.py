@@ -78,6 +78,14 @@ def tensors(change: Callable[[dict], dict]) -> Callable[[Path], None]:
     return apply
 
 
+def metadata(text: str) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        path = folder / "adapter_model.safetensors"
+        save_file(load_file(path), path, metadata={"format": "pt", "srlora_base": text})
+
+    return apply
+
+
 def write(name: str, content: bytes) -> Callable[[Path], None]:
     return lambda folder: (folder / name).write_bytes(content)
 
@@ -137,9 +145,16 @@ FILES = {
         tensors(lambda old: {k: v if "classifier.weight" not in k else torch.tensor(1.0) for k, v in old.items()}),
         "has base_model.model.classifier.weight of the shape (), which is no matrix",
     ),
-    "a README of another type": (
-        write("README.md", b"the adapted weights in **int3**"),
+    "a base of another type": (
+        metadata('{"weights": "int3", "digests": {}}'),
         "belongs to weights in 'int3': give --weights",
+    ),
+    "metadata that are no JSON": (metadata("{"), "the metadata srlora_base of"),
+    "metadata in a list": (metadata("[]"), "the metadata srlora_base of"),
+    "metadata without digests": (metadata('{"weights": "float32"}'), "the metadata srlora_base of"),
+    "a text for the vocabulary": (
+        metadata('{"weights": "float32", "digests": {}, "vocab_size": "3"}'),
+        "the metadata srlora_base of",
     ),
 }
 
