@@ -174,8 +174,10 @@ def test_a_second_adapter_that_is_trained_is_refused(folders: Path, tmp_path: Pa
             wrong()
     assert not (tmp_path / "adapter").exists()
     layer.set_adapter("second")
+    for factors in (layer.lora_A, layer.lora_B):
+        factors["default"].requires_grad_(True)
     with pytest.raises(ValueError, match="'default' is not active in model.layers.1.self_attn.v_proj"):
-        switcher.export(tmp_path / "adapter")
+        Switcher(model, SRLoRAConfig(target_rank=8), 6)
     layer.set_adapter(["default", "second"])
     for factors in (layer.lora_A, layer.lora_B):
         factors["second"].requires_grad_(False)
