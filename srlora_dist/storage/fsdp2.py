@@ -54,7 +54,7 @@ class Fsdp2Storage(CutWeights):
 
 
 def _require_rows(site: Site, world_size: int) -> None:
-    if site.quantised and not isinstance(site.weight, DTensor):
+    if site.quantised == "int8" or not isinstance(site.weight, DTensor):
         require_cuttable(site)
     for parameter in (site.weight, site.lora_a, site.lora_b, site.fused_a, site.fused_b):
         if parameter is None:
