@@ -16,9 +16,11 @@ from torch import Tensor
 from srlora_dist.base_label import BaseLabel
 from srlora_dist.live_pairs import unmark_folder
 from srlora_dist.pairs import truncate_pairs
-from srlora_dist.safefiles import write_whole
+from srlora_dist.safefiles import Put, fill_folder
 
 logger = logging.getLogger(__name__)
+
+CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ def write_adapter(
     added: dict[str, tuple[Tensor, Tensor]] | None,
     folder: Path,
     max_rank: int | None,
+    put: Put = fill_folder,
 ) -> None:
     """Write the adapter's files.
 
@@ -54,6 +57,7 @@ def write_adapter(
             run without switches.
         folder: Where to write.
         max_rank: Truncate to this rank, or None.
+        put: Puts the files into the folder.
     """
     config = copy.deepcopy(about.config)
     config.inference_mode = True
@@ -61,13 +65,16 @@ def write_adapter(
         config.target_modules = sorted(config.target_modules)  # the same file every time
     if added is not None:
         _set_ranks(config, _join_pairs_(tensors, about.scales, added, max_rank), about.other_layers)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     metadata = {"format": "pt", **about.base.metadata()}
-    write_whole(folder / "adapter_model.safetensors", lambda path: save_file(tensors, path, metadata=metadata))
-    config.save_pretrained(str(folder))
-    (folder / "README.md").write_text(_readme(config, about.base.weights))
-    unmark_folder(folder)
+    files = {
+        "adapter_model.safetensors": lambda path: save_file(tensors, path, metadata=metadata),
+        "README.md": lambda path: path.write_text(_readme(config, about.base.weights)),
+        CONFIG: lambda path: config.save_pretrained(str(path.parent)),
+    }
+    put(folder, files)
+    if (folder / CONFIG).exists():  # else the files wait for room
+        unmark_folder(folder)
 
 
 def _join_pairs_(

@@ -17,6 +17,7 @@ import yaml
 
 from srlora_dist.options_file import check_files
 from srlora_dist.ranges import BELOW_ONE, COUNT, COUNT_OR_NONE, MOST, POSITIVE, expand_home, require
+from srlora_dist.safefiles import write_whole
 from srlora_dist.srlora_config import SRLoRAConfig
 
 TASK_OPTIONS_OF = {"completion_only": ("instruct",), "packing": ("instruct", "lm")}
@@ -267,7 +268,8 @@ class RunConfig:
 
     def save(self, path: str | Path) -> None:
         """Write the resolved configuration as YAML, enough to run it again with ``--config``."""
-        Path(path).write_text(yaml.safe_dump(asdict(self), sort_keys=False))
+        text = yaml.safe_dump(asdict(self), sort_keys=False)
+        write_whole(Path(path), lambda beside: beside.write_text(text))
 
 
 def parse(argv: list[str] | None = None, prog: str = "srlora train") -> RunConfig:

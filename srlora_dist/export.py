@@ -15,6 +15,7 @@ from srlora_dist.checkpoint import Checkpoint
 from srlora_dist.export_parts import ExportParts
 from srlora_dist.fused import replay_pairs
 from srlora_dist.ledger import Ledger, read_entries, require_entries
+from srlora_dist.safefiles import Put, fill_folder
 from srlora_dist.sites import Site, find_peft_model
 from srlora_dist.storage import Storage
 from srlora_dist.training_state import WEIGHTS, trained_parameters
@@ -32,6 +33,7 @@ def export_adapter(
     folder: str | Path,
     parts: ExportParts,
     max_rank: int | None = None,
+    put: Put = fill_folder,
 ) -> None:
     """Write ``adapter_config.json``, ``adapter_model.safetensors`` and a README on rank 0.
 
@@ -48,6 +50,7 @@ def export_adapter(
         folder: Where to write.
         parts: What is exported beside the pairs.
         max_rank: Truncate each site to this rank by SVD and log the relative error; None is exact.
+        put: Gets the folder and the files on rank 0, to write them.
 
     Collective: every rank must call it; under ZeRO-3 and FSDP2 an all-reduce of the trainable parameters, one of
         the second adapter, and one of each frozen parameter that the export holds.
@@ -76,7 +79,7 @@ def export_adapter(
         scales = {site.name: site.scale for site in sites}
         about = About(peft_model.peft_config[parts.adapter_name], scales, parts.other_layers, parts.base)
         never_edited = ledger is None and not fused
-        write_adapter(named, about, None if never_edited else added, Path(folder), max_rank)
+        write_adapter(named, about, None if never_edited else added, Path(folder), max_rank, put)
 
     storage.on_rank_0(f"write the adapter to {folder}", write)
 

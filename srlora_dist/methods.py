@@ -20,6 +20,7 @@ from srlora_dist.checkpoint import Checkpoint, require_same_base
 from srlora_dist.config import RunConfig
 from srlora_dist.export import export_adapter
 from srlora_dist.export_parts import ExportParts
+from srlora_dist.safefiles import Put, fill_folder
 from srlora_dist.saving import open_run, save_run
 from srlora_dist.sites import find_sites
 from srlora_dist.storage import find_storage, release_gathered
@@ -60,8 +61,13 @@ class Method:
     def save_checkpoint(self, parent: Path, extra: dict[str, object], step: int) -> int | None:
         """Write ``step-N`` into a folder; its size on the main process. Collective: every rank calls it."""
 
-    def export(self, folder: Path) -> None:
-        """Write a PEFT adapter for the untouched base. Collective: every rank calls it."""
+    def export(self, folder: Path, put: Put = fill_folder) -> None:
+        """Write a PEFT adapter for the untouched base. Collective: every rank calls it.
+
+        Args:
+            folder: Where.
+            put: Gets the folder and the files on the main process, to write them.
+        """
 
     def seconds(self) -> Seconds:
         """Time spent on this rank so far."""
@@ -202,8 +208,8 @@ class LoRA(Method):
         )
 
     @override
-    def export(self, folder: Path) -> None:
-        export_adapter(self.model, self.storage, self.sites, None, folder, self._parts)
+    def export(self, folder: Path, put: Put = fill_folder) -> None:
+        export_adapter(self.model, self.storage, self.sites, None, folder, self._parts, put=put)
 
 
 class SRLoRA(Method):
@@ -214,7 +220,8 @@ class SRLoRA(Method):
         options = config.srlora
         if config.method == "pissa":
             options = replace(options, target_rank=config.lora.rank, num_switches=None)
-        self.switcher = Switcher(model, options, num_training_steps=num_steps)
+        full = config.checkpoint.if_disk_full
+        self.switcher = Switcher(model, options, num_training_steps=num_steps, if_disk_full=full)
 
     @override
     def bind(
@@ -233,8 +240,8 @@ class SRLoRA(Method):
         return self.switcher.step()
 
     @override
-    def export(self, folder: Path) -> None:
-        self.switcher.export(folder, is_last=False)  # the loop itself counts the steps
+    def export(self, folder: Path, put: Put = fill_folder) -> None:
+        self.switcher.export(folder, is_last=False, put=put)  # the loop itself counts the steps
 
     @override
     def seconds(self) -> Seconds:
@@ -283,6 +290,6 @@ class AdaLoRA(Method):
         self.model.base_model.update_and_allocate(num_steps_done)
 
     @override
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, put: Put = fill_folder) -> None:  # noqa: ARG002 (it goes on from no full disk)
         if PartialState().is_main_process:
             self.model.save_pretrained(folder)

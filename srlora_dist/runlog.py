@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from srlora_dist.config import RunConfig
 from srlora_dist.diagnostics import Finding
 from srlora_dist.earlier import EarlierRun
 from srlora_dist.ledger import SwitchReport
+from srlora_dist.postponed import Postponed
 from srlora_dist.resuming import first_difference
 from srlora_dist.safefiles import write_whole
 
@@ -35,7 +37,7 @@ WRITTEN_FILES = (
     "figures/interval_lengths.png",
     "tensorboard/events.out.tfevents.*",
     "ledger/switch-*.safetensors",
-    "ledger/.switch-*.tmp",
+    "ledger/.switch-*.srlora_part",
     *(
         f"{folder}/{name}"
         for folder in ("adapter", "adapter_last")
@@ -60,6 +62,7 @@ class RunLog:
         self.folder, self.config = folder, config
         self._earlier = EarlierRun(folder, WRITTEN_FILES, config.srlora.ledger_dir)
         require_writable(folder, "output_dir")
+        self.postponed = Postponed(goes_on=config.checkpoint.if_disk_full == "go_on")
 
     def start(self) -> None:
         """Set an earlier run aside, and begin in its place."""
@@ -98,9 +101,10 @@ class RunLog:
     def metrics(self, record: dict[str, object]) -> None:
         """Append one line to ``metrics.jsonl`` and the same figures to TensorBoard."""
         self._append("metrics.jsonl", record)
+        split, step = record["split"], record["step"]
         for name, value in record.items():
             if name not in ("step", "split", "epoch"):
-                self._writer.add_scalar(f"{record['split']}/{name}", value, record["step"])
+                self._board(lambda writer, name=name, value=value: writer.add_scalar(f"{split}/{name}", value, step))
 
     def switch(self, step: int, report: SwitchReport) -> None:
         """Append one line a site to ``switches.jsonl``; a switch that was undone is left out.
@@ -116,29 +120,35 @@ class RunLog:
             measured["relative_output_change"] = report.relative_output_change
         for site in report.sites:
             self._append("switches.jsonl", {"step": step, "switch": report.switch, **site.as_dict(), **measured})
-        self._writer.add_scalar("train/switch", report.switch, step)
+        self._board(lambda writer: writer.add_scalar("train/switch", report.switch, step))
 
     def finding(self, finding: Finding) -> None:
         """Append one line to ``findings.jsonl``, and the text and the figures to TensorBoard."""
         self._append("findings.jsonl", asdict(finding))
-        self._writer.add_text(f"findings/{finding.kind}", finding.message, finding.step)
+        kind, step = f"findings/{finding.kind}", finding.step
+        self._board(lambda writer: writer.add_text(kind, finding.message, step))
         for name, value in finding.figures.items():
-            self._writer.add_scalar(f"findings/{finding.kind}/{name}", value, finding.step)
+            self._board(lambda writer, name=name, value=value: writer.add_scalar(f"{kind}/{name}", value, step))
 
     def summary(self, summary: dict[str, object]) -> None:
         """Write ``summary.json`` and close the TensorBoard log."""
         text = json.dumps(_finite(summary), indent=2) + "\n"
         write_whole(self.folder / "summary.json", lambda beside: beside.write_text(text))
-        self._writer.close()
+        self._board(SummaryWriter.close)
 
     def _append(self, name: str, record: dict[str, object]) -> None:
+        self.postponed.append(self.folder / name, json.dumps(_finite(record)) + "\n")
+
+    def _board(self, write: Callable[[SummaryWriter], None]) -> None:
+        """Write to the TensorBoard log, which cannot go on once it could not be written."""
         try:
-            with (self.folder / name).open("a") as file:
-                file.write(json.dumps(_finite(record)) + "\n")
+            if self._writer is not None:
+                write(self._writer)
         except OSError as error:
-            if self.config.checkpoint.if_disk_full == "stop":
+            if not self.postponed.goes_on:
                 raise
-            logger.warning("%s lacks a line, for it cannot be written: %s", name, error)
+            logger.warning("the TensorBoard log ends here, and metrics.jsonl has what follows: %s", error)
+            self._writer = None
 
 
 class Window:

@@ -25,6 +25,12 @@ KINDS = (".safetensors", ".json")
 """Endings of the files that a folder may hold: none of them can run code when it is read."""
 
 
+Files = dict[str, Callable[[Path], None]]
+"""For the name of each file what writes a new one at the path that it is given."""
+Put = Callable[[Path, Files], None]
+"""Puts such files into a folder: :func:`fill_folder`, or what a run does that goes on where a disk is full."""
+
+
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     """Write a file beside its place, sync it and rename it.
 
@@ -38,15 +44,15 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     write_files(path.parent, {path.name: write})
 
 
-def write_files(folder: Path, files: dict[str, Callable[[Path], None]]) -> None:
+def write_files(folder: Path, files: Files) -> None:
     """Write files that belong together beside their places, and rename them once all of them are written.
 
     What a killed process left of its own files in this folder is removed.
 
     Args:
         folder: Where they will be.
-        files: For each name what writes a new file at the path that it is given. If there are several, nobody can use
-            the others without the last one: a kill between two renames leaves a folder without it.
+        files: If there are several, nobody can use the others without the last one: a kill between two renames leaves
+            a folder without it.
 
     Raises:
         OSError: One could not be written; what was there before still is.
@@ -62,6 +68,12 @@ def write_files(folder: Path, files: dict[str, Callable[[Path], None]]) -> None:
         for name in files:
             (place / name).replace(folder / name)
     _sync(folder)
+
+
+def fill_folder(folder: Path, files: Files) -> None:
+    """Make a folder if it is not there yet, and write files into it as :func:`write_files` does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_files(folder, files)
 
 
 def remove_abandoned(folder: Path) -> None:

@@ -22,6 +22,7 @@ class Progress:
         done: Optimizer steps, those that were skipped too.
         start: Validation figures before the first step.
         best: Those of the lowest loss so far, with their ``step``.
+        exported_step: Whose adapter lies in ``adapter``: not that of the best step where the disk was full.
         final: The last ones.
         train_seconds: Time of the training loop so far, over all starts.
         method_seconds: What the method added to it before the last start.
@@ -34,6 +35,7 @@ class Progress:
     done: int = 0
     start: dict[str, float] = field(default_factory=dict)
     best: dict[str, float] | None = None
+    exported_step: int | None = None
     final: dict[str, float] = field(default_factory=dict)
     train_seconds: float = 0.0
     method_seconds: dict[str, float] = field(default_factory=dict)

@@ -27,6 +27,7 @@ from srlora_dist.observer import Observer, make_scores
 from srlora_dist.output_check import OutputCheck
 from srlora_dist.pair_steps import PairSteps
 from srlora_dist.rehearsal import rehearse
+from srlora_dist.safefiles import Put, fill_folder
 from srlora_dist.saving import AVERAGES, SavedRun, open_run, save_run
 from srlora_dist.sites import Site, find_peft_model, find_sites, keep_payloads_
 from srlora_dist.storage import Storage, find_storage, release_gathered
@@ -267,13 +268,16 @@ class Switcher:
             folders=self._folders,
         )
 
-    def export(self, folder: str | Path, max_rank: int | None = None, is_last: bool = True) -> None:
+    def export(
+        self, folder: str | Path, max_rank: int | None = None, is_last: bool = True, *, put: Put = fill_folder
+    ) -> None:
         """Write a plain PEFT adapter that gives this model's outputs on the untouched base.
 
         Args:
             folder: Where to write.
             max_rank: Truncate each site to this rank by SVD and log the relative error; None keeps it exact.
             is_last: False in the middle of a run; else there is a warning if switches are still to come.
+            put: Gets the folder and the files on rank 0, to write them.
 
         Collective: every rank must call it; under ZeRO-3 the trainable parameters are gathered.
 
@@ -286,7 +290,8 @@ class Switcher:
         missing = self._agenda.missing_switches(self.num_steps)
         if is_last and missing:
             warnings.warn(missing, stacklevel=2)
-        export_adapter(self._model, self.storage, self.sites, self._ledger, folder, self._parts, max_rank)
+        about = self.sites, self._ledger, folder, self._parts, max_rank, put
+        export_adapter(self._model, self.storage, *about)
 
     def close(self) -> None:
         """End the run: remove every hook from model and optimizer, and let other processes write into its folders.

@@ -11,19 +11,19 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import set_seed
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from srlora_dist.best_adapter import BestAdapter
 from srlora_dist.checkpoint import Checkpoint
 from srlora_dist.config import RunConfig
 from srlora_dist.diagnostics import Finding, LossWatch, worse_than_start
 from srlora_dist.engine import build_accelerator, choose_layers_to_shard, require_engine, together
 from srlora_dist.errors import RunStoppedError, StoppedBySignalError
 from srlora_dist.evaluation import evaluate
-from srlora_dist.export import export_checkpoint
 from srlora_dist.figures import draw
 from srlora_dist.folder_lock import PATIENCE_OF_A_RESTART, FolderLock, was_restarted
 from srlora_dist.keeper import Keeper
@@ -79,7 +79,12 @@ def _train(config: RunConfig, accelerator: Accelerator, engine: str, log: RunLog
     summary = trainer.run()
     accelerator.wait_for_everyone()  # if a rank is lost until here, the run has not ended
     if log is not None:
-        draw(log.folder, summary)
+        try:
+            draw(log.folder, summary)
+        except OSError as error:
+            if config.checkpoint.if_disk_full == "stop":
+                raise
+            logger.warning("the figures cannot be written, srlora plot draws them once there is room: %s", error)
         log.summary(summary)
     return summary
 
@@ -139,6 +144,8 @@ class Trainer:
         self.method = build_method(config, task.model, task.peft_type, self.num_steps, config.engine, task.heads)
         self.num_trainable = num_trainable(self.method.model)
         self.model_bytes = pretrained_bytes(self.method.model)
+        postponed = log.postponed if log is not None else None
+        self.adapters = BestAdapter(Path(config.output_dir), self.method, self.progress, postponed)
         keep_payloads_(self.method.model)
         # DeepSpeed keeps a float32 copy of its own, and cuts parameters of one type alone.
         train_in_(self.method.model, config.model.dtype if config.engine.startswith("zero") else "float32")
@@ -207,7 +214,7 @@ class Trainer:
         if progress.done == 0:
             self._evaluate_and_export()
         elif self.resumes:
-            self._export_what_is_missing()
+            self.adapters.export_missing(progress.done == self.num_steps, self.keeper.source)
         bar = self._progress_bar()
         self.window.resume()
         self.model.train()
@@ -233,6 +240,7 @@ class Trainer:
                 self._save_checkpoint()
             self._stop_if_asked()
         bar.close()
+        self.adapters.require_written()
         return self._summary()
 
     def _micro_step(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
@@ -320,7 +328,7 @@ class Trainer:
 
     def _evaluate_and_export(self) -> bool:
         """Evaluate; export the adapter if it is the best so far, which is told, and after the last step in any case."""
-        progress, folder = self.progress, Path(self.config.output_dir)
+        progress = self.progress
         judged = evaluate(self.accelerator, self.model, self.eval_loader, self.task)
         figures = judged.figures
         self._record("eval", figures)
@@ -333,38 +341,20 @@ class Trainer:
         is_best = is_better(figures, progress.best)
         if is_best:
             progress.best = {"step": progress.done, **figures}
-            self.method.export(folder / "adapter")
+            self.adapters.export_best()
         if progress.done == self.num_steps:
             require_a_best(progress)
             for finding in doubts(progress, self.num_steps, judged):
                 self._warn(finding)
-            self.method.export(folder / "adapter_last")
+            self.adapters.export_last()
         return is_best
-
-    def _export_what_is_missing(self) -> None:
-        """Into another folder than before: the adapter of the last step, and that of the best if it was kept."""
-        progress, folder = self.progress, Path(self.config.output_dir)
-        there = together(lambda: [(folder / name).exists() for name in ("adapter", "adapter_last")])
-        best_there, last_there = broadcast_object_list(there)
-        if progress.done == self.num_steps and not last_there:
-            self.method.export(folder / "adapter_last")
-        if progress.best is not None and not best_there:
-            together(self._export_best)
-
-    def _export_best(self) -> None:
-        if self.log is None:
-            return
-        best = self.keeper.source.folder.parent / f"step-{self.progress.best['step']}"
-        try:
-            export_checkpoint(Checkpoint(best), Path(self.config.output_dir) / "adapter")
-        except ValueError as error:
-            logger.warning("there is no adapter of the best step yet: %s", error)
 
     def _save_checkpoint(self) -> bool:
         """Write a checkpoint; tells whether it was written. Collective: see ``Keeper.save``."""
         if not self.method.can_save:
             return False
         self.window.pause()
+        self.adapters.note()
         written = self.keeper.save(self.method, self.scheduler, self.window, self.loss_watch)
         self.window.resume()
         return written

@@ -13,6 +13,8 @@ from matplotlib import pyplot as plt  # noqa: E402 (after the backend is chosen)
 from matplotlib.artist import Artist  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 
+from srlora_dist.safefiles import write_whole  # noqa: E402
+
 TRAIN, EVAL, RETIRED, MARK = "#7a9cc6", "#c44e52", "#a9b8c9", "#555555"
 OF_METHOD = {"lora": "#56699e", "pissa": "#d98c3f", "srlora": "#c44e52", "adalora": "#5a9a68"}
 OTHERS = ["#8d6bb1", "#937860", "#3f9fa8", "#d172a9", "#8c8c8c", "#b5a642", "#222222", "#e8845c", "#6aa3e0", "#2e7d32"]
@@ -82,6 +84,6 @@ def save(figure: plt.Figure, path: Path, about: str, above: float = 0.0) -> Path
     figure.tight_layout(rect=(0, below, 1, 1 - above / figure.get_figheight()))
     figure.text(0.01, 0.012, "\n".join(lines), fontsize=size, color=MARK, va="bottom", linespacing=1.25)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    write_whole(path, lambda beside: figure.savefig(beside, dpi=150))
     plt.close(figure)
     return path

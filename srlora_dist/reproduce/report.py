@@ -13,6 +13,7 @@ from srlora_dist.paper import METRICS, PaperTable, differs
 from srlora_dist.reproduce.grid import Cell, TableGrid
 from srlora_dist.reproduce.results import Results
 from srlora_dist.runlog import read_lines
+from srlora_dist.safefiles import write_whole
 
 Found = dict[tuple[str, str], list[tuple[Cell, dict]]]
 """By task and method the runs that have a result, with it."""
@@ -45,7 +46,7 @@ def write_table(grid: TableGrid, found: Found, failed: list[str], path: Path) ->
         lines.append(f"| {TITLES[method]} | {grid.table.source} | {' | '.join(cells)} |")
     lines += ["", *_settings(grid, found), *(f"\nFailed: {line}" for line in failed), ""]
     text = "\n".join(lines)
-    path.write_text(text)
+    write_whole(path, lambda beside: beside.write_text(text))
     return text
 
 

@@ -171,6 +171,7 @@ def unpack_gguf(name: str, gguf_file: str, dtype: str) -> str:
             command = [sys.executable, "-c", UNPACK, str(file), dtype, str(part)]
             ended = subprocess.run(command, capture_output=True, text=True, check=False)
             if ended.returncode:
+                shutil.rmtree(part, ignore_errors=True)
                 reason = (ended.stderr.strip().splitlines() or [f"exit status {ended.returncode}"])[-1]
                 raise ValueError(f"model.gguf_file is {gguf_file!r}, which cannot be read ({reason}): fetch it again")
             part.rename(folder)  # whole or not at all

@@ -14,7 +14,7 @@ LAYERS = [
     ["commands"],
     ["reproduce"],
     ["trainer", "callback"],
-    ["keeper"],
+    ["keeper", "best_adapter"],
     ["forecast"],
     ["inspection", "merging", "health"],
     ["figures", "runlog", "methods", "engine", "plan", "tasks", "precision", "resuming", "preemption", "earlier"]
@@ -29,7 +29,7 @@ LAYERS = [
     ["svd", "importance", "changes", "pair_steps", "fused", "training_state", "checkpoint"]
     + ["export_parts", "adapter_files"],
     ["tracked"],
-    ["ledger", "schedule", "original", "krylov", "settling", "direction_file", "base_label", "base_parts"],
+    ["ledger", "postponed", "schedule", "original", "krylov", "settling", "direction_file", "base_label", "base_parts"],
     ["storage"],
     ["pairs", "sites", "digest", "spans"],
     ["bypassed"],
