@@ -48,12 +48,13 @@ def test_a_second_launch_is_refused_on_every_rank_and_a_requeued_one_waits(
     assert_same_results(bench.folder / "runs", "in use", "cpu2")
 
 
+# What the run prints is a file of its own that has to stay below the limit, and so do the metrics.
 FULL = """
 import resource
 import srlora_dist.trainer as module
 step, limit = module.Trainer._micro_step, resource.RLIM_INFINITY
 def full_in_between(self, batch):
-    most = 600 if 3 <= self.progress.done < {until} else limit
+    most = 8000 if 3 <= self.progress.done < {until} else limit
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, limit))
     return step(self, batch)
 module.Trainer._micro_step = full_in_between
@@ -64,14 +65,14 @@ module.Trainer._micro_step = full_in_between
 def test_a_run_that_goes_on_with_a_full_disk_loses_nothing(
     bench: Bench, forks: Forks, undisturbed: dict[str, float]
 ) -> None:
-    """Of its ledger, adapters and metrics; from before step 4 to after step 10, and then to its very end."""
+    """From after step 3 to after step 10, and then to its very end."""
     assert undisturbed
     arguments = bench.arguments("full", **OPTIONS, checkpoint__if_disk_full="go_on")
     ended = forks.start(yaml="cpu2", arguments=arguments, code=FULL.format(until=10))
     text = ended["stderr"][0]
     assert ended["statuses"] == {"0": 0, "1": 0}, text
-    for what in ("entries of the ledger in memory", "the files of", "lines of", "a checkpoint of step 6"):
-        assert f"going on with {what}" in text or f"going on without {what}" in text, text
+    for what in ("with 1 entries of the ledger in memory", "with the files of", "without a checkpoint of step 6"):
+        assert f"going on {what}" in text, text
     assert_same_results(bench.folder / "runs", "full", "cpu2")
 
     arguments = bench.arguments("full to the end", **OPTIONS, checkpoint__if_disk_full="go_on")
