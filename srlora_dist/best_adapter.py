@@ -68,12 +68,13 @@ class BestAdapter:
             together(lambda: self._export_saved(saved) if self.postponed is not None else None)
 
     def require_written(self) -> None:
-        """Write what waits. Collective: one gather of a message.
+        """Write what waits, the ledger too. Collective: one gather of a message, and see :meth:`Method.finish`.
 
         Raises:
             ValueError: The disk is still full.
         """
         together(lambda: self.postponed.require_written() if self.postponed is not None else None)
+        self.method.finish()
 
     def _export_saved(self, saved: Checkpoint) -> None:
         step = self.progress.best["step"]

@@ -69,6 +69,13 @@ class Method:
             put: Gets the folder and the files on the main process, to write them.
         """
 
+    def finish(self) -> None:
+        """Write what could not be written before. Collective: every rank calls it.
+
+        Raises:
+            ValueError: It still cannot be.
+        """
+
     def seconds(self) -> Seconds:
         """Time spent on this rank so far."""
         return Seconds()
@@ -242,6 +249,10 @@ class SRLoRA(Method):
     @override
     def export(self, folder: Path, put: Put = fill_folder) -> None:
         self.switcher.export(folder, is_last=False, put=put)  # the loop itself counts the steps
+
+    @override
+    def finish(self) -> None:
+        self.switcher.write_ledger()
 
     @override
     def seconds(self) -> Seconds:

@@ -293,6 +293,16 @@ class Switcher:
         about = self.sites, self._ledger, folder, self._parts, max_rank, put
         export_adapter(self._model, self.storage, *about)
 
+    def write_ledger(self) -> None:
+        """Write the entries of the ledger that could not be written to ``srlora.ledger_dir`` before, if there are any.
+
+        Collective: every rank must call it; one all-reduce of 8 bytes.
+
+        Raises:
+            ValueError: Rank 0 still cannot write; raised on every rank.
+        """
+        self.storage.on_rank_0("write the ledger", lambda: self._ledger.write_rest(must=True))
+
     def close(self) -> None:
         """End the run: remove every hook from model and optimizer, and let other processes write into its folders.
 

@@ -8,7 +8,8 @@ import pytest
 
 from srlora_dist.postponed import Postponed
 from srlora_dist.safefiles import write_files
-from tests.unit.test_ledger import full_disk
+from tests.unit.test_ledger import assert_same_tensors, full_disk, start
+from tests.unit.test_switcher import take_steps
 
 
 def files(letter: str) -> dict:
@@ -78,3 +79,29 @@ def test_a_run_that_stops_is_told_at_once(tmp_path) -> None:
     postponed.require_written()
     assert content(tmp_path / "adapter") == {}
     assert (tmp_path / "log").read_text() == ""
+
+
+def test_an_adapter_that_waits_is_that_of_its_step_and_the_one_before_stays_whole(tmp_path) -> None:
+    model, optimizer, switcher = start(tmp_path, "ledger", "go_on")
+    switcher.export(tmp_path / "adapter", is_last=False)
+    names = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    before = {name: (tmp_path / "adapter" / name).read_bytes() for name in names}
+    take_steps(model, optimizer, switcher, 7)
+    switcher.export(tmp_path / "expected", is_last=False)
+    postponed = Postponed(goes_on=True)
+    with full_disk():
+        with pytest.raises(ValueError, match="cannot write the adapter to"):
+            switcher.export(tmp_path / "adapter", is_last=False)
+        switcher.export(tmp_path / "adapter", is_last=False, put=postponed.put)
+        take_steps(model, optimizer, switcher, 9)
+        with pytest.raises(ValueError, match="cannot write the ledger"):
+            switcher.write_ledger()
+        assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == names
+        assert {name: (tmp_path / "adapter" / name).read_bytes() for name in names} == before
+    postponed.require_written()
+    switcher.write_ledger()
+    assert_same_tensors(tmp_path / "adapter", tmp_path / "expected", "*.safetensors")
+    assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == names
+    for name in names[:2]:
+        assert (tmp_path / "adapter" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes()
+    assert len([*(tmp_path / "ledger").iterdir()]) == switcher.num_switches == 3
