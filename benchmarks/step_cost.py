@@ -75,7 +75,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache:
         if options.tiny:
             tiny_run(Path(cache))
-            task, model = TaskOptions("lm", cache, max_length=16), ModelOptions(name_or_path=cache, dropout=0.0)
+            task, model = (
+                TaskOptions("lm", cache, max_length=16, max_train_samples=8, max_eval_samples=4),
+                ModelOptions(name_or_path=cache, dropout=0.0),
+            )
         config = RunConfig(task=task, model=model)
         batch = make_batch(config, options.batch_size)
         steps = {"LoRA": None, "observed": "all", "not observed": 1}

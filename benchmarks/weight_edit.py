@@ -54,8 +54,8 @@ def require_right(run: Tensor, before: Tensor, start: int, left: Tensor, right: 
     assert float((run[part] - wanted).norm() / wanted.norm()) <= bound
 
 
-def fp32_row(width: int, kind: str, num_fused: int, rounds: int, cold_bytes: int = COLD_BYTES) -> Row:
-    """One matrix in float32, edited in place."""
+def fp32_row(width: int, kind: str, num_fused: int, rounds: int, cold_bytes: int, side: int) -> Row:
+    """One matrix in float32, edited in place, beside a product of square matrices of that side."""
     start, stop = runs(width)[kind]
     run, (left, right) = torch.randn(width * width, device=device())[start:stop], make_pairs(width, 2 * num_fused)
     copies = cold_bytes // run.nbytes if kind == "cold" else 0
@@ -63,7 +63,7 @@ def fp32_row(width: int, kind: str, num_fused: int, rounds: int, cold_bytes: int
     before = run.clone()
     add_pairs_(run, start, left, right)
     require_right(run.double(), before, start, left, right, 1e-6)
-    square = torch.randn(SQUARE, SQUARE, device=device())
+    square = torch.randn(side, side, device=device())
     contenders = {
         "edit": lambda: add_pairs_(next(turn), start, left, right),
         "add": lambda: next(turn).add_(1e-9),
@@ -72,7 +72,7 @@ def fp32_row(width: int, kind: str, num_fused: int, rounds: int, cold_bytes: int
     row = make_row("fp32", width, kind, num_fused, alternate(contenders, rounds), TARGETS[num_fused])
     row.more = {
         "gflops": 4e-9 * num_fused * run.numel() / row.seconds["edit"],
-        "gflops_of_a_large_product": 2e-9 * SQUARE**3 / row.seconds["product"],
+        "gflops_of_a_large_product": 2e-9 * side**3 / row.seconds["product"],
     }
     return row
 
@@ -115,8 +115,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     rounds = options.rounds or (2 if options.tiny else 15 if options.quick else 50)
-    width, cold_bytes = (64, 1 << 16) if options.tiny else (options.width, COLD_BYTES)
-    rows = [fp32_row(width, kind, fused, rounds, cold_bytes) for kind in runs(width) for fused in TARGETS]
+    width, cold_bytes, side = (64, 1 << 16, 64) if options.tiny else (options.width, COLD_BYTES, SQUARE)
+    rows = [fp32_row(width, kind, fused, rounds, cold_bytes, side) for kind in runs(width) for fused in TARGETS]
     rows += [sum_row(width, kind, fused, max(5, rounds // 3)) for kind in ("whole", "odd") for fused in (4, 16)]
     report("weight_edit", rows, options)
 

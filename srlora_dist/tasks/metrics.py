@@ -30,11 +30,30 @@ class Scorer:
     """Named figures of a model's outputs, each between -1 and 1.
 
     Args:
-        names: Of ``accuracy``, ``f1``, ``matthews`` (classification), ``pearson`` and ``spearman`` (regression).
+        names: Of ``accuracy``, ``f1`` (of two classes), ``matthews`` (classification), ``pearson`` and ``spearman``
+            (regression).
+
+    Raises:
+        ValueError: A name is not known, or there is none.
     """
 
     def __init__(self, *names: str) -> None:
+        unknown = [name for name in names if name not in _MEASURES]
+        if unknown or not names:
+            raise ValueError(f"Scorer knows {', '.join(_MEASURES)}: choose some of them, and not {unknown or 'none'}")
         self.names = names
+
+    def require_labels(self, num_labels: int) -> None:
+        """Refuse figures that cannot be computed of so many classes.
+
+        Raises:
+            ValueError: ``f1`` of other than two classes, or a figure of classes for a regression.
+        """
+        unfit = {"f1"} if num_labels > 2 else {"accuracy", "f1", "matthews"} if num_labels == 1 else set()
+        wrong = [name for name in self.names if name in unfit]
+        if wrong:
+            what = "a regression" if num_labels == 1 else f"{num_labels} classes"
+            raise ValueError(f"{', '.join(wrong)} cannot be computed of {what}: give the Scorer other names")
 
     def __call__(self, outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         """Compare outputs with the truth.

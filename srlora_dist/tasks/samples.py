@@ -86,16 +86,18 @@ def _conversation(fields: dict[str, object], turns: list[object], where: str) ->
 
 def _alpaca(fields: dict[str, object], task: str, more: str, answer: str, where: str) -> Sample:
     """As a conversation, and without earlier turns as the text that Alpaca was trained on, too."""
-    history = fields.get("history", [])
+    history, system = fields.get("history", []), fields.get("system", "")
+    if not isinstance(system, str):
+        raise ValueError(f'{where} has a "system" that is no text')
     if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
         raise ValueError(f'{where} has a "history" that is no list of pairs: write [[question, answer], ...]')
     asked = [(role, text) for turn in history for role, text in zip(("user", "assistant"), turn, strict=True)]
     asked += [("user", f"{task}\n{more}" if more else task), ("assistant", answer)]
     turns = [{"role": role, "content": text} for role, text in asked]
-    sample = _conversation({"system": fields.get("system")}, turns, where)
+    sample = _conversation({"system": system}, turns, where)
     if history:
         return sample
-    parts = [PREAMBLE.format(also=WITH_INPUT if more else ""), f"### Instruction:\n{task}"]
+    parts = [system or PREAMBLE.format(also=WITH_INPUT if more else ""), f"### Instruction:\n{task}"]
     parts += [*([f"### Input:\n{more}"] if more else []), "### Response:\n"]
     return sample._replace(prompt="\n\n".join(parts), completion=answer)
 

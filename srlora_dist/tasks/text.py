@@ -30,6 +30,8 @@ def text_task(
         ValueError: A split is empty or has a label that does not belong, the model cannot be loaded, or an option does
             not fit it.
     """
+    if isinstance(scorer, Scorer):  # one of one's own knows itself
+        scorer.require_labels(num_labels)
     train, evaluation = (
         check_columns(split, columns, num_labels)
         for split, columns in (("training", train), ("evaluation", evaluation))

@@ -130,6 +130,16 @@ def test_labels_of_tokens_are_tokens(labels: list, message: str) -> None:
         token_task(RunConfig(), model, None, good.select(range(0)), good)
 
 
+def test_a_figure_that_cannot_be_computed_is_refused(bert: str) -> None:  # noqa: F811
+    config = run_config("any", bert)
+    with pytest.raises(ValueError, match="Scorer knows accuracy, .*: choose some of them, and not .'recall'"):
+        Scorer("accuracy", "recall")
+    with pytest.raises(ValueError, match="f1 cannot be computed of 3 classes"):
+        text_task(config, GOOD, GOOD, 3, Scorer("accuracy", "f1"))
+    with pytest.raises(ValueError, match="accuracy cannot be computed of a regression"):
+        text_task(config, GOOD, GOOD, 1, Scorer("pearson", "accuracy"))
+
+
 # --- a run that has learnt nothing
 
 
