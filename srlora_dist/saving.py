@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,7 +127,8 @@ def open_run(
         if folders is not None and not (folder / MANIFEST).exists():
             remedy = f"name one checkpoint, such as {folder / 'step-N'}, to start from it in another folder"
             if folders.hold(folder, "the folder of checkpoints", remedy):
-                clean_up(folder)
+                with contextlib.suppress(OSError):  # it may be readable alone
+                    clean_up(folder)
         return find_checkpoint(folder)
 
     checkpoint = storage.on_rank_0(f"open the checkpoint {source}", find)

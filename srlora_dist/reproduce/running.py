@@ -67,7 +67,8 @@ def run_grid(grid: Grid, train: Path) -> tuple[list[str], bool]:
         ValueError: Another process runs a grid in this folder.
     """
     grid.folder.mkdir(parents=True, exist_ok=True)
-    held = FolderLock(grid.folder, "a grid runs already: --output_dir", "choose another --output_dir", patience=0)
+    # Not the folder itself, in which the runs of this grid hold theirs.
+    held = FolderLock(grid.results, "another grid runs already:", "choose another --output_dir", patience=0)
     with held, Stopped() as stopped:
         return _run_all(grid, train, Results(grid.results), stopped)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,7 @@ from tests.ranks.hf_trainer import (
     samples,
     switches,
 )
+from tests.unit.test_folder_lock import HOLD
 
 
 class StopAt(TrainerCallback):
@@ -322,3 +325,22 @@ def test_max_steps_beyond_an_epoch_set_the_pace(tmp_path: Path) -> None:
     trainer, callback = make_trainer(tmp_path / "run", max_steps=18)
     trainer.train()
     assert switches(trainer) == [0, *callback.switcher.due_steps] == [0, 6, 12]
+
+
+def test_two_trainers_never_train_into_one_folder(tmp_path: Path) -> None:
+    program = [sys.executable, "-c", HOLD, str(tmp_path / "run"), ""]
+    other = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout.readline() == b"held\n"
+    trainer, _ = make_trainer(tmp_path / "run")
+    before = everything(trainer.model)
+    with pytest.raises(ValueError, match=f"run is in use by process {other.pid} on host .* choose another output_dir"):
+        trainer.train()
+    require_equal(everything(trainer.model), before)
+    other.communicate()
+    trainer, _ = make_trainer(tmp_path / "run", callbacks=(StopAt(2),))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer, _ = make_trainer(tmp_path / "run")  # in the same process, and then others may have it
+    trainer.train()
+    assert subprocess.run(program, stdin=subprocess.DEVNULL, capture_output=True, check=False).returncode == 0
+    assert not list(tmp_path.rglob("*.srlora_lock"))

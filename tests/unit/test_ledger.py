@@ -212,6 +212,29 @@ def test_on_a_really_full_file_system_nothing_is_lost(tmp_path) -> None:
         subprocess.run(["umount", "-l", tmp_path / "small"], check=False)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts a file system")
+def test_checkpoints_that_can_only_be_read_are_resumed(tmp_path) -> None:
+    (tmp_path / "readable").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path / "readable"]
+    if subprocess.run(mount, check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        model, optimizer, switcher = start(tmp_path, "ledger")
+        take_steps(model, optimizer, switcher, 7)
+        switcher.save_checkpoint(tmp_path / "readable")
+        (tmp_path / "readable" / ".step-9.srlora_tmp").mkdir()  # that cannot be removed
+        switcher.close()
+        subprocess.run(["mount", "-o", "remount,ro", tmp_path / "readable"], check=True)
+        resumed = resume(tmp_path, tmp_path / "readable", ledger_dir=str(tmp_path / "other"))
+        assert resumed.num_switches == 2
+        with pytest.raises(ValueError, match="cannot write the checkpoint of step 7 to .*Read-only"):
+            resumed.save_checkpoint(tmp_path / "readable")
+        resumed.save_checkpoint(tmp_path / "checkpoints")
+        assert Checkpoint(tmp_path / "checkpoints" / "step-7").step == 7
+    finally:
+        subprocess.run(["umount", "-l", tmp_path / "readable"], check=False)
+
+
 def test_what_another_run_writes_is_left_alone(tmp_path) -> None:
     """Its ledger, which a resume would have removed, and its checkpoints."""
     model, optimizer, switcher = start(tmp_path, "mine")

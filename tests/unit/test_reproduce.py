@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
 
 from srlora_dist.config import TrainOptions, parse
+from srlora_dist.folder_lock import FolderLock
 from srlora_dist.paper import TABLES
 from srlora_dist.reproduce.grid import Grid, build_grid, digest
 from srlora_dist.reproduce.report import draw_figures, found_results, write_table
 from srlora_dist.reproduce.results import Results, finished_summary
+from srlora_dist.reproduce.running import _wait_for_the_run_before, run_grid  # noqa: F401 (another process calls it)
 from srlora_dist.tasks import TASKS
 from srlora_dist.tasks.glue import GLUE
 
@@ -205,3 +210,24 @@ def test_a_result_outlives_options_that_are_added_later(tmp_path: Path) -> None:
     older = {**config, "srlora": {name: value for name, value in config["srlora"].items() if name != "grace"}}
     assert digest(older, "no") == digest(config, "no")
     assert digest({**config, "srlora": {**config["srlora"], "grace": 1}}, "no") != digest(config, "no")
+
+
+HOLD = """
+import sys, time
+from srlora_dist.folder_lock import FolderLock
+lock = FolderLock(sys.argv[1], "the run", "wait")
+print("held", flush=True)
+time.sleep(float(sys.argv[2]))
+"""
+
+
+def test_a_grid_names_the_one_that_runs_and_waits_for_a_run_that_a_killed_one_left(tmp_path) -> None:
+    one = grid(tmp_path)
+    with FolderLock(one.results, "another grid", "wait"):
+        program = f"from tests.unit.test_reproduce import *; run_grid(grid(Path({str(tmp_path)!r})), Path('no'))"
+        refused = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+        assert f"{one.results} is in use by process {os.getpid()} on host" in refused.stderr
+        run = subprocess.Popen([sys.executable, "-c", HOLD, one.cells[0].folder, "1.5"], stdout=subprocess.PIPE)
+        assert run.stdout.readline() == b"held\n"
+        _wait_for_the_run_before(one.cells[0])
+        assert run.wait(1) == 0
