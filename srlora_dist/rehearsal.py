@@ -29,10 +29,10 @@ def rehearse(model: nn.Module, storage: Storage, optimizer_reset: str, will_save
     try:
         owners = _stepped(model, storage)
         tried = try_state(storage.optimizer, owners)
-        require_resettable(storage.optimizer, optimizer_reset, tried.iterates() if tried is not None else [])
         problem = tried.problem() if tried is not None else None
-        if problem is not None and will_save:
+        if problem is not None and will_save:  # another reset would not help
             raise ValueError(f"{problem}, or save none")
+        require_resettable(storage.optimizer, optimizer_reset, tried.iterates() if tried is not None else [])
     except ValueError as failure:
         error = failure
     storage.raise_together(error)

@@ -29,28 +29,28 @@ class TriedState:
 
     Args:
         optimizer: Name of its class.
-        parameter: That was stepped.
-        state: Of it, by name.
+        kept: The parameter that was stepped in each group, with its state by name.
     """
 
     optimizer: str
-    parameter: Tensor
-    state: dict[str, object]
+    kept: list[tuple[Tensor, dict[str, object]]]
 
     def iterates(self) -> list[str]:
         """Names of what holds weights, such as the z of schedule-free optimizers, which a switch does not restart."""
         return [
             key
-            for key, value in self.state.items()
+            for parameter, state in self.kept
+            for key, value in state.items()
             if torch.is_tensor(value)
             and value.is_floating_point()
-            and value.shape == self.parameter.shape
+            and value.shape == parameter.shape
             and bool(((value - VALUE).abs() < VALUE / 10).all())
         ]
 
     def problem(self) -> str | None:
         """Why a checkpoint cannot hold it, or None."""
-        found = (why_not_saved(self.optimizer, key, value, self.parameter) for key, value in self.state.items())
+        parts = ((key, value, parameter) for parameter, state in self.kept for key, value in state.items())
+        found = (why_not_saved(self.optimizer, *part) for part in parts)
         return next((why for why in found if why is not None), None)
 
 
@@ -96,21 +96,23 @@ def try_state(optimizer: Optimizer, owners: Iterable[Tensor]) -> TriedState | No
     if not owners:
         return None
     owner = next((owner for owner in reversed(owners) if owner.numel() <= LARGEST), owners[0])
-    shape = owner.shape if owner.dim() > 1 else (min(owner.numel(), LARGEST),)
-    parameter = nn.Parameter(torch.full(shape, VALUE, dtype=owner.dtype, device=owner.device))
-    parameter.grad = torch.full_like(parameter, GRADIENT)
+    owner = owner.detach() if owner.dim() > 1 else owner.detach()[:LARGEST]
+    parameters = [nn.Parameter(torch.full_like(owner, VALUE)) for _ in optimizer.param_groups]
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, GRADIENT)
     # Not copy.copy, which leaves out what a kind of optimizer adds. A scheduler puts its own step on the instance.
     kept = {name: value for name, value in vars(optimizer).items() if name != "step"}
     tried = object.__new__(kind)
     vars(tried).update({k: copy.copy(v) if isinstance(v, (dict, list, set)) else v for k, v in kept.items()})
-    group = {**optimizer.param_groups[0], "params": [parameter]}
-    if "weight_decay" in group:
-        group["weight_decay"] = 0.0  # as a part of the gradient it would look like a weight
-    tried.param_groups, tried.state = [group], defaultdict(dict)
+    tried.param_groups, tried.state = [], defaultdict(dict)
+    for group, parameter in zip(optimizer.param_groups, parameters, strict=True):
+        tried.param_groups.append({**group, "params": [parameter]})
+        if "weight_decay" in group:  # as a part of the gradient it would look like a weight
+            tried.param_groups[-1]["weight_decay"] = 0.0
     tried._optimizer_step_pre_hooks, tried._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
     try:
         tried.step()
     except Exception as error:  # a kind of optimizer that nobody here knows
         logger.debug("what %s keeps could not be tried: %r", kind.__name__, error)
         return None
-    return TriedState(kind.__name__, parameter.detach(), dict(tried.state[parameter]))
+    return TriedState(kind.__name__, [(parameter.detach(), dict(tried.state[parameter])) for parameter in parameters])

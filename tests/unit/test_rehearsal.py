@@ -130,18 +130,18 @@ def test_an_iterate_is_never_kept(kind: type, reset: str, tmp_path) -> None:
 
 
 def test_a_trial_leaves_the_optimizer_alone(tmp_path) -> None:
-    parameter = nn.Parameter(torch.ones(5, 3))
+    parameter, other = (nn.Parameter(torch.ones(5, 3)) for _ in range(2))
     parameter.grad = torch.ones(5, 3)
-    optimizer = adafactor([parameter])
+    optimizer = adafactor([{"params": [other], "beta1": None}, {"params": [parameter]}])
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)  # puts its own step on it
     called = []
     optimizer.register_step_pre_hook(lambda *_: called.append(1))
     tried = try_state(optimizer, [parameter])
-    assert set(tried.state) >= {"exp_avg", "exp_avg_sq_row"}
+    assert [set(state) >= {"exp_avg", "exp_avg_sq_row"} for _, state in tried.kept] == [False, True]
     assert not optimizer.state
     assert not called
     assert torch.equal(parameter, torch.ones(5, 3))
-    assert optimizer.param_groups[0]["params"][0] is parameter
+    assert [group["params"][0] is p for group, p in zip(optimizer.param_groups, (other, parameter), strict=True)]
     optimizer.step()
     scheduler.step()
     assert optimizer.state[parameter]
