@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from operator import attrgetter
 
@@ -12,6 +13,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from srlora_dist.sites import Site
+
+logger = logging.getLogger(__name__)
 
 
 def adapters_of(module: nn.Module) -> Iterator[tuple[str, nn.Module | nn.Parameter]]:
@@ -78,9 +81,13 @@ def new_heads(peft_model: PeftModel, sites: list[Site]) -> dict[str, None]:
 
 
 def _vocab_size(config: object) -> int | None:
+    """None for a model without one vocabulary."""
     size = getattr(config, "vocab_size", None)
     if size is None and hasattr(config, "get_text_config"):
-        size = getattr(config.get_text_config(), "vocab_size", None)
+        try:
+            size = getattr(config.get_text_config(), "vocab_size", None)
+        except ValueError:  # it has several
+            return None
     return size
 
 
@@ -91,15 +98,23 @@ def resized_embeddings(peft_model: PeftModel) -> tuple[int | None, dict[str, Non
     """
     base = peft_model.get_base_model()
     config = getattr(base, "config", None)
-    source = getattr(config, "name_or_path", "")
-    if not source or not hasattr(type(config), "from_pretrained"):
+    source, size = getattr(config, "name_or_path", ""), _vocab_size(config)
+    if not source or size is None or not hasattr(type(config), "from_pretrained"):
         return None, {}
     try:
-        size, published = _vocab_size(config), type(config).from_pretrained(source, local_files_only=True)
-        if _vocab_size(published) in (None, size):
-            return None, {}
+        published = type(config).from_pretrained(source, local_files_only=True)
+    except (OSError, ValueError):
+        logger.warning(
+            "%s has no configuration on this machine, so whether the embeddings were resized is not known: if they "
+            "were, name them in modules_to_save",
+            source,
+        )
+        return None, {}
+    if _vocab_size(published) in (None, size):
+        return None, {}
+    try:
         embeddings = [base.get_input_embeddings(), base.get_output_embeddings()]
-    except (OSError, ValueError, NotImplementedError):
+    except NotImplementedError:
         return None, {}
     ids = {id(p) for layer in embeddings if layer is not None for p in layer.parameters()}
     return size, dict.fromkeys(name for name, p in _of_base(peft_model) if id(p) in ids)

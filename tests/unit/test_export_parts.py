@@ -185,8 +185,9 @@ def test_a_second_adapter_that_is_trained_is_refused(folders: Path, tmp_path: Pa
         switcher.export(tmp_path / "adapter")
 
 
+@pytest.mark.parametrize("fusion", ["auto", "adapter"])
 @pytest.mark.parametrize("task_type", [None, "FEATURE_EXTRACTION", "SEQ_CLS"])
-def test_a_head_that_no_checkpoint_holds(folders: Path, tmp_path: Path, task_type: str | None) -> None:
+def test_a_head_that_no_checkpoint_holds(folders: Path, tmp_path: Path, task_type: str | None, fusion: str) -> None:
     """Its random start is another one at the next load, be it adapted, trained whole, or frozen like the pooler."""
 
     def base() -> nn.Module:
@@ -194,7 +195,7 @@ def test_a_head_that_no_checkpoint_holds(folders: Path, tmp_path: Path, task_typ
 
     model = get_peft_model(base(), lora(task_type=task_type))
     with pytest.warns(UserWarning, match=r"beside the adapter the export will hold .*pooler"):
-        switcher = train(model, tmp_path, logits)
+        switcher = train(model, tmp_path, logits, fusion=fusion)
     assert difference(logits(base()), logits(base())) > 0.1
     require_exact(switcher, model, base, tmp_path)
 
@@ -207,6 +208,26 @@ def test_a_head_that_is_unfrozen(folders: Path, tmp_path: Path) -> None:
     model.base_model.model.classifier.requires_grad_(True)
     switcher = train(model, tmp_path, logits)
     require_exact(switcher, model, base, tmp_path)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_are_exported_as_peft_does(folders: Path, tmp_path: Path, bias: str) -> None:
+    def base() -> nn.Module:
+        return BertModel.from_pretrained(folders / "encoder", add_pooling_layer=False)
+
+    def states(model: nn.Module) -> Tensor:
+        return model(input_ids=IDS).last_hidden_state
+
+    model = get_peft_model(base(), lora(bias=bias, target_modules=["query", "value"]))
+    switcher = train(model, tmp_path, lambda model: states(model) - 0.5)
+    require_exact(switcher, model, base, tmp_path, states)
+
+
+def test_a_base_that_is_gone_is_said(folders: Path, caplog) -> None:
+    model = load(folders / "decoder")()
+    model.config.name_or_path = "gone/from/here"
+    Switcher(get_peft_model(model, lora()), SRLoRAConfig(target_rank=8), 6)
+    assert "gone/from/here has no configuration on this machine" in caplog.text
 
 
 @pytest.mark.parametrize("saved", [["embed_tokens"], ["embed_tokens", "lm_head"]])
