@@ -346,7 +346,8 @@ def replicas(model: torch.nn.Module) -> Engine:
     """HSDP: whole copies of what FSDP2 shards, here over one rank each."""
     from torch.distributed.fsdp import fully_shard
 
-    fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (torch.distributed.get_world_size(), 1)))
+    names = {"mesh_dim_names": ("replicate", "shard")}
+    fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (torch.distributed.get_world_size(), 1), **names))
     return with_optimizer(model)
 
 
