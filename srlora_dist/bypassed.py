@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
+from functools import partial
 
 import torch
 from peft import PeftConfig
@@ -131,6 +132,7 @@ class Watch:
         self._numbers = {id(layer): number for number, layer in enumerate(layers)}
         self._layers = layers
         self.called, self.read = [False] * len(layers), [False] * len(layers)
+        self._inside: set[int] = set()
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -143,6 +145,9 @@ class Watch:
             return whole.fget(layer)
 
         handles = [layer.register_forward_pre_hook(self._note_call) for layer in self._layers]
+        handles += [layer.register_forward_hook(self._note_end, always_call=True) for layer in self._layers]
+        for number, layer in enumerate(self._layers):
+            handles.append(layer.get_base_layer().register_forward_pre_hook(partial(self._note_use, number)))
         BaseTunerLayer.weight = property(read)
         try:
             yield
@@ -153,3 +158,12 @@ class Watch:
 
     def _note_call(self, layer: nn.Module, *_: object) -> None:
         self.called[self._numbers[id(layer)]] = True
+        self._inside.add(self._numbers[id(layer)])
+
+    def _note_end(self, layer: nn.Module, *_: object) -> None:
+        self._inside.discard(self._numbers[id(layer)])
+
+    def _note_use(self, number: int, *_: object) -> None:
+        """The layer inside of PEFT's was called: by PEFT's, or by a model that keeps its layers in a list."""
+        if number not in self._inside:
+            self.read[number] = True

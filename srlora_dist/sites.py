@@ -151,7 +151,7 @@ def _fit_layers(peft_model: PeftModel, layers: dict[str, LoraLayer], adapter_nam
     """
     base, config = peft_model.get_base_model(), peft_model.peft_config[adapter_name]
     linear = {name: layer for name, layer in layers.items() if _is_linear(layer)}
-    faults = {name: ("is not a linear layer", LEAVE_OUT) for name in layers if name not in linear}
+    faults = {name: _fault_of_kind(layer) for name, layer in layers.items() if name not in linear}
     faults |= find_bypassed(base, linear) | _shared_weights(peft_model, linear)
     # PEFT adapts the experts of a mixture wherever their names fit, so nobody has named those.
     unnamed = {name for name, layer in layers.items() if isinstance(layer, ParamWrapper)}
@@ -167,6 +167,12 @@ def _fit_layers(peft_model: PeftModel, layers: dict[str, LoraLayer], adapter_nam
             f"SRLoRA leaves out {'; '.join(named)}: such a layer keeps the LoRA pairs that PEFT gave it", stacklevel=4
         )
     return fit
+
+
+def _fault_of_kind(layer: LoraLayer) -> Fault:
+    if isinstance(layer, ParamWrapper):
+        return "PEFT adapts as a bare tensor, as the experts and the router of a mixture", LEAVE_OUT
+    return "is not a linear layer", LEAVE_OUT
 
 
 def _named(layers: dict[str, LoraLayer], names: Collection[str]) -> dict[str, LoraLayer]:
@@ -282,6 +288,7 @@ def quantisation(layer: nn.Module) -> str:
 
 def some(names: list[str]) -> str:
     """The first four, and how many more there are."""
+    names = list(dict.fromkeys(name.replace(".base_layer", "") for name in names))  # PEFT nests the experts' layers
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
