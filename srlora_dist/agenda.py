@@ -62,7 +62,8 @@ class Agenda:
         for site, score in zip(sites, scores, strict=True):
             ages = [sum(born < due <= num_steps for due in self.due_steps) for born in site.born]
             count = num_next(site, config.fusion_ratio)
-            chosen.append(choose_slots(score, count, ages, config.choose, config.grace))
+            slots = choose_slots(score, count, ages, config.choose, config.grace)
+            chosen.append([] if site.left_out else slots)
         return chosen
 
     def missing_switches(self, num_steps: int) -> str | None:

@@ -103,8 +103,8 @@ def _fault_of_forward(linear: nn.Module) -> Fault | None:
     return None if same and float((got - wanted).norm()) <= rounding * float(wanted.norm()) else fault
 
 
-def is_all_linear(base: nn.Module, config: PeftConfig, layers: dict[str, LoraLayer]) -> bool:
-    """Whether the layers were taken by ``target_modules="all-linear"``, so that the user has named none of them.
+def is_all_linear(base: nn.Module, config: PeftConfig, adapter_name: str) -> bool:
+    """Whether ``target_modules="all-linear"`` chose an adapter's layers, so that the user has named none of them.
 
     PEFT does not keep the word: it puts the names of all linear layers in its place, or their endings if many.
     """
@@ -117,10 +117,12 @@ def is_all_linear(base: nn.Module, config: PeftConfig, layers: dict[str, LoraLay
     wanted = {name for name in wanted if not any(name == c or name.startswith(f"{c}.") for c in copied)}
     if set(config.target_modules) - set(copied) == wanted:
         return True
-    return len(wanted) >= MIN_TARGET_MODULES_FOR_OPTIMIZATION and wanted <= set(layers)
+    modules = base.named_modules()
+    adapted = {name for name, module in modules if isinstance(module, LoraLayer) and adapter_name in module.scaling}
+    return len(wanted) >= MIN_TARGET_MODULES_FOR_OPTIMIZATION and wanted <= adapted
 
 
-class Watch:
+class Usage:
     """Notes during forward passes which layers were called, and of which the weight was read from outside.
 
     Attributes:

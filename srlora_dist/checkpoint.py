@@ -203,6 +203,7 @@ def describe_sites(sites: list[Site], digests: list[int]) -> dict[str, object]:
                 "num_taken": site.num_taken,
                 "held": site.held,
                 "born": site.born,
+                "left_out": site.left_out,
                 "digest": f"{digest:016x}",
             }
             for site, digest in zip(sites, digests, strict=True)

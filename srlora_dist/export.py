@@ -72,7 +72,8 @@ def export_adapter(
     fused = _gather_fused(storage, sites)
 
     def write() -> None:
-        in_place = [site.name for site in sites if site.fused_a is None and site.name not in parts.own_weights]
+        whole_w = parts.own_weights
+        in_place = [s.name for s in sites if s.fused_a is None and not s.left_out and s.name not in whole_w]
         added = fused | (ledger.factors(in_place) if ledger is not None else {})
         named = {exported: tensors[name] for exported, name in parts.names.items() if name in tensors} | whole
         named |= {name: tensor for name, tensor in tensors.items() if name not in parts.names.values()}
@@ -108,6 +109,8 @@ def export_checkpoint(checkpoint: Checkpoint, folder: str | Path, max_rank: int 
             pairs = [(entry[left], entry[right]) for entry in entries if left in entry]
             if site["fused_rank"] == 0 and site["name"] in state.get("exported_weights", ()):
                 continue  # in W itself
+            if site.get("left_out"):
+                continue  # nothing was added to its W
             # Without a second adapter nothing was ever compressed.
             a_sum = replay_pairs(pairs, site["fused_rank"] or sys.maxsize)
             added[site["name"]] = tuple(part.float() for part in a_sum)

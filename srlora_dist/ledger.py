@@ -215,6 +215,18 @@ class Ledger:
                 *(len(self._in_memory), self.folder, error),
             )
 
+    def leave_out(self, sites: list[str]) -> None:
+        """Take sites out of switch 0, which was undone there; it is the only switch so far."""
+        if self._on_disk:
+            path = self._on_disk.pop().path
+            first = _Entry(load_entry(path), read_metadata(path))
+        else:
+            first = self._in_memory.pop()
+        self._pending = {name: t for name, t in first.tensors.items() if name.rpartition(".")[0] not in sites}
+        report = SwitchReport(**json.loads(first.metadata["report"]))
+        report.sites = [SiteSwitch(**part) for part in report.sites if part["site"] not in sites]
+        self.close_switch(report)
+
     def copy_to(self, folder: Path) -> dict[str, dict[str, object]]:
         """Put all entries into a new folder: those that are files by a second name, where the file system allows that.
 

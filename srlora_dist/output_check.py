@@ -1,15 +1,26 @@
-"""Measures how far a switch moves the model's output, on the last training batch."""
+"""Measures how far a switch moves what the model gives, on a training batch."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from srlora_dist.sites import find_peft_model
 from srlora_dist.storage import Storage
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 """Largest relative change of an output by type: a few times what rounding alone was measured to do (README)."""
+
+NUM_SAMPLES = 1 << 16
+"""Elements that are kept of each output tensor: logits can be larger than the model."""
+
+SMALL_OUTPUT = 1e-3
+"""An output tensor is compared relative to its own size, or to this share of the largest one's if that is more."""
 
 
 class OutputCheck:
@@ -23,7 +34,7 @@ class OutputCheck:
 
     def __init__(self, model: nn.Module, storage: Storage, tolerance: float | None) -> None:
         self.storage = storage
-        self.tolerance = TOLERANCES[_computes_in(storage)] if tolerance is None else tolerance
+        self.tolerance = largest_change(storage, tolerance)
         self._model = model
         self._inputs: tuple[tuple, dict] | None = None
         peft_model = find_peft_model(model)
@@ -33,42 +44,85 @@ class OutputCheck:
         if module.training and torch.is_grad_enabled():
             self._inputs = args, kwargs
 
-    @torch.no_grad()
-    def output(self) -> Tensor | None:
-        """The output on the last training batch, without dropout; None before the first.
+    def output(self) -> list[Tensor] | None:
+        """Samples of the outputs on the last training batch, without dropout; None before the first.
 
         Collective: a forward pass; every rank must call it.
         """
         if self._inputs is None:
             return None
-        modes = {module: module.training for module in self._model.modules()}
-        self._model.eval()
         args, kwargs = self._inputs
-        output = _first_tensor(self._model(*args, **kwargs)).float().clone()
-        for module, mode in modes.items():
-            module.training = mode
-        return output
+        with evaluating(self._model):
+            return sample_outputs(lambda: self._model(*args, **kwargs))
 
-    def relative_change(self, before: Tensor) -> float:
-        """The norm of the change of the output since ``before``, relative to it, on the rank where it is largest.
+    def relative_change(self, before: list[Tensor]) -> float:
+        """The change of the outputs since ``before``, see :func:`relative_change`, on the rank where it is largest.
 
         Collective: a forward pass, and an all-reduce of 8 bytes.
         """
-        change = (self.output() - before).norm() / before.norm().clamp_min(torch.finfo(torch.float32).tiny)
-        change = change.double().nan_to_num(torch.inf).to(self.storage.device).reshape(1)
-        return self.storage.all_reduce_(change, "max").item()
+        return largest_on_any_rank(self.storage, relative_change(self.output(), before))
 
 
-def _first_tensor(output: object) -> Tensor:
-    """The logits of a Transformers output, or the first tensor of floating point of another."""
-    if torch.is_tensor(output):
-        return output
-    values = output.values() if isinstance(output, dict) else output
-    logits = getattr(output, "logits", None)
-    return logits if logits is not None else next(v for v in values if torch.is_tensor(v) and v.is_floating_point())
-
-
-def _computes_in(storage: Storage) -> torch.dtype:
-    """The shortest type among the weights and the pairs."""
+def largest_change(storage: Storage, tolerance: float | None) -> float:
+    """``srlora.switch_tolerance``, or the one for the shortest type among the weights and the pairs."""
+    if tolerance is not None:
+        return tolerance
     types = {t.dtype for site in storage.sites for t in (site.weight, site.lora_a) if t.dtype in TOLERANCES}
-    return max(types, key=TOLERANCES.__getitem__)
+    return max(map(TOLERANCES.__getitem__, types))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode, and each of its modules back into the mode that it had."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@torch.no_grad()
+def sample_outputs(call: Callable[[], object]) -> list[Tensor]:
+    """Evenly spaced elements of each floating-point tensor in what a model gives, however nested, in float32.
+
+    A compiled model is called as it was written. Collective: a forward pass.
+    """
+    with _uncompiled():
+        return samples(call())
+
+
+def samples(output: object) -> list[Tensor]:
+    """At most ``NUM_SAMPLES`` elements of each floating-point tensor in an output."""
+    leaves = [leaf for leaf in tree_leaves(output) if torch.is_tensor(leaf)]
+    if not leaves and hasattr(output, "__dict__"):  # a data class that is not registered
+        leaves = [leaf for leaf in tree_leaves(list(vars(output).values())) if torch.is_tensor(leaf)]
+    flat = (leaf.detach().reshape(-1) for leaf in leaves if leaf.is_floating_point() and leaf.numel())
+    return [tensor[:: -(-tensor.numel() // NUM_SAMPLES)].float().clone() for tensor in flat]
+
+
+def relative_change(now: list[Tensor], before: list[Tensor]) -> float:
+    """The norm of the change of an output tensor relative to its norm before, of the tensor where it is largest.
+
+    Infinite where a tensor has another shape now, or another number that is not finite.
+    """
+    if [tensor.shape for tensor in now] != [tensor.shape for tensor in before]:
+        return float("inf")
+    sizes = [float(tensor.nan_to_num(0, 0, 0).double().square().mean().sqrt()) for tensor in before]
+    smallest = max(SMALL_OUTPUT * max(sizes, default=0.0), torch.finfo(torch.float32).tiny)
+    largest = 0.0
+    for new, old, size in zip(now, before, sizes, strict=True):
+        same = (new == old) | (new.isnan() & old.isnan())
+        moved = torch.where(same, 0.0, new.double() - old.double()).square().mean().sqrt()
+        largest = max(largest, float(moved.nan_to_num(torch.inf, torch.inf)) / max(size, smallest))
+    return largest
+
+
+def largest_on_any_rank(storage: Storage, change: float) -> float:
+    """The largest of the ranks' numbers, on every rank. Collective: an all-reduce of 8 bytes."""
+    return storage.all_reduce_(torch.tensor([change], dtype=torch.float64, device=storage.device), "max").item()
+
+
+def _uncompiled() -> AbstractContextManager:
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()

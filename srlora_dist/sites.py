@@ -49,6 +49,7 @@ class Site:
         num_taken: Number of the next direction; those used so far, while there are unused ones.
         held: The direction that the pair in each slot was started along, -1 for none.
         born: Optimizer steps that had been taken when it was started.
+        left_out: The first batch has shown that the model bypasses the layer: W is untouched, and no switch takes it.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Site:
     num_taken: int = 0
     held: list[int] | None = None
     born: list[int] | None = None
+    left_out: bool = False
 
     @property
     def num_first(self) -> int:
@@ -155,7 +157,7 @@ def _fit_layers(peft_model: PeftModel, layers: dict[str, LoraLayer], adapter_nam
     faults |= find_bypassed(base, linear) | _shared_weights(peft_model, linear)
     # PEFT adapts the experts of a mixture wherever their names fit, so nobody has named those.
     unnamed = {name for name, layer in layers.items() if isinstance(layer, ParamWrapper)}
-    named = {} if is_all_linear(base, config, layers) else {n: f for n, f in faults.items() if n not in unnamed}
+    named = {} if is_all_linear(base, config, adapter_name) else {n: f for n, f in faults.items() if n not in unnamed}
     fit = {name: layer for name, layer in layers.items() if name not in faults}
     for what, remedy in (named if fit else faults).values():
         names = [name for name, fault in faults.items() if fault[0] == what]

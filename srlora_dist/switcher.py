@@ -18,6 +18,7 @@ from srlora_dist.diagnostics import Finding, directions_exhausted, even_scores, 
 from srlora_dist.exchange import Exchange
 from srlora_dist.export import export_adapter
 from srlora_dist.export_parts import ExportParts, warn_of_start
+from srlora_dist.first_batch import FirstBatch, leave_out_
 from srlora_dist.folder_lock import HeldFolders
 from srlora_dist.fused import add_second_adapters_, require_intact
 from srlora_dist.ledger import Ledger, SwitchReport, require_entries
@@ -93,6 +94,7 @@ class Switcher:
         self.extra_memory: ExtraMemory | None = None
         self._importance: Tracked | None = None
         self._check: OutputCheck | None = None
+        self._first_batch: FirstBatch | None = None
         self.resumed: dict[str, object] | None = None
         self._warned_of_nothing = self._is_closed = False
         self._hooks: list[RemovableHandle] = hooks_of_adapters
@@ -173,7 +175,9 @@ class Switcher:
         parts = self._importance, pair_steps, self._watch, self._agenda
         self._observer = Observer(*parts, lambda: self.num_steps)
         report = self._start() if saved is None else self._resume(saved)
-        self._hooks += storage.on_optimizer_step(self._observer.before, self._observer.after)
+        if saved is None:
+            self._first_batch = FirstBatch(model, storage, self.config, self._leave_out)
+        self._hooks += storage.on_optimizer_step(self._before_optimizer_step, self._observer.after)
         mark_saves_(find_peft_model(model), self.config.adapter_name)
         if self.config.check_switch:
             self._check = OutputCheck(model, storage, self.config.switch_tolerance)
@@ -312,6 +316,8 @@ class Switcher:
         checked = self._check.hooks if self._check is not None else []
         for hook in (*self._hooks, *watched, *checked):
             hook.remove()
+        if self._first_batch is not None:
+            self._first_batch.close()
         self._is_closed = True
         self._folders.release()
         if self._ledger is not None:
@@ -373,6 +379,7 @@ class Switcher:
         self._exchange.repeat(entries)
         for site, theirs in zip(self.sites, state["sites"], strict=True):
             site.num_taken, site.held, site.born = theirs["num_taken"], list(theirs["held"]), list(theirs["born"])
+            site.left_out = theirs.get("left_out", False)
         restore_training_state_(self._model, self.storage, state, saved.read)
         if self._observer.counts_next():
             self._importance.restore_(lambda name: saved.read(AVERAGES, name))
@@ -390,6 +397,21 @@ class Switcher:
         when = "after" if self.config.switch_when == "due" else "at the latest after"
         logger.info("SRLoRA on %s: %d sites, switches %s steps %s", name, num_sites, when, self.due_steps)
         logger.info("beside what LoRA needs this rank holds %s", self.extra_memory)
+
+    def _before_optimizer_step(self, owners: list[Tensor]) -> None:
+        self._judge_first_batch()
+        self._observer.before(owners)
+
+    def _judge_first_batch(self) -> None:
+        if self._first_batch is not None:
+            first_batch, self._first_batch = self._first_batch, None
+            first_batch.judge()
+
+    def _leave_out(self, numbers: list[int]) -> None:
+        leave_out_(self._model, self.storage, self.config, numbers)
+        names = [self.sites[number].name for number in numbers]
+        self.storage.on_rank_0("leave sites out of the ledger", lambda: self._ledger.leave_out(names))
+        self._watch.remember(self._has_edited())
 
     def _choice(self) -> list[list[int]]:
         return self._agenda.choose(self.sites, self._observer.finite_scores(), self.num_steps)

@@ -23,6 +23,7 @@ def refuse_arguments(args: TrainingArguments) -> None:
     Raises:
         ValueError: With the argument and the remedy.
     """
+    deepspeed = args.deepspeed_plugin.deepspeed_config if args.deepspeed_plugin is not None else {}
     by_itself = args.fp16 and args.deepspeed_plugin is None and args.optim == "adamw_torch_fused"
     checks = (
         (
@@ -54,6 +55,11 @@ def refuse_arguments(args: TrainingArguments) -> None:
             args.save_only_model and args.save_strategy != "no",
             "save_only_model leaves out the learning rate and the random state, so that no checkpoint can be resumed",
             "set it to False, or save_strategy='no': the adapter is exported at the end of training anyway",
+        ),
+        (
+            deepspeed.get("compile", {}).get("deepcompile") and args.deepspeed_plugin.zero_stage == 3,
+            "DeepCompile under ZeRO-3 keeps copies of gathered weights that an edit of W does not reach",
+            "set compile.deepcompile to false in the DeepSpeed file",
         ),
         (
             args.n_gpu > 1,

@@ -66,6 +66,11 @@ def find_storage(model: nn.Module, optimizer: object, sites: list[Site]) -> Stor
         )
     for layer in layers:
         if _is_a(layer, "deepspeed.runtime.zero.stage3", "DeepSpeedZeroOptimizer_Stage3"):
+            if getattr(model, "is_deepcompile_enabled", lambda: False)():
+                raise ValueError(
+                    "DeepCompile under ZeRO-3 keeps copies of gathered weights that an edit of W does not reach: set "
+                    "compile.deepcompile to false in the DeepSpeed file"
+                )
             return Zero3Storage(innermost, sites, layer)
         if _is_a(layer, "deepspeed.runtime.zero.stage_1_and_2", "DeepSpeedZeroOptimizer"):
             return Zero12Storage(innermost, sites, layer)

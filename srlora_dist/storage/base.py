@@ -174,6 +174,9 @@ class Storage(Ranks, ABC):
     def settle(self) -> None:  # noqa: B027 (a default)
         """Bring the parameters into the state in which they are read and edited; here there is no other."""
 
+    def forget_fetch_order(self) -> None:  # noqa: B027 (a default)
+        """Forget in which order passes without a backward one have used the weights; here nobody keeps it."""
+
     def copies_to_write(self, parameter: nn.Parameter) -> list[tuple[Tensor, int]]:
         """Every run of a parameter that this rank's model holds, and its offset; whoever asks writes all of them."""
         return [self.parameter_run(parameter)]

@@ -29,6 +29,7 @@ class Zero3Storage(CutWeights):
         super().__init__(optimizer, sites)
         _refuse_unsupported(sites, zero_optimizer)
         self.loss_scaler = zero_optimizer.loss_scaler
+        self._coordinator = zero_optimizer.parameter_offload.get_param_coordinator()
         self._sub_groups = zero_optimizer.fp32_partitioned_groups_flat
         self._places = {
             id(parameter): (group, offset)
@@ -110,6 +111,17 @@ class Zero3Storage(CutWeights):
         for weight in weights:
             if _is_whole(weight) and not weight.ds_persist:
                 weight.partition()
+
+    def forget_fetch_order(self) -> None:
+        """DeepSpeed takes the first pass for all steps to come: after one without a backward pass it gathers twice.
+
+        What it releases when, by that order, is in a cache that it does not clear.
+        """
+        if not self._coordinator.is_invalid_trace():
+            self._coordinator._invalidate_trace()
+        when = getattr(type(self._coordinator), "_PartitionedParameterCoordinator__params_to_release", None)
+        if hasattr(when, "cache_clear"):
+            when.cache_clear()
 
     def allocate_residuals(self, device: str) -> None:
         self.settle()

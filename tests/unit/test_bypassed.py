@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from srlora_dist import SRLoRAConfig, Switcher
+from srlora_dist.checkpoint import find_checkpoint
+from srlora_dist.export import export_checkpoint
 
 INPUTS = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1))
 
@@ -176,3 +179,217 @@ def test_a_forward_pass_of_its_own_that_computes_the_same_is_no_fault(tmp_path) 
         _, switcher = bind(model, tmp_path)
     assert [site.name for site in switcher.sites] == ["f", "odd", "last"]
     assert change(model, before) < 4e-6
+
+
+class Reads(nn.Module):
+    """Reads the weight of one layer instead of calling it, always or in one mode, as Swin, WavLM and Mamba do."""
+
+    def __init__(self, modes: tuple[bool, ...] = (True, False)) -> None:
+        super().__init__()
+        self.modes = modes
+        self.f, self.q, self.last = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.f(x)
+        x = functional.linear(x, self.q.weight, self.q.bias) if self.training in self.modes else self.q(x)
+        return self.last(torch.tanh(x))
+
+
+class SideOutput(Reads):
+    """Only its second output tensor depends on the layer."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = self.f(x)
+        return {"logits": self.last(x), "masks": [functional.linear(x, self.q.weight)]}
+
+
+BYPASSES = {
+    "read": Reads,
+    "read in evaluation mode": lambda: Reads((False,)),
+    "read in training mode": lambda: Reads((True,)),
+    "a second output": SideOutput,
+}
+
+
+def step(model: nn.Module, optimizer, switcher, seed: int = 3):
+    x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(seed))
+    output = model(x)
+    tensors = [output] if torch.is_tensor(output) else [output["logits"], *output["masks"]]
+    optimizer.zero_grad()
+    sum(tensor.square().mean() for tensor in tensors).backward()
+    optimizer.step()
+    return switcher.step()
+
+
+def all_outputs(model: nn.Module) -> list[Tensor]:
+    with torch.no_grad():
+        found = [mode(model)(INPUTS.clone()) for mode in (nn.Module.eval, nn.Module.train)]
+    return [t for out in found for t in ([out] if torch.is_tensor(out) else [out["logits"], *out["masks"]])]
+
+
+def largest_change(now: list[Tensor], before: list[Tensor]) -> float:
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(now, before, strict=True))
+
+
+@pytest.mark.parametrize("fusion", ["in_place", "adapter"])
+@pytest.mark.parametrize("kind", BYPASSES)
+def test_a_layer_that_the_first_batch_bypasses_is_left_out(kind: str, fusion: str, tmp_path) -> None:
+    torch.manual_seed(0)
+    base = BYPASSES[kind]()
+    untouched = copy.deepcopy(base)
+    model = adapt(base)
+    before, weight = all_outputs(model), base.q.weight.clone()
+    optimizer, switcher = bind(model, tmp_path / "svd", fusion=fusion)
+    with pytest.warns(UserWarning, match=r"leaves out q \(a layer that the model never calls, for it reads"):
+        model.train()(INPUTS.clone())
+    assert largest_change(all_outputs(model), before) < 4e-6
+    torch.testing.assert_close(base.q.weight, weight, rtol=0, atol=1e-6)
+    reports = [step(model, optimizer, switcher, seed) for seed in range(8)]
+    switched = [part.site for report in reports if report for part in report.sites]
+    assert sum(report is not None for report in reports) >= 3
+    assert set(switched) == {"f", "last"}
+    switcher.export(tmp_path / "adapter")
+    switcher.save_checkpoint(tmp_path / "checkpoints")
+    exported = PeftModel.from_pretrained(copy.deepcopy(untouched), tmp_path / "adapter")
+    assert largest_change(all_outputs(exported), all_outputs(model)) < 4e-6
+    export_checkpoint(find_checkpoint(tmp_path / "checkpoints"), tmp_path / "again")
+    exported = PeftModel.from_pretrained(copy.deepcopy(untouched), tmp_path / "again")
+    assert largest_change(all_outputs(exported), all_outputs(model)) < 4e-6
+    resumed = adapt(untouched)
+    config = SRLoRAConfig(target_rank=12, svd_cache=str(tmp_path / "svd"), fusion=fusion)
+    again = Switcher(resumed, config, 8)
+    again.bind(
+        resumed, torch.optim.AdamW([p for p in resumed.parameters() if p.requires_grad]), tmp_path / "checkpoints"
+    )
+    assert [site.left_out for site in again.sites] == [False, True, False]
+    assert largest_change(all_outputs(resumed), all_outputs(model)) < 4e-6
+
+
+@pytest.mark.parametrize("start", ["pissa", "zero_b"])
+def test_a_layer_that_the_first_batch_bypasses_is_refused_where_it_was_named(start: str, tmp_path) -> None:
+    torch.manual_seed(0)
+    model = adapt(Reads(), ["q", "last"])
+    before = all_outputs(model)
+    optimizer, switcher = bind(model, tmp_path, start=start)
+    with pytest.raises(ValueError, match="the model never calls, for it reads the weight: q; leave it out"):
+        step(model, optimizer, switcher)
+    assert largest_change(all_outputs(model), before) < 4e-6
+
+
+class Twice(Reads):
+    """Calls a layer and reads its weight too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.f(x)
+        return self.last(torch.tanh(self.q(x) + functional.linear(x, self.q.weight)))
+
+
+class Remembers(Reads):
+    """Holds on to a weight, so that nobody sees it read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = [self.q.weight]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(functional.linear(self.f(x), self.weights[0])))
+
+
+@pytest.mark.parametrize("base", [Twice, Remembers])
+def test_a_weight_that_is_used_in_another_way_stops_the_run_before_its_first_step(base, tmp_path) -> None:
+    torch.manual_seed(0)
+    model = adapt(base())
+    before, factors = all_outputs(model), [p.clone() for p in model.parameters() if p.requires_grad]
+    optimizer, switcher = bind(model, tmp_path)
+    with pytest.raises(ValueError, match=r"switch 0 changed the output on the first batch by .* was undone.*\bq\b"):
+        step(model, optimizer, switcher)
+    assert largest_change(all_outputs(model), before) < 4e-6
+    assert len(factors) == 6
+
+
+def fuse_kernels(model: nn.Module) -> None:
+    """Compute a layer as fused LoRA kernels do, from the first active adapter alone."""
+    layer = model.base_model.model.q
+
+    def forward(x: Tensor) -> Tensor:
+        name = layer.active_adapters[0]
+        pairs = layer.lora_B[name].weight @ layer.lora_A[name].weight
+        return functional.linear(x, layer.base_layer.weight + layer.scaling[name] * pairs, layer.base_layer.bias)
+
+    layer.forward = forward
+
+
+def test_a_kernel_that_knows_one_adapter_is_refused_beside_a_second(tmp_path) -> None:
+    for fusion in ("adapter", "in_place"):
+        model = adapt(Reads(()))
+        fuse_kernels(model)
+        optimizer, switcher = bind(model, tmp_path, fusion=fusion)
+        if fusion == "in_place":
+            step(model, optimizer, switcher)
+            continue
+        with pytest.raises(ValueError, match="switch fused LoRA kernels off"):
+            step(model, optimizer, switcher)
+
+
+class Unrouted(nn.Module):
+    """Of two experts a batch takes one, of which the type of the weight is read; dropout, and averages that move."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
+        self.norm, self.drop = nn.BatchNorm1d(5), nn.Dropout(0.5)
+        self.num_calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.num_calls += 1
+        return self.drop(self.norm(self.experts[0](x.to(self.experts[0].weight.dtype))))
+
+
+@pytest.mark.parametrize("check_switch", [False, True])
+def test_a_site_that_is_not_routed_to_stays_and_the_check_leaves_no_trace(check_switch: bool, tmp_path) -> None:
+    torch.manual_seed(0)
+    base = Unrouted()
+    model = adapt(base)
+    _, switcher = bind(model, tmp_path, check_switch=check_switch)
+    torch.manual_seed(5)
+    plain = copy.deepcopy(model)
+    for module in plain.modules():
+        module._forward_pre_hooks.clear()
+    wanted, random = plain.train()(INPUTS.clone()), torch.rand(3)
+    weights = [layer.base_layer.weight.clone() for layer in base.experts]
+    torch.manual_seed(5)
+    base.num_calls = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = model.train()(INPUTS.clone())
+    assert base.num_calls == (4 if check_switch else 3)
+    assert torch.equal(got, wanted)
+    assert torch.equal(torch.rand(3), random)
+    assert torch.equal(base.norm.running_mean, plain.base_model.model.norm.running_mean)
+    assert all(map(torch.equal, weights, [layer.base_layer.weight for layer in base.experts]))
+    got.sum().backward()
+    switcher.storage.optimizer.step()
+    assert not any(site.left_out for site in switcher.sites)
+    base.num_calls = 0
+    model(INPUTS.clone())
+    assert base.num_calls == 1
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_compiled_model_is_checked_as_it_was_written_and_compiles_without_a_break(in_place: bool, tmp_path) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = adapt(Reads())
+    config = SRLoRAConfig(target_rank=12, svd_cache=str(tmp_path))
+    switcher = Switcher(model, config, 8)
+    compiled = model if in_place else torch.compile(model, backend="eager", fullgraph=True)
+    if in_place:
+        model.compile(backend="eager", fullgraph=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    switcher.bind(compiled, optimizer)
+    with pytest.warns(UserWarning, match="leaves out q"):
+        step(compiled, optimizer, switcher)
+    step(compiled, optimizer, switcher)
+    assert [site.left_out for site in switcher.sites] == [False, True, False]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]

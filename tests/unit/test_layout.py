@@ -18,9 +18,10 @@ LAYERS = [
     ["forecast"],
     ["inspection", "merging", "health"],
     ["figures", "runlog", "methods", "engine", "plan", "tasks", "precision", "resuming", "preemption", "earlier"]
-    + ["evaluation", "summary", "outcome", "random_state", "optimizers", "token_mean", "deepspeed_file"]
+    + ["evaluation", "summary", "outcome", "optimizers", "token_mean", "deepspeed_file"]
     + ["launched"],
     ["switcher"],
+    ["first_batch"],
     ["memory", "diagnostics", "exchange", "output_check", "saving", "observer"],
     ["watch", "agreement", "rehearsal"],
     ["export"],
@@ -32,7 +33,7 @@ LAYERS = [
     ["ledger", "postponed", "schedule", "original", "krylov", "settling", "direction_file", "base_label", "base_parts"],
     ["storage"],
     ["pairs", "sites", "digest", "spans"],
-    ["bypassed"],
+    ["bypassed", "random_state"],
     ["adapters"],
     ["config"],
     ["srlora_config"],

@@ -1,0 +1,324 @@
+"""Looks at the first training batch, before anything is learnt from it: has switch 0 kept the function?
+
+What the structure of a model does not tell shows here: a layer that the model never calls although it reads its weight
+(bypassed), or a use of the weight, or of the second adapter, that PEFT knows nothing of.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from srlora_dist.bypassed import LEAVE_OUT, Usage, is_all_linear
+from srlora_dist.config import SRLoRAConfig
+from srlora_dist.output_check import (
+    evaluating,
+    largest_change,
+    largest_on_any_rank,
+    relative_change,
+    sample_outputs,
+    samples,
+)
+from srlora_dist.random_state import random_state, restore_random_state
+from srlora_dist.sites import FUSED, PAIR_DIM, find_peft_model, some
+from srlora_dist.storage import Storage
+
+logger = logging.getLogger(__name__)
+
+BYPASSED = "the model never calls, for it reads the weight"
+
+
+class FirstBatch:
+    """Compares the model with what it was before switch 0, by two forward passes beside the batch's own.
+
+    1. A pass in evaluation mode shows which layers are called, and of which the weight is read.
+    2. A pass in training mode, with the random numbers of the batch's own pass, shows the same there. Meanwhile the
+       sites that are suspicious are what they were before switch 0: those that were not called or were read get their
+       W back (a copy of what the rank holds of it waits in host memory), those with a second adapter do without it.
+       With ``check_switch`` all sites are, and a third pass gives the outputs in evaluation mode too.
+    3. The batch's own forward pass has to give what that pass gave.
+
+    Args:
+        model: The prepared model, after switch 0.
+        storage: How it is held.
+        config: ``adapter_name``, ``start``, ``check_switch`` and ``switch_tolerance``.
+        leave_out: Called on every rank with the numbers of the sites that are bypassed, before the batch's own pass.
+
+    Collective: the forward passes; two all-reduces of 12 bytes a site before the batch's own pass, and one of 8 bytes
+        before the first optimizer step; under ZeRO-3 and FSDP2 an all-reduce of the suspicious sites' factors.
+    """
+
+    def __init__(
+        self, model: nn.Module, storage: Storage, config: SRLoRAConfig, leave_out: Callable[[list[int]], None]
+    ) -> None:
+        self.storage, self.config, self._leave_out = storage, config, leave_out
+        self._root = find_peft_model(model)
+        self._call: Callable[[], object] | None = None
+        self._suspicious: list[int] = []
+        self._before: list[Tensor] = []
+        self._change = -1.0
+        self._compiled = _set_compiled_calls_aside_(self._root)
+        self._entrances = _entrances(model, self._root)
+        # Before DeepSpeed's and FSDP2's own hooks, which gather weights.
+        self._handles = [
+            module.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True)
+            for module in self._entrances
+        ]
+
+    def __deepcopy__(self, memo: dict) -> FirstBatch:
+        return self  # a copy of the model has the hooks too, and nothing is to be checked there
+
+    def close(self) -> None:
+        """Remove all hooks, and forget the batch."""
+        for handle in self._handles:
+            handle.remove()
+        for module, call in self._compiled:
+            module._compiled_call_impl = call
+        self._handles, self._compiled, self._call, self._before = [], [], None, []
+
+    def judge(self) -> None:
+        """Undo switch 0 and raise on every rank, if it moved the outputs; call it before the first optimizer step.
+
+        Collective: an all-reduce of 8 bytes.
+
+        Raises:
+            ValueError: With the change and the sites that may be the cause.
+        """
+        tolerance = largest_change(self.storage, self.config.switch_tolerance)
+        change = largest_on_any_rank(self.storage, self._change)
+        if change > tolerance:
+            change = self._judge_again(change, tolerance)
+        suspicious = self._suspicious
+        self.close()
+        if change < 0:
+            logger.warning(
+                "the first batch was not checked, because the model was not called as a whole before the first "
+                "optimizer step: nothing tells whether it calls all adapted layers"
+            )
+        if change <= tolerance:
+            return
+        undo_first_switch_(self.storage, list(range(len(self.storage.sites))), self.config.start)
+        names = some([self.storage.sites[number].name for number in suspicious])
+        raise ValueError(
+            f"switch 0 changed the output on the first batch by {change:.1e} of its size, more than {tolerance:.1e}, "
+            f"and was undone: the model uses a weight or a second adapter in another way than by calling PEFT's layer"
+            f"{f' (it may be {names})' if names else ''}. Leave that layer out of target_modules, or switch fused LoRA "
+            "kernels off, which know one adapter alone"
+        )
+
+    def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if torch.compiler.is_compiling() or self._call is not None or module not in self._entrances:
+            return
+        if not (module.training and torch.is_grad_enabled()):
+            return
+        self._call = lambda: module(*args, **kwargs)
+        state = random_state()
+        try:
+            if self._compare():
+                self._handles.append(module.register_forward_hook(self._after_forward))
+        finally:
+            restore_random_state(state)
+
+    def _after_forward(self, module: nn.Module, args: tuple, output: object) -> None:  # noqa: ARG002 (a hook's)
+        if module.training and torch.is_grad_enabled() and self._before:
+            self._change = max(self._change, relative_change(samples(output), self._before))
+            self._before = []
+
+    def _compare(self) -> bool:
+        """The passes before the batch's own; False where the model cannot be called in evaluation mode."""
+        after, bypassed, called, read = self._look(evaluates=True)
+        if after is None:
+            return False
+        sites = self.storage.sites
+        self._suspicious = [
+            number
+            for number, site in enumerate(sites)
+            if self.config.check_switch or read[number] or not called[number] or site.fused_a is not None
+        ]
+        with self._as_before_switch_0():
+            self._before, more, *_ = self._look(evaluates=False)
+            if self.config.check_switch:
+                with evaluating(self._root):
+                    self._change = relative_change(after, sample_outputs(self._call))
+        bypassed = [number for number in range(len(sites)) if bypassed[number] or more[number]]
+        if bypassed:
+            self._leave_out(bypassed)
+            unseen = set(bypassed) - set(self._suspicious)
+            self._suspicious = [number for number in self._suspicious if number not in bypassed]
+            if unseen:  # they still had the edited W
+                with self._as_before_switch_0():
+                    self._before = self._look(evaluates=False)[0]
+        return True
+
+    def _look(self, evaluates: bool) -> tuple[list[Tensor] | None, list[bool], list[bool], list[bool]]:
+        """Call the model once, and tell on every rank what any rank saw.
+
+        Returns:
+            Samples of the outputs, None if a rank could not call it; then for each site whether it was bypassed,
+            called, and read.
+        """
+        usage, outputs, error = Usage([site.lora for site in self.storage.sites]), None, None
+        state = random_state()
+        with self._same_buffers(), evaluating(self._root) if evaluates else nullcontext(), usage.watching():
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # checkpointing warns that nothing has gradients
+                    outputs = sample_outputs(self._call)
+            except Exception as failure:  # the others would wait for this rank
+                error = failure
+        restore_random_state(state)
+        self.storage.forget_fetch_order()
+        bypassed = [read and not called for read, called in zip(usage.read, usage.called, strict=True)]
+        flags = torch.tensor([*bypassed, *usage.called, *usage.read, error is not None], dtype=torch.int32)
+        *flags, failed = map(bool, self.storage.all_reduce_(flags.to(self.storage.device), "max").tolist())
+        if failed and not evaluates:
+            raise error or RuntimeError("another rank could not compute the first batch")
+        if failed:
+            logger.warning(
+                "the first batch was not checked, for the model cannot be evaluated on it: %s",
+                error or "on another rank",
+            )
+        count = len(self.storage.sites)
+        return None if failed else outputs, flags[:count], flags[count : 2 * count], flags[2 * count :]
+
+    @contextmanager
+    def _same_buffers(self) -> Iterator[None]:
+        """Put buffers back that a forward pass moves, such as the averages of a batch norm."""
+        before = [(buffer, buffer.clone()) for buffer in self._root.buffers()]
+        yield
+        for buffer, kept in before:
+            buffer.copy_(kept)
+
+    @contextmanager
+    def _as_before_switch_0(self) -> Iterator[None]:
+        """Give suspicious sites the W that they had and silence their pairs; put back the very bits at the end."""
+        storage, start = self.storage, self.config.start
+        suspicious = [storage.sites[number] for number in self._suspicious]
+        edited = [n for n in self._suspicious if start == "pissa" and storage.sites[n].fused_a is None]
+        kept = [(number, *_copy_weight(storage, number)) for number in edited]
+        with torch.no_grad():
+            _edit_back_(storage, edited)
+        scaling = [(site.lora.scaling, dict(site.lora.scaling)) for site in suspicious]
+        for numbers, _ in scaling:
+            numbers.update({name: 0.0 for name in (self.config.adapter_name, FUSED) if name in numbers})
+        try:
+            yield
+        finally:
+            for numbers, before in scaling:
+                numbers.update(before)
+            storage.settle()
+            for number, weight, residual in kept:
+                _put_weight_back_(storage, number, weight, residual)
+
+    def _judge_again(self, change: float, tolerance: float) -> float:
+        """The same change, or that in evaluation mode if the model gives something else each time while it trains.
+
+        Collective: two forward passes, and two more then; two all-reduces of 8 bytes.
+        """
+        once, twice = self._look(evaluates=False)[0], self._look(evaluates=False)[0]
+        if largest_on_any_rank(self.storage, relative_change(once, twice)) <= tolerance:
+            return change
+        after = self._look(evaluates=True)[0]
+        with self._as_before_switch_0():
+            before = self._look(evaluates=True)[0]
+        logger.warning(
+            "the model gives other outputs each time while it trains, so what switch 0 does was judged in evaluation "
+            "mode alone"
+        )
+        return largest_on_any_rank(self.storage, relative_change(after, before))
+
+
+def _entrances(model: nn.Module, peft_model: nn.Module) -> list[nn.Module]:
+    """The modules that a loop may call: what torch.compile made of the PEFT model; or that model, or the one inside."""
+    wrappers = [module for module in model.modules() if hasattr(module, "_orig_mod")]
+    around = [module for module in wrappers if any(inner is peft_model for inner in module.modules())]
+    return around[:1] or [peft_model, peft_model.get_base_model()]
+
+
+def _set_compiled_calls_aside_(model: nn.Module) -> list[tuple[nn.Module, object]]:
+    """Let what ``module.compile()`` has compiled run as it was written, hooks too, and tell what to put back."""
+    compiled = [(module, module._compiled_call_impl) for module in model.modules() if module._compiled_call_impl]
+    for module, _ in compiled:
+        module._compiled_call_impl = None
+    return compiled
+
+
+def leave_out_(model: nn.Module, storage: Storage, config: SRLoRAConfig, numbers: list[int]) -> None:
+    """Undo switch 0 at sites that the model bypasses, and leave them out of all later ones.
+
+    Args:
+        model: The prepared model.
+        storage: How it is held.
+        config: ``adapter_name`` and ``start``.
+        numbers: Of the sites, the same on every rank.
+
+    Collective: see :func:`undo_first_switch_`.
+
+    Raises:
+        ValueError: The user has named them, or there is no other site; then switch 0 is undone at all sites.
+    """
+    peft_model, name = find_peft_model(model), config.adapter_name
+    base, sites = peft_model.get_base_model(), storage.sites
+    bypassed = some([sites[number].name for number in numbers])
+    if len(numbers) == len(sites) or not is_all_linear(base, peft_model.peft_config[name], name):
+        undo_first_switch_(storage, list(range(len(sites))), config.start)
+        raise ValueError(f"SRLoRA cannot work on a layer that {BYPASSED}: {bypassed}; {LEAVE_OUT}")
+    undo_first_switch_(storage, numbers, config.start)
+    for number in numbers:
+        sites[number].left_out = True
+    warnings.warn(
+        f"SRLoRA leaves out {bypassed} (a layer that {BYPASSED}): its pairs do nothing, with or without SRLoRA",
+        stacklevel=2,
+    )
+
+
+@torch.no_grad()
+def undo_first_switch_(storage: Storage, numbers: list[int], start: str) -> None:
+    """Give sites their W back and pairs that do nothing, as before switch 0, but for roundings.
+
+    Args:
+        storage: How they are held; nothing was trained yet.
+        numbers: Of the sites.
+        start: ``srlora.start``.
+
+    Collective: under ZeRO-3 and FSDP2 an all-reduce of the factors.
+    """
+    _edit_back_(storage, [n for n in numbers if start == "pissa" and storage.sites[n].fused_a is None])
+    for number in numbers:
+        site = storage.sites[number]
+        if site.fused_a is not None:
+            for factor, parameter in (("A", site.fused_a), ("B", site.fused_b)):
+                nothing = torch.zeros(site.fused_shape(factor), dtype=parameter.dtype, device=storage.device)
+                storage.write_parameter_(parameter, PAIR_DIM[factor], torch.arange(site.num_fused), nothing)
+        nothing = torch.zeros(site.factor_shape("B"), dtype=site.lora_b.dtype, device=storage.device)
+        storage.write_pairs_(number, "B", torch.arange(site.rank), nothing, "keep")
+        site.num_taken, site.num_fused = 0, 0
+        site.held, site.born = [-1] * site.rank, [0] * site.rank
+
+
+def _edit_back_(storage: Storage, numbers: list[int]) -> None:
+    """Add the pairs of switch 0 to W again, from which it took them."""
+    storage.settle()
+    for number in numbers:
+        a, b = storage.gather_parameters([storage.sites[number].lora_a, storage.sites[number].lora_b])
+        storage.edit_weight_(number, b.float(), a.float())
+
+
+def _copy_weight(storage: Storage, number: int) -> tuple[Tensor, Tensor | None]:
+    storage.settle()
+    with storage.in_memory(number):
+        residual = storage.residuals.get(number)
+        return storage.weight_to_edit(number)[0].to("cpu", copy=True), None if residual is None else residual.clone()
+
+
+def _put_weight_back_(storage: Storage, number: int, weight: Tensor, residual: Tensor | None) -> None:
+    with storage.in_memory(number):
+        storage.weight_to_edit(number)[0].copy_(weight)
+        if residual is not None:
+            storage.residuals[number].copy_(residual)
+        storage.after_edit(number)
