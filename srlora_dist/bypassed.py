@@ -123,7 +123,9 @@ def is_all_linear(base: nn.Module, config: PeftConfig, adapter_name: str) -> boo
 
 
 class Usage:
-    """Notes during forward passes which layers were called, and of which the weight was read from outside.
+    """Notes during forward passes which layers were called, and of which the weight was used from outside.
+
+    That is read from PEFT's layer, or the layer inside of it was called, which a model may have kept in a list.
 
     Attributes:
         called: Whether each layer was, in the order given.

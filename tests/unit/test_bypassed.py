@@ -203,11 +203,23 @@ class SideOutput(Reads):
         return {"logits": self.last(x), "masks": [functional.linear(x, self.q.weight)]}
 
 
+class KeepsInList(Reads):
+    """Calls the layer that it had put into a list before PEFT came, as MaskFormer does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = [self.q]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.kept[0](self.f(x))))
+
+
 BYPASSES = {
     "read": Reads,
     "read in evaluation mode": lambda: Reads((False,)),
     "read in training mode": lambda: Reads((True,)),
     "a second output": SideOutput,
+    "kept in a list": KeepsInList,
 }
 
 
