@@ -129,11 +129,12 @@ class Watch:
                         f"load_state_dict() or accelerator.load_state(): it does not fit the record of what was fused "
                         f"any more, so nothing is written; {remedy}"
                     )
-        moved = any(bool(drift.any()) for drift in self._drift)
+        # What is not a number has diverged, which the scores tell; no comparison with it holds.
+        moved = any(bool((drift > 0).any()) for drift in self._drift)
         if not in_step and not moved:
             self._views = self._view_factors()
             pairs = zip(self._sample_pairs(), self._pairs, strict=True)
-            moved = any(now.shape != before.shape or bool((now - before).any()) for now, before in pairs)
+            moved = any(now.shape != before.shape or bool(((now - before).abs() > 0).any()) for now, before in pairs)
         if moved:
             return (
                 "the pairs were changed by something else than the optimizer that bind() got: by another optimizer, "
