@@ -130,12 +130,14 @@ class Usage:
     Attributes:
         called: Whether each layer was, in the order given.
         read: Likewise.
+        types: Of what the layers gave, which autocast can make shorter than all weights.
     """
 
     def __init__(self, layers: list[LoraLayer]) -> None:
         self._numbers = {id(layer): number for number, layer in enumerate(layers)}
         self._layers = layers
         self.called, self.read = [False] * len(layers), [False] * len(layers)
+        self.types: set[torch.dtype] = set()
         self._inside: set[int] = set()
 
     @contextmanager
@@ -164,8 +166,10 @@ class Usage:
         self.called[self._numbers[id(layer)]] = True
         self._inside.add(self._numbers[id(layer)])
 
-    def _note_end(self, layer: nn.Module, *_: object) -> None:
+    def _note_end(self, layer: nn.Module, _: tuple, output: object) -> None:
         self._inside.discard(self._numbers[id(layer)])
+        if torch.is_tensor(output):
+            self.types.add(output.dtype)
 
     def _note_use(self, number: int, *_: object) -> None:
         """The layer inside of PEFT's was called: by PEFT's, or by a model that keeps its layers in a list."""

@@ -62,6 +62,7 @@ class FirstBatch:
         self._suspicious: list[int] = []
         self._before: list[Tensor] = []
         self._change = -1.0
+        self._types: set[torch.dtype] = set()
         self._compiled = _set_compiled_calls_aside_(self._root)
         self._entrances = _entrances(model, self._root)
         # Before DeepSpeed's and FSDP2's own hooks, which gather weights.
@@ -89,7 +90,7 @@ class FirstBatch:
         Raises:
             ValueError: With the change and the sites that may be the cause.
         """
-        tolerance = largest_change(self.storage, self.config.switch_tolerance)
+        tolerance = largest_change(self.storage, self.config.switch_tolerance, self._types)
         change = largest_on_any_rank(self.storage, self._change)
         if change > tolerance:
             change = self._judge_again(change, tolerance)
@@ -171,6 +172,7 @@ class FirstBatch:
                     outputs = sample_outputs(self._call)
             except Exception as failure:  # the others would wait for this rank
                 error = failure
+        self._types |= usage.types
         restore_random_state(state)
         self.storage.forget_fetch_order()
         bypassed = [read and not called for read, called in zip(usage.read, usage.called, strict=True)]

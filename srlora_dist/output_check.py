@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -63,12 +63,21 @@ class OutputCheck:
         return largest_on_any_rank(self.storage, relative_change(self.output(), before))
 
 
-def largest_change(storage: Storage, tolerance: float | None) -> float:
-    """``srlora.switch_tolerance``, or the one for the shortest type among the weights and the pairs."""
+def largest_change(storage: Storage, tolerance: float | None, types: Iterable[torch.dtype] = ()) -> float:
+    """``srlora.switch_tolerance``, or the one for the shortest type that the sites are held or computed in.
+
+    Args:
+        storage: How they are held.
+        tolerance: The option.
+        types: Those that a forward pass has shown beside them.
+    """
     if tolerance is not None:
         return tolerance
-    types = {t.dtype for site in storage.sites for t in (site.weight, site.lora_a) if t.dtype in TOLERANCES}
-    return max(map(TOLERANCES.__getitem__, types))
+    found = {*types, *(t.dtype for site in storage.sites for t in (site.weight, site.lora_a))}
+    found |= {getattr(site.lora.get_base_layer(), "compute_dtype", None) for site in storage.sites}
+    # An int8 layer rounds its inputs to 8 bits, as bfloat16 does.
+    found |= {torch.bfloat16 for site in storage.sites if site.quantised == "int8"}
+    return max(TOLERANCES[kind] for kind in found if kind in TOLERANCES)
 
 
 @contextmanager

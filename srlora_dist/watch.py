@@ -148,7 +148,8 @@ class Watch:
         """What a switch changes of a site, beside its pairs, on this rank."""
         storage, site = self.storage, self.storage.sites[number]
         if not storage.is_away(number):
-            yield "the weight", storage.weight_to_edit(number)[0]
+            in_place = site.fused_a is None
+            yield "the weight", (storage.weight_to_edit(number) if in_place else storage.parameter_run(site.weight))[0]
         if number in storage.residuals:
             yield "the residual", storage.residuals[number]
         if site.fused_a is not None:

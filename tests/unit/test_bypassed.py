@@ -405,3 +405,14 @@ def test_a_compiled_model_is_checked_as_it_was_written_and_compiles_without_a_br
     assert [site.left_out for site in switcher.sites] == [False, True, False]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_autocast_is_no_reason_to_refuse_what_only_rounds(tmp_path) -> None:
+    model = adapt(Reads(()))
+    optimizer, switcher = bind(model, tmp_path, fusion="adapter")
+    with torch.autocast("cpu", torch.bfloat16):
+        change = model(INPUTS.clone())
+    assert change.dtype == torch.bfloat16
+    assert switcher._first_batch._change > 1e-4  # more than float32 would round
+    step(model, optimizer, switcher)
+    assert not any(site.left_out for site in switcher.sites)
