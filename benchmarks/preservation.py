@@ -162,12 +162,12 @@ def run(kind: str, num_switches: int, shape: tuple[int, int], delta: float) -> d
         switcher.bind(ours.model, optimizer)
         follow(contenders, None, live_pairs(ours, range(RANK)))
         for number in tqdm(range(1, num_switches + 1), desc=kind, leave=False):
-            pretend_training(contenders, delta * float(weight.norm()))
-            before = {name: (c.output(x), c.weight) for name, c in contenders.items()}
-            factors = [factor.detach().clone() for factor in ours.factors]
             for factor in ours.factors:
                 factor.grad = torch.zeros_like(factor)
             optimizer.step()
+            pretend_training(contenders, delta * float(weight.norm()))
+            before = {name: (c.output(x), c.weight) for name, c in contenders.items()}
+            factors = [factor.detach().clone() for factor in ours.factors]
             (part,) = switcher.step().sites
             fused, taken = (factors[1][:, part.slots], factors[0][part.slots]), live_pairs(ours, part.slots)
             ours.note_fusion(before["ours"][1], fused, beside=taken)

@@ -10,9 +10,11 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from srlora_dist.bypassed import LEAVE_OUT, Usage, is_all_linear
 from srlora_dist.config import SRLoRAConfig
@@ -53,6 +55,8 @@ class FirstBatch:
         before the first optimizer step; under ZeRO-3 and FSDP2 an all-reduce of the suspicious sites' factors.
     """
 
+    _entrances: tuple[nn.Module, ...] = ()
+
     def __init__(
         self, model: nn.Module, storage: Storage, config: SRLoRAConfig, leave_out: Callable[[list[int]], None]
     ) -> None:
@@ -63,13 +67,21 @@ class FirstBatch:
         self._before: list[Tensor] = []
         self._change = -1.0
         self._types: set[torch.dtype] = set()
+        self._is_told = False
         self._compiled = _set_compiled_calls_aside_(self._root)
-        self._entrances = _entrances(model, self._root)
+        self._entrances = tuple(_entrances(model, self._root))
         # Before DeepSpeed's and FSDP2's own hooks, which gather weights.
         self._handles = [
             module.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True)
             for module in self._entrances
         ]
+
+    @property
+    def _tolerance(self) -> float:
+        return largest_change(self.storage, self.config.switch_tolerance, self._types)
+
+    def __reduce__(self) -> tuple:
+        return object.__new__, (FirstBatch,)  # likewise in a model that is pickled; it has no entrances
 
     def __deepcopy__(self, memo: dict) -> FirstBatch:
         return self  # a copy of the model has the hooks too, and nothing is to be checked there
@@ -82,27 +94,30 @@ class FirstBatch:
             module._compiled_call_impl = call
         self._handles, self._compiled, self._call, self._before = [], [], None, []
 
-    def judge(self) -> None:
+    def judge(self) -> float:
         """Undo switch 0 and raise on every rank, if it moved the outputs; call it before the first optimizer step.
+
+        Returns:
+            The largest relative change to accept, now that the types are known that the layers compute in.
 
         Collective: an all-reduce of 8 bytes.
 
         Raises:
             ValueError: With the change and the sites that may be the cause.
         """
-        tolerance = largest_change(self.storage, self.config.switch_tolerance, self._types)
+        tolerance = self._tolerance
         change = largest_on_any_rank(self.storage, self._change)
         if change > tolerance:
-            change = self._judge_again(change, tolerance)
+            change = self._judge_again(change)
         suspicious = self._suspicious
         self.close()
-        if change < 0:
+        if change < 0 and not self._is_told:
             logger.warning(
                 "the first batch was not checked, because the model was not called as a whole before the first "
                 "optimizer step: nothing tells whether it calls all adapted layers"
             )
         if change <= tolerance:
-            return
+            return tolerance
         undo_first_switch_(self.storage, list(range(len(self.storage.sites))), self.config.start)
         names = some([self.storage.sites[number].name for number in suspicious])
         raise ValueError(
@@ -113,11 +128,11 @@ class FirstBatch:
         )
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if torch.compiler.is_compiling() or self._call is not None or module not in self._entrances:
+        if torch.compiler.is_compiling() or module not in self._entrances or self._call is not None:
             return
-        if not (module.training and torch.is_grad_enabled()):
+        if not torch.is_grad_enabled():
             return
-        self._call = lambda: module(*args, **kwargs)
+        self._call = lambda: module(*(copies := _copies((args, kwargs)))[0], **copies[1])
         state = random_state()
         try:
             if self._compare():
@@ -126,13 +141,13 @@ class FirstBatch:
             restore_random_state(state)
 
     def _after_forward(self, module: nn.Module, args: tuple, output: object) -> None:  # noqa: ARG002 (a hook's)
-        if module.training and torch.is_grad_enabled() and self._before:
+        if torch.is_grad_enabled() and self._before:
             self._change = max(self._change, relative_change(samples(output), self._before))
             self._before = []
 
     def _compare(self) -> bool:
-        """The passes before the batch's own; False where the model cannot be called in evaluation mode."""
-        after, bypassed, called, read = self._look(evaluates=True)
+        """The passes before the batch's own; False where the model cannot be called once more."""
+        after, unused, called, read = self._look(evaluates=True)
         if after is None:
             return False
         sites = self.storage.sites
@@ -142,19 +157,41 @@ class FirstBatch:
             if self.config.check_switch or read[number] or not called[number] or site.fused_a is not None
         ]
         with self._as_before_switch_0():
-            self._before, more, *_ = self._look(evaluates=False)
+            before, more, *_ = self._look(evaluates=False)
             if self.config.check_switch:
-                with evaluating(self._root):
-                    self._change = relative_change(after, sample_outputs(self._call))
-        bypassed = [number for number in range(len(sites)) if bypassed[number] or more[number]]
-        if bypassed:
+                self._change = relative_change(after, self._look(evaluates=True)[0] or [])
+        if before is None:
+            return False
+        in_place = [number for number, site in enumerate(sites) if site.fused_a is None]
+        bypassed = [number for number in in_place if unused[number] or more[number]]
+        if bypassed and self._matter(bypassed, after):
             self._leave_out(bypassed)
             unseen = set(bypassed) - set(self._suspicious)
             self._suspicious = [number for number in self._suspicious if number not in bypassed]
             if unseen:  # they still had the edited W
                 with self._as_before_switch_0():
-                    self._before = self._look(evaluates=False)[0]
+                    before = self._look(evaluates=False)[0]
+        self._before = before or []
         return True
+
+    def _matter(self, numbers: list[int], after: list[Tensor]) -> bool:
+        """Whether outputs move with the W of layers that are read and not called: it may be for their type alone.
+
+        Args:
+            numbers: Of the sites.
+            after: The outputs in evaluation mode as it is.
+
+        Collective: three forward passes, and an all-reduce of 8 bytes.
+        """
+        kept = [(number, *_copy_weight(self.storage, number)) for number in numbers]
+        trains = self._look(evaluates=False)[0]
+        with torch.no_grad():
+            _edit_back_(self.storage, numbers, moves=self.config.start == "zero_b")
+        moved = self._look(evaluates=True)[0], self._look(evaluates=False)[0]
+        for number, weight, residual in kept:
+            _put_weight_back_(self.storage, number, weight, residual)
+        change = max(relative_change(now or [], then or []) for now, then in zip(moved, (after, trains), strict=True))
+        return largest_on_any_rank(self.storage, change) > self._tolerance
 
     def _look(self, evaluates: bool) -> tuple[list[Tensor] | None, list[bool], list[bool], list[bool]]:
         """Call the model once, and tell on every rank what any rank saw.
@@ -178,12 +215,11 @@ class FirstBatch:
         bypassed = [read and not called for read, called in zip(usage.read, usage.called, strict=True)]
         flags = torch.tensor([*bypassed, *usage.called, *usage.read, error is not None], dtype=torch.int32)
         *flags, failed = map(bool, self.storage.all_reduce_(flags.to(self.storage.device), "max").tolist())
-        if failed and not evaluates:
-            raise error or RuntimeError("another rank could not compute the first batch")
         if failed:
+            self._is_told = True
             logger.warning(
-                "the first batch was not checked, for the model cannot be evaluated on it: %s",
-                error or "on another rank",
+                "the first batch was not checked, for the model cannot be called on it once more: %s",
+                error if error is not None else "another rank could not",
             )
         count = len(self.storage.sites)
         return None if failed else outputs, flags[:count], flags[count : 2 * count], flags[2 * count :]
@@ -191,9 +227,15 @@ class FirstBatch:
     @contextmanager
     def _same_buffers(self) -> Iterator[None]:
         """Put buffers back that a forward pass moves, such as the averages of a batch norm."""
-        before = [(buffer, buffer.clone()) for buffer in self._root.buffers()]
+        before = [
+            (module, name, buffer, buffer.clone())
+            for module in self._root.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
         yield
-        for buffer, kept in before:
+        for module, name, buffer, kept in before:
+            module._buffers[name] = buffer
             buffer.copy_(kept)
 
     @contextmanager
@@ -217,22 +259,28 @@ class FirstBatch:
             for number, weight, residual in kept:
                 _put_weight_back_(storage, number, weight, residual)
 
-    def _judge_again(self, change: float, tolerance: float) -> float:
+    def _judge_again(self, change: float) -> float:
         """The same change, or that in evaluation mode if the model gives something else each time while it trains.
 
-        Collective: two forward passes, and two more then; two all-reduces of 8 bytes.
+        Returns:
+            0 if it does in both modes, so that nothing can be told.
+
+        Collective: two forward passes, and three more then; up to three all-reduces of 8 bytes.
         """
-        once, twice = self._look(evaluates=False)[0], self._look(evaluates=False)[0]
-        if largest_on_any_rank(self.storage, relative_change(once, twice)) <= tolerance:
+        once, twice = (self._look(evaluates=False)[0] or [] for _ in range(2))
+        if largest_on_any_rank(self.storage, relative_change(once, twice)) <= self._tolerance:
             return change
-        after = self._look(evaluates=True)[0]
-        with self._as_before_switch_0():
-            before = self._look(evaluates=True)[0]
+        once, twice = (self._look(evaluates=True)[0] or [] for _ in range(2))
+        repeats = largest_on_any_rank(self.storage, relative_change(once, twice)) <= self._tolerance
         logger.warning(
-            "the model gives other outputs each time while it trains, so what switch 0 does was judged in evaluation "
-            "mode alone"
+            "the model gives other outputs each time it is called, so %s",
+            "what switch 0 does was judged in evaluation mode alone" if repeats else "the first batch was not checked",
         )
-        return largest_on_any_rank(self.storage, relative_change(after, before))
+        if not repeats:
+            return 0.0
+        with self._as_before_switch_0():
+            before = self._look(evaluates=True)[0] or []
+        return largest_on_any_rank(self.storage, relative_change(once, before))
 
 
 def _entrances(model: nn.Module, peft_model: nn.Module) -> list[nn.Module]:
@@ -303,12 +351,31 @@ def undo_first_switch_(storage: Storage, numbers: list[int], start: str) -> None
         site.held, site.born = [-1] * site.rank, [0] * site.rank
 
 
-def _edit_back_(storage: Storage, numbers: list[int]) -> None:
-    """Add the pairs of switch 0 to W again, from which it took them."""
+def _edit_back_(storage: Storage, numbers: list[int], moves: bool = False) -> None:
+    """Add the pairs of switch 0 to W again, from which it took them.
+
+    Args:
+        storage: How it is held.
+        numbers: Of the sites.
+        moves: The pairs are nothing yet, so move W along their rows by any amount that shows.
+    """
     storage.settle()
     for number in numbers:
         a, b = storage.gather_parameters([storage.sites[number].lora_a, storage.sites[number].lora_b])
-        storage.edit_weight_(number, b.float(), a.float())
+        storage.edit_weight_(number, torch.ones_like(b.float()) if moves else b.float(), a.float())
+
+
+def _copies(inputs: object) -> object:
+    """Inputs that a forward pass may change, and the batch's own pass gets as they were.
+
+    Raises:
+        TypeError: Something in them cannot be copied, such as a generator.
+    """
+
+    def copy(leaf: object) -> object:
+        return leaf.detach().clone() if torch.is_tensor(leaf) else deepcopy(leaf)
+
+    return tree_map(copy, inputs)
 
 
 def _copy_weight(storage: Storage, number: int) -> tuple[Tensor, Tensor | None]:

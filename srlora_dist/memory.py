@@ -21,6 +21,7 @@ class ExtraMemory:
         residual: The second terms of 16-bit weights.
         second_adapter: The frozen adapter that holds what is fused into quantised weights.
         ledger: What rank 0 has in memory at the end of the run; nothing where it goes to a folder.
+        samples: Elements by which a change behind the Switcher's back is noticed.
         directions: What a switch holds while it runs: next directions and gathered factors of a bucket of sites.
     """
 
@@ -28,6 +29,7 @@ class ExtraMemory:
     residual: int
     second_adapter: int
     ledger: int
+    samples: int
     directions: int
 
     def __str__(self) -> str:
@@ -45,6 +47,7 @@ def count_extra_memory(
     num_switches: int,
     config: SRLoRAConfig,
     buckets: list[list[int]],
+    samples: int,
 ) -> ExtraMemory:
     """Count it from the sites and the schedule.
 
@@ -55,6 +58,7 @@ def count_extra_memory(
         num_switches: Planned after switch 0.
         config: Options.
         buckets: Numbers of the sites that are switched together.
+        samples: See :class:`ExtraMemory`.
     """
     sites, in_memory = storage.sites, ledger is not None and ledger.folder is None
     with_second = [site for site in sites if site.fused_a is not None]
@@ -63,6 +67,7 @@ def count_extra_memory(
         residual=sum(residual.nbytes for residual in storage.residuals.values()),
         second_adapter=sum(storage.held_bytes(f) for site in with_second for f in (site.fused_a, site.fused_b)),
         ledger=sum(ledger_bytes(site, num_switches, config) for site in sites) if in_memory else 0,
+        samples=samples,
         directions=max(sum(switch_bytes(sites[number], storage.gathers) for number in bucket) for bucket in buckets),
     )
 

@@ -40,8 +40,8 @@ class OutputCheck:
         peft_model = find_peft_model(model)
         self.hooks = [peft_model.register_forward_pre_hook(self._keep, with_kwargs=True)]
 
-    def _keep(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if module.training and torch.is_grad_enabled():
+    def _keep(self, _: nn.Module, args: tuple, kwargs: dict) -> None:
+        if torch.is_grad_enabled():
             self._inputs = args, kwargs
 
     def output(self) -> list[Tensor] | None:
@@ -75,6 +75,8 @@ def largest_change(storage: Storage, tolerance: float | None, types: Iterable[to
         return tolerance
     found = {*types, *(t.dtype for site in storage.sites for t in (site.weight, site.lora_a))}
     found |= {getattr(site.lora.get_base_layer(), "compute_dtype", None) for site in storage.sites}
+    if storage.device.type != "cpu":
+        found.add(torch.float16)  # TF32 has its mantissa
     # An int8 layer rounds its inputs to 8 bits, as bfloat16 does.
     found |= {torch.bfloat16 for site in storage.sites if site.quantised == "int8"}
     return max(TOLERANCES[kind] for kind in found if kind in TOLERANCES)

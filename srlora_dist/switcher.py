@@ -392,6 +392,7 @@ class Switcher:
         self.extra_memory = count_extra_memory(
             *(self.storage, self._importance, self._ledger, len(self.due_steps), self.config),
             list(self._exchange.buckets()),
+            self._watch.num_bytes,
         )
         num_sites, name = len(self.sites), self.storage.name
         when = "after" if self.config.switch_when == "due" else "at the latest after"
@@ -405,7 +406,9 @@ class Switcher:
     def _judge_first_batch(self) -> None:
         if self._first_batch is not None:
             first_batch, self._first_batch = self._first_batch, None
-            first_batch.judge()
+            tolerance = first_batch.judge()
+            if self._check is not None:
+                self._check.tolerance = tolerance
 
     def _leave_out(self, numbers: list[int]) -> None:
         leave_out_(self._model, self.storage, self.config, numbers)

@@ -83,6 +83,12 @@ class Watch:
             self._views, self._views_are_old = self._view_factors(), False
         self._pairs = self._sample_pairs()
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the elements that are remembered on this rank."""
+        kept = [sample for samples in self._samples for sample in samples]
+        return sum(tensor.nbytes for tensor in (*kept, *self._pairs, *self._drift))
+
     def was_written(self) -> bool:
         """Whether a weight was written in place, with the same numbers perhaps; costs no operation on tensors."""
         return self._count_writes() != self._versions

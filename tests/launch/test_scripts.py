@@ -117,7 +117,7 @@ def test_every_script_is_run_here_or_by_another_test() -> None:
     assert found == {*IN_ONE_PROCESS, *ALONE, *by_run, *LEARNING, *PARTS, *ELSEWHERE}
     assert all((ROOT / test).is_file() for test in ELSEWHERE.values())
     scripts = (ROOT / "benchmarks" / "run.py").read_text().split("SCRIPTS = (")[1].split(")")[0]
-    assert [name.strip(' ",\n') for name in scripts.split(",") if name.strip()] == BY_RUN
+    assert [name.strip(' ",\n') for name in scripts.split(",") if name.strip()] == list(BY_RUN)
 
 
 def test_scripts_that_need_one_process_run_at_a_tiny_size(bench: Bench, places: dict[str, str]) -> None:

@@ -95,6 +95,7 @@ def test_a_storage_among_1024_ranks_holds_what_is_planned(
     extra = count_extra_memory(
         *(storage, Importance(storage, 0.85, 0.85), None, num_switches, SRLoRAConfig()),
         list(cut_into_buckets(storage.sites)),
+        samples=0,
     )
     assert (storage.name, storage.rank, storage.world_size) == (engine, rank, WORLD_SIZE)
     assert (extra.tracking, extra.residual) == (planned.moving_averages, planned.residual)
