@@ -85,7 +85,7 @@ def _size(name: str) -> int:
         except json.JSONDecodeError:
             return 1
         cluster = hosts.get("cluster") if isinstance(hosts, dict) else [hosts]
-        groups = cluster.values() if isinstance(cluster, dict) else cluster or ()
+        groups = cluster.values() if isinstance(cluster, dict) else cluster if isinstance(cluster, list) else ()
         return sum(len(group) for group in groups if isinstance(group, (list, dict)))
-    most = text.rpartition(":")[2]  # torchrun's nodes may be a range
+    most = text.rpartition(":")[2].strip()  # torchrun's nodes may be a range
     return int(most) if most.isdecimal() else 1

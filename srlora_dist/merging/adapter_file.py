@@ -92,8 +92,8 @@ def read_config(adapter: Path) -> PeftConfig:
         if settings.get(name) is not None and not is_right(settings[name]):
             raise ValueError(f"{path} has {name} {settings[name]!r}, where {wanted} is wanted: correct it")
     for name in ("r", "lora_alpha"):
-        if name in settings and settings[name] is None:
-            raise ValueError(f"{path} has {name} null, where {EXPECTED[name][1]} is wanted: correct it")
+        if settings.get(name) is None:  # PEFT would take its own default
+            raise ValueError(f"{path} has {name} null or left out, where {EXPECTED[name][1]} is wanted: correct it")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of keys that this version of PEFT does not know

@@ -62,6 +62,7 @@ def _encode_messages(sample: Sample, tokenizer: PreTrainedTokenizerBase, where: 
             f"{where} has messages, but the tokenizer has no chat template: choose a model made for chats, put a "
             "chat_template.jinja into its folder, or write lines with prompt and completion"
         )
+    _require_calls(sample, tokenizer, where)
     if MARKS_ANSWERS.search(tokenizer.get_chat_template()):
         return _encode_marked(sample, tokenizer, where)
     pieces = _pieces(sample, tokenizer, where)
@@ -72,6 +73,19 @@ def _encode_messages(sample: Sample, tokenizer: PreTrainedTokenizerBase, where: 
         for (text, kind), content in zip(answers, contents, strict=True)
     )
     return _encoded(*_tokenise(tokenizer, pieces, begins=False), "" if has_end else NO_END_MARK)
+
+
+def _require_calls(sample: Sample, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """Raise where the template leaves calls of tools out: an empty answer would be learnt in their place."""
+    calls = [call for message in sample.messages for call in message.get("tool_calls", ())]
+    names = [str(call.get("function", call).get("name")) for call in calls]
+    text = _apply_template(tokenizer, sample.messages, where, tokenize=False, tools=sample.tools) if names else ""
+    missing = [name for name in names if name not in text]
+    if missing:
+        raise ValueError(
+            f"{where} calls the tool {missing[0]}, which the chat template does not write: choose a model made for "
+            "tools, or leave such lines out"
+        )
 
 
 def _encode_marked(sample: Sample, tokenizer: PreTrainedTokenizerBase, where: str) -> Encoded:

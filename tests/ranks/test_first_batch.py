@@ -87,11 +87,12 @@ def test_what_the_first_batch_shows_is_the_same_on_every_engine(
     (alone,) = run_ranks(train, 1, "plain", {}, str(tmp_path / "alone"), fusion)
     ranks = run_ranks(train, world_size, engine, zero, str(tmp_path / "ranks"), fusion)
     assert ranks[0]["storage"] == engine
-    assert alone["left_out"] == ["second"]
-    assert {site for site, _ in alone["slots"]} == {"first", "head", "tiny"}
+    bypassed = ["second"] if fusion == "in_place" else []  # a weight that is never written does no harm
+    assert alone["left_out"] == bypassed
+    assert {site for site, _ in alone["slots"]} == {"first", "second", "head", "tiny"} - set(bypassed)
     for rank in ranks:
-        assert rank["left_out"] == ["second"]
-        assert len(rank["warned"]) == 1
+        assert rank["left_out"] == bypassed
+        assert len(rank["warned"]) == len(bypassed)
         assert rank["slots"] == alone["slots"]
         torch.testing.assert_close(rank["output"], alone["output"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(torch.stack([r["losses"] for r in ranks]).mean(0), alone["losses"], rtol=1e-5, atol=1e-6)

@@ -165,6 +165,7 @@ def run(rank: int, world_size: int, name: str, precision: str, zero: dict, folde
                 if switcher.num_steps == switcher.due_steps[-2]:  # the largest: the averages are still needed
                     switcher.save_checkpoint(f"{folder}/checkpoints")
     extra = asdict(switcher.extra_memory)
+    del extra["samples"]  # a few kB per site at the most, which a plan leaves out
     return {"held": measure(switcher, engine, of_gradients), "sent": sent, "announced": extra}
 
 

@@ -17,6 +17,7 @@ from tests.ranks.hf_trainer import make_arguments, make_model
 
 SEVERAL = {
     "Kubeflow, two nodes": {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "auto", "PET_NODE_RANK": "0"},
+    "Kubeflow, a blank in the file": {"PET_NNODES": " 2"},
     "Kubeflow, elastic": {"PET_NNODES": "1:4", "PET_NPROC_PER_NODE": "1"},
     "Kubeflow, two GPUs": {"PET_NNODES": "1", "PET_NPROC_PER_NODE": "2", "JOB_COMPLETION_INDEX": "0"},
     "indexed Job": {"JOB_COMPLETION_INDEX": "1"},

@@ -29,7 +29,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 SETTINGS = {
     "a text for alpha": ({"lora_alpha": "8"}, "has lora_alpha '8', where a finite number is wanted"),
-    "no alpha": ({"lora_alpha": None}, "has lora_alpha null"),
+    "no alpha": ({"lora_alpha": None}, "has lora_alpha null or left out"),
     "alpha in a list": ({"lora_alpha": [8]}, "has lora_alpha [8]"),
     "alpha NaN": ({"lora_alpha": float("nan")}, "has lora_alpha nan"),
     "alpha infinite": ({"lora_alpha": float("inf")}, "has lora_alpha inf"),
@@ -70,6 +70,14 @@ def edit(**changes: object) -> Callable[[Path], None]:
     return apply
 
 
+def without(name: str) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != name}))
+
+    return apply
+
+
 def tensors(change: Callable[[dict], dict]) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
         path = folder / "adapter_model.safetensors"
@@ -104,6 +112,7 @@ BASE = "base_model.model.classifier.weight"
 FILES = {
     "no JSON": (write("adapter_config.json", b"{"), "adapter_config.json cannot be read"),
     "binary JSON": (write("adapter_config.json", b"\xff\xfe"), "adapter_config.json cannot be read"),
+    "alpha left out": (without("lora_alpha"), "has lora_alpha null or left out"),
     "a list": (write("adapter_config.json", b"[]"), "is not a JSON object"),
     "an empty object": (write("adapter_config.json", b"{}"), "is of peft_type None"),
     "no tensors file": (

@@ -224,6 +224,12 @@ def test_a_call_of_a_tool_first_is_learnt_whole(folder: Path) -> None:
     assert learnt(task) == ["[that three]<|end|>\n"]
 
 
+@pytest.mark.parametrize("template", [PLAIN, MARKED])
+def test_a_call_that_the_template_leaves_out_is_no_empty_answer(template: str, folder: Path) -> None:
+    with pytest.raises(ValueError, match="line 1 calls the tool that, which the chat template does not write"):
+        load(folder, {"messages": [{"role": "user", "content": "w?"}, CALLS["OpenAI"]]}, template=template)
+
+
 @pytest.mark.parametrize("turns", [slice(1, 3), slice(1, 5), slice(2, 5)])
 def test_templates_with_indentation_work(turns: slice, folder: Path) -> None:
     task = load(folder, {"messages": CHAT[turns]}, template=INDENTED)
