@@ -191,7 +191,8 @@ class FirstBatch:
         for number, weight, residual in kept:
             _put_weight_back_(self.storage, number, weight, residual)
         change = max(relative_change(now or [], then or []) for now, then in zip(moved, (after, trains), strict=True))
-        return largest_on_any_rank(self.storage, change) > self._tolerance
+        # A read for the type alone moves nothing at all, and a small layer may move the outputs by little.
+        return largest_on_any_rank(self.storage, change) > self._tolerance / 100
 
     def _look(self, evaluates: bool) -> tuple[list[Tensor] | None, list[bool], list[bool], list[bool]]:
         """Call the model once, and tell on every rank what any rank saw.
