@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from srlora_dist.bypassed import LEAVE_OUT, Usage, is_all_linear
+from srlora_dist.bypassed import Usage
 from srlora_dist.config import SRLoRAConfig
+from srlora_dist.first_switch import edited_back, undo_first_switch_
 from srlora_dist.output_check import (
     evaluating,
     largest_change,
@@ -27,12 +28,10 @@ from srlora_dist.output_check import (
     samples,
 )
 from srlora_dist.random_state import random_state, restore_random_state
-from srlora_dist.sites import FUSED, PAIR_DIM, find_peft_model, some
+from srlora_dist.sites import FUSED, find_peft_model, some
 from srlora_dist.storage import Storage
 
 logger = logging.getLogger(__name__)
-
-BYPASSED = "the model never calls, for it reads the weight"
 
 
 class FirstBatch:
@@ -128,9 +127,8 @@ class FirstBatch:
         )
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if torch.compiler.is_compiling() or module not in self._entrances or self._call is not None:
-            return
-        if not torch.is_grad_enabled():
+        is_ours = not torch.compiler.is_compiling() and module in self._entrances
+        if not is_ours or self._call is not None or not torch.is_grad_enabled():
             return
         self._call = lambda: module(*(copies := _copies((args, kwargs)))[0], **copies[1])
         state = random_state()
@@ -183,13 +181,9 @@ class FirstBatch:
 
         Collective: three forward passes, and an all-reduce of 8 bytes.
         """
-        kept = [(number, *_copy_weight(self.storage, number)) for number in numbers]
         trains = self._look(evaluates=False)[0]
-        with torch.no_grad():
-            _edit_back_(self.storage, numbers, moves=self.config.start == "zero_b")
-        moved = self._look(evaluates=True)[0], self._look(evaluates=False)[0]
-        for number, weight, residual in kept:
-            _put_weight_back_(self.storage, number, weight, residual)
+        with edited_back(self.storage, numbers, moves=self.config.start == "zero_b"):
+            moved = self._look(evaluates=True)[0], self._look(evaluates=False)[0]
         change = max(relative_change(now or [], then or []) for now, then in zip(moved, (after, trains), strict=True))
         # A read for the type alone moves nothing at all, and a small layer may move the outputs by little.
         return largest_on_any_rank(self.storage, change) > self._tolerance / 100
@@ -242,23 +236,17 @@ class FirstBatch:
     @contextmanager
     def _as_before_switch_0(self) -> Iterator[None]:
         """Give suspicious sites the W that they had and silence their pairs; put back the very bits at the end."""
-        storage, start = self.storage, self.config.start
-        suspicious = [storage.sites[number] for number in self._suspicious]
-        edited = [n for n in self._suspicious if start == "pissa" and storage.sites[n].fused_a is None]
-        kept = [(number, *_copy_weight(storage, number)) for number in edited]
-        with torch.no_grad():
-            _edit_back_(storage, edited)
-        scaling = [(site.lora.scaling, dict(site.lora.scaling)) for site in suspicious]
-        for numbers, _ in scaling:
-            numbers.update({name: 0.0 for name in (self.config.adapter_name, FUSED) if name in numbers})
-        try:
-            yield
-        finally:
-            for numbers, before in scaling:
-                numbers.update(before)
-            storage.settle()
-            for number, weight, residual in kept:
-                _put_weight_back_(storage, number, weight, residual)
+        sites = self.storage.sites
+        edited = [n for n in self._suspicious if self.config.start == "pissa" and sites[n].fused_a is None]
+        with edited_back(self.storage, edited):
+            scaling = [(sites[n].lora.scaling, dict(sites[n].lora.scaling)) for n in self._suspicious]
+            for numbers, _ in scaling:
+                numbers.update({name: 0.0 for name in (self.config.adapter_name, FUSED) if name in numbers})
+            try:
+                yield
+            finally:
+                for numbers, before in scaling:
+                    numbers.update(before)
 
     def _judge_again(self, change: float) -> float:
         """The same change, or that in evaluation mode if the model gives something else each time while it trains.
@@ -299,73 +287,6 @@ def _set_compiled_calls_aside_(model: nn.Module) -> list[tuple[nn.Module, object
     return compiled
 
 
-def leave_out_(model: nn.Module, storage: Storage, config: SRLoRAConfig, numbers: list[int]) -> None:
-    """Undo switch 0 at sites that the model bypasses, and leave them out of all later ones.
-
-    Args:
-        model: The prepared model.
-        storage: How it is held.
-        config: ``adapter_name`` and ``start``.
-        numbers: Of the sites, the same on every rank.
-
-    Collective: see :func:`undo_first_switch_`.
-
-    Raises:
-        ValueError: The user has named them, or there is no other site; then switch 0 is undone at all sites.
-    """
-    peft_model, name = find_peft_model(model), config.adapter_name
-    base, sites = peft_model.get_base_model(), storage.sites
-    bypassed = some([sites[number].name for number in numbers])
-    if len(numbers) == len(sites) or not is_all_linear(base, peft_model.peft_config[name], name):
-        undo_first_switch_(storage, list(range(len(sites))), config.start)
-        raise ValueError(f"SRLoRA cannot work on a layer that {BYPASSED}: {bypassed}; {LEAVE_OUT}")
-    undo_first_switch_(storage, numbers, config.start)
-    for number in numbers:
-        sites[number].left_out = True
-    warnings.warn(
-        f"SRLoRA leaves out {bypassed} (a layer that {BYPASSED}): its pairs do nothing, with or without SRLoRA",
-        stacklevel=2,
-    )
-
-
-@torch.no_grad()
-def undo_first_switch_(storage: Storage, numbers: list[int], start: str) -> None:
-    """Give sites their W back and pairs that do nothing, as before switch 0, but for roundings.
-
-    Args:
-        storage: How they are held; nothing was trained yet.
-        numbers: Of the sites.
-        start: ``srlora.start``.
-
-    Collective: under ZeRO-3 and FSDP2 an all-reduce of the factors.
-    """
-    _edit_back_(storage, [n for n in numbers if start == "pissa" and storage.sites[n].fused_a is None])
-    for number in numbers:
-        site = storage.sites[number]
-        if site.fused_a is not None:
-            for factor, parameter in (("A", site.fused_a), ("B", site.fused_b)):
-                nothing = torch.zeros(site.fused_shape(factor), dtype=parameter.dtype, device=storage.device)
-                storage.write_parameter_(parameter, PAIR_DIM[factor], torch.arange(site.num_fused), nothing)
-        nothing = torch.zeros(site.factor_shape("B"), dtype=site.lora_b.dtype, device=storage.device)
-        storage.write_pairs_(number, "B", torch.arange(site.rank), nothing, "keep")
-        site.num_taken, site.num_fused = 0, 0
-        site.held, site.born = [-1] * site.rank, [0] * site.rank
-
-
-def _edit_back_(storage: Storage, numbers: list[int], moves: bool = False) -> None:
-    """Add the pairs of switch 0 to W again, from which it took them.
-
-    Args:
-        storage: How it is held.
-        numbers: Of the sites.
-        moves: The pairs are nothing yet, so move W along their rows by any amount that shows.
-    """
-    storage.settle()
-    for number in numbers:
-        a, b = storage.gather_parameters([storage.sites[number].lora_a, storage.sites[number].lora_b])
-        storage.edit_weight_(number, torch.ones_like(b.float()) if moves else b.float(), a.float())
-
-
 def _copies(inputs: object) -> object:
     """Inputs that a forward pass may change, and the batch's own pass gets as they were.
 
@@ -377,18 +298,3 @@ def _copies(inputs: object) -> object:
         return leaf.detach().clone() if torch.is_tensor(leaf) else deepcopy(leaf)
 
     return tree_map(copy, inputs)
-
-
-def _copy_weight(storage: Storage, number: int) -> tuple[Tensor, Tensor | None]:
-    storage.settle()
-    with storage.in_memory(number):
-        residual = storage.residuals.get(number)
-        return storage.weight_to_edit(number)[0].to("cpu", copy=True), None if residual is None else residual.clone()
-
-
-def _put_weight_back_(storage: Storage, number: int, weight: Tensor, residual: Tensor | None) -> None:
-    with storage.in_memory(number):
-        storage.weight_to_edit(number)[0].copy_(weight)
-        if residual is not None:
-            storage.residuals[number].copy_(residual)
-        storage.after_edit(number)

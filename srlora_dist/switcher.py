@@ -18,7 +18,8 @@ from srlora_dist.diagnostics import Finding, directions_exhausted, even_scores, 
 from srlora_dist.exchange import Exchange
 from srlora_dist.export import export_adapter
 from srlora_dist.export_parts import ExportParts, warn_of_start
-from srlora_dist.first_batch import FirstBatch, leave_out_
+from srlora_dist.first_batch import FirstBatch
+from srlora_dist.first_switch import leave_out_
 from srlora_dist.folder_lock import HeldFolders
 from srlora_dist.fused import add_second_adapters_, require_intact
 from srlora_dist.ledger import Ledger, SwitchReport, require_entries

@@ -22,6 +22,7 @@ LAYERS = [
     + ["launched"],
     ["switcher"],
     ["first_batch"],
+    ["first_switch"],
     ["memory", "diagnostics", "exchange", "output_check", "saving", "observer"],
     ["watch", "agreement", "rehearsal"],
     ["export"],

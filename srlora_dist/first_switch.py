@@ -1,0 +1,127 @@
+"""Takes switch 0 back: for a moment, at the sites that are left out, or where a run cannot go on.
+
+Nothing was trained yet, so that a site's W is what it was once the pairs that it lost are added again.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from srlora_dist.bypassed import LEAVE_OUT, is_all_linear
+from srlora_dist.config import SRLoRAConfig
+from srlora_dist.sites import PAIR_DIM, find_peft_model, some
+from srlora_dist.storage import Storage
+
+BYPASSED = "the model never calls, for it reads the weight"
+
+
+@contextmanager
+def edited_back(storage: Storage, numbers: list[int], moves: bool = False) -> Iterator[None]:
+    """Give sites for a moment the W that they had, and put back the very bits at the end.
+
+    A copy of what this rank holds of these weights waits in host memory.
+
+    Args:
+        storage: How they are held.
+        numbers: Of sites that are edited in place.
+        moves: The pairs are nothing yet, so move W along their rows by any amount that shows.
+
+    Collective: under ZeRO-3 and FSDP2 an all-reduce of the factors.
+    """
+    kept = [(number, *_copy_weight(storage, number)) for number in numbers]
+    _edit_back_(storage, numbers, moves)
+    try:
+        yield
+    finally:
+        storage.settle()
+        for number, weight, residual in kept:
+            _put_weight_back_(storage, number, weight, residual)
+
+
+def leave_out_(model: nn.Module, storage: Storage, config: SRLoRAConfig, numbers: list[int]) -> None:
+    """Undo switch 0 at sites that the model bypasses, and leave them out of all later ones.
+
+    Args:
+        model: The prepared model.
+        storage: How it is held.
+        config: ``adapter_name`` and ``start``.
+        numbers: Of the sites, the same on every rank.
+
+    Collective: see :func:`undo_first_switch_`.
+
+    Raises:
+        ValueError: The user has named them, or there is no other site; then switch 0 is undone at all sites.
+    """
+    peft_model, name = find_peft_model(model), config.adapter_name
+    base, sites = peft_model.get_base_model(), storage.sites
+    bypassed = some([sites[number].name for number in numbers])
+    if len(numbers) == len(sites) or not is_all_linear(base, peft_model.peft_config[name], name):
+        undo_first_switch_(storage, list(range(len(sites))), config.start)
+        raise ValueError(f"SRLoRA cannot work on a layer that {BYPASSED}: {bypassed}; {LEAVE_OUT}")
+    undo_first_switch_(storage, numbers, config.start)
+    for number in numbers:
+        sites[number].left_out = True
+    warnings.warn(
+        f"SRLoRA leaves out {bypassed} (a layer that {BYPASSED}): its pairs do nothing, with or without SRLoRA",
+        stacklevel=2,
+    )
+
+
+@torch.no_grad()
+def undo_first_switch_(storage: Storage, numbers: list[int], start: str) -> None:
+    """Give sites their W back and pairs that do nothing, as before switch 0, but for roundings.
+
+    Args:
+        storage: How they are held; nothing was trained yet.
+        numbers: Of the sites.
+        start: ``srlora.start``.
+
+    Collective: under ZeRO-3 and FSDP2 an all-reduce of the factors.
+    """
+    _edit_back_(storage, [n for n in numbers if start == "pissa" and storage.sites[n].fused_a is None])
+    for number in numbers:
+        site = storage.sites[number]
+        if site.fused_a is not None:
+            for factor, parameter in (("A", site.fused_a), ("B", site.fused_b)):
+                nothing = torch.zeros(site.fused_shape(factor), dtype=parameter.dtype, device=storage.device)
+                storage.write_parameter_(parameter, PAIR_DIM[factor], torch.arange(site.num_fused), nothing)
+        nothing = torch.zeros(site.factor_shape("B"), dtype=site.lora_b.dtype, device=storage.device)
+        storage.write_pairs_(number, "B", torch.arange(site.rank), nothing, "keep")
+        site.num_taken, site.num_fused = 0, 0
+        site.held, site.born = [-1] * site.rank, [0] * site.rank
+
+
+@torch.no_grad()
+def _edit_back_(storage: Storage, numbers: list[int], moves: bool = False) -> None:
+    """Add the pairs of switch 0 to W again, from which it took them.
+
+    Args:
+        storage: How it is held.
+        numbers: Of the sites.
+        moves: The pairs are nothing yet, so move W along their rows by any amount that shows.
+    """
+    storage.settle()
+    for number in numbers:
+        a, b = storage.gather_parameters([storage.sites[number].lora_a, storage.sites[number].lora_b])
+        storage.edit_weight_(number, torch.ones_like(b.float()) if moves else b.float(), a.float())
+
+
+def _copy_weight(storage: Storage, number: int) -> tuple[Tensor, Tensor | None]:
+    storage.settle()
+    with storage.in_memory(number):
+        residual = storage.residuals.get(number)
+        return storage.weight_to_edit(number)[0].to("cpu", copy=True), None if residual is None else residual.clone()
+
+
+@torch.no_grad()
+def _put_weight_back_(storage: Storage, number: int, weight: Tensor, residual: Tensor | None) -> None:
+    with storage.in_memory(number):
+        storage.weight_to_edit(number)[0].copy_(weight)
+        if residual is not None:
+            storage.residuals[number].copy_(residual)
+        storage.after_edit(number)
