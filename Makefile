@@ -21,6 +21,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[deepspeed,quant,trl,demo,dev]"
 	touch $@
 
+# What DeepSpeed compiles when it is first used, which takes minutes: no test waits for the compiler.
+$(VENV)/.compiled: $(VENV)/.installed
+	DS_ACCELERATOR=cpu $(BIN)/python -c "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as B; B().load()" & \
+	DS_ACCELERATOR=cpu $(BIN)/python -c "from deepspeed.ops.op_builder.cpu import CPUAdamBuilder as B; B().load()" && wait
+	touch $@
+
 demo: install
 	$(BIN)/accelerate launch --config_file launch/accelerate/cpu2.yaml launch/train.py --train.max_steps 160
 
@@ -28,10 +34,10 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-test: lint
+test: lint $(VENV)/.compiled
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-all: lint
+test-all: lint $(VENV)/.compiled
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m ""
 
 cluster: install
