@@ -18,7 +18,8 @@ import torch
 from side_by_side import Row, arguments, medians, ratios, report, tiny_run
 
 from srlora_dist.commands.plan import PlanOptions
-from srlora_dist.config import RunConfig, parse
+from srlora_dist.config.parse import parse
+from srlora_dist.config.run import RunConfig
 from srlora_dist.forecast.report import make_plan
 from srlora_dist.trainer import train
 

@@ -19,7 +19,7 @@ from side_by_side import Row, alternate, arguments, device, medians, ratios, rep
 from torch import Tensor
 
 from srlora_dist import SRLoRAConfig, Switcher
-from srlora_dist.config import ModelOptions, RunConfig, TaskOptions
+from srlora_dist.config.run import ModelOptions, RunConfig, TaskOptions
 from srlora_dist.schedule import window_length
 from srlora_dist.tasks import load_task
 

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from srlora_dist.callback import SRLoRACallback
-    from srlora_dist.config import SRLoRAConfig
+    from srlora_dist.config.method import SRLoRAConfig
     from srlora_dist.ledger import SiteSwitch, SwitchReport
     from srlora_dist.switcher import Switcher
 
 __all__ = ["SRLoRACallback", "SRLoRAConfig", "SiteSwitch", "SwitchReport", "Switcher"]
 
 # Imported when they are asked for: a command sets what torch reads at its import, and --help does without torch.
-_PLACES = {"SRLoRACallback": "callback", "SRLoRAConfig": "config", "Switcher": "switcher"}
+_PLACES = {"SRLoRACallback": "callback", "SRLoRAConfig": "config.method", "Switcher": "switcher"}
 _PLACES |= {"SiteSwitch": "ledger", "SwitchReport": "ledger"}
 
 

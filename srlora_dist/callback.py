@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from srlora_dist.alone import require_company
 from srlora_dist.checkpoint import Checkpoint, checkpoint_folders
-from srlora_dist.config import SRLoRAConfig
+from srlora_dist.config.method import SRLoRAConfig
 from srlora_dist.engine import together
 from srlora_dist.export import export_checkpoint
 from srlora_dist.folder_lock import FolderLock

@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from srlora_dist.config import RunConfig
+from srlora_dist.config.run import RunConfig
 from srlora_dist.storage import require_async_io
 
 NVME_PATH = "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_NVME_PATH"

@@ -12,8 +12,9 @@ from statistics import median, median_high, median_low
 
 import torch
 
+from srlora_dist.errors import shorten_list
 from srlora_dist.ledger import SiteSwitch, SwitchReport
-from srlora_dist.sites import Site, some
+from srlora_dist.sites import Site
 
 EVEN = 0.7
 """Scores whose ratio is above this are taken for equal.
@@ -116,7 +117,7 @@ def no_gradient(report: SwitchReport) -> Finding | None:
     if not dead:
         return None
     message = (
-        f"switch {report.switch}: all scores are zero at {len(dead)} of {len(chosen)} sites ({some(dead)}): no "
+        f"switch {report.switch}: all scores are zero at {len(dead)} of {len(chosen)} sites ({shorten_list(dead)}): no "
         "gradient reaches them; leave them out of lora.target_modules"
     )
     return Finding("no_gradient", report.step, message, {"num_dead": len(dead), "num_sites": len(chosen)})
@@ -134,8 +135,8 @@ def directions_exhausted(report: SwitchReport, sites: list[Site]) -> Finding | N
     if report.switch == 0 or not last:
         return None
     message = (
-        f"switch {report.switch}: {some(last)} took the last directions; {len(exhausted)} of {len(sites)} sites have "
-        "none left and train on without switches. Where the matrices hold more, raise srlora.target_rank"
+        f"switch {report.switch}: {shorten_list(last)} took the last directions; {len(exhausted)} of {len(sites)} "
+        "sites have none left and train on without switches. Where the matrices hold more, raise srlora.target_rank"
     )
     return Finding(
         "directions_exhausted", report.step, message, {"num_exhausted": len(exhausted), "num_sites": len(sites)}

@@ -25,7 +25,7 @@ from accelerate.utils import (
 from torch import nn
 
 from srlora_dist.compiling import wait_for_locks
-from srlora_dist.config import RunConfig
+from srlora_dist.config.run import RunConfig
 from srlora_dist.deepspeed_file import compiled_operators, fill, read_settings, require_nvme
 from srlora_dist.launched import flag, launched_engine, world_size
 from srlora_dist.precision import mixed_precision

@@ -14,6 +14,12 @@ class StoppedBySignalError(Exception):
     """The run was asked to stop, and the checkpoint that it goes on from is written. Raised on every rank."""
 
 
-def short(error: Exception) -> str:
+def first_sentence(error: Exception) -> str:
     """What an error says, without the hundreds of names that Transformers lists where it does not know a model."""
     return str(error).split("Model type should be one of")[0].strip() or type(error).__name__
+
+
+def shorten_list(names: list[str]) -> str:
+    """The first four, and how many more there are."""
+    names = list(dict.fromkeys(name.replace(".base_layer", "") for name in names))  # PEFT nests the experts' layers
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from srlora_dist.config import SRLoRAConfig
+from srlora_dist.config.method import SRLoRAConfig
 from srlora_dist.digest import combine, digest_run
 from srlora_dist.errors import RunStoppedError
 from srlora_dist.fused import append_pairs_

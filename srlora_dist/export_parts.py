@@ -30,7 +30,8 @@ from srlora_dist.base_parts import (
     was_loaded,
 )
 from srlora_dist.digest import digest_run
-from srlora_dist.sites import FUSED, Site, find_peft_model, some
+from srlora_dist.errors import shorten_list
+from srlora_dist.sites import FUSED, Site, find_peft_model
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +115,7 @@ class ExportParts:
         lost = [name for name in moved if name not in lasting]
         if lost and not self._named_lost:
             self._named_lost = True
-            logger.warning("%s moved in training, and no file can hold it: it is not persistent", some(lost))
+            logger.warning("%s moved in training, and no file can hold it: it is not persistent", shorten_list(lost))
         names = dict.fromkeys([*self.names.values(), *(name for name in moved if name in lasting)])
         return {name: found[name] for name in names if name in found}
 
@@ -127,8 +128,8 @@ class ExportParts:
         asleep = [site.name for site in sites if self.adapter_name not in site.lora.active_adapters]
         if asleep:
             raise ValueError(
-                f"the adapter {self.adapter_name!r} is not active in {some(asleep)}, so that it is not trained: call "
-                f"model.set_adapter({self.adapter_name!r})"
+                f"the adapter {self.adapter_name!r} is not active in {shorten_list(asleep)}, so that it is not "
+                f"trained: call model.set_adapter({self.adapter_name!r})"
             )
         frozen: dict[str, list[str]] = {}
         for other, layer, trains in _active_beside(find_peft_model(model), self.adapter_name):
@@ -143,8 +144,8 @@ class ExportParts:
             if other not in self._companions:
                 self._companions.add(other)
                 warnings.warn(
-                    f"the adapter {other!r} is active beside {self.adapter_name!r} in {some(layers)} and frozen, so an "
-                    f"export does not hold it: load {other!r} beside it and activate both, as here",
+                    f"the adapter {other!r} is active beside {self.adapter_name!r} in {shorten_list(layers)} and "
+                    f"frozen, so an export does not hold it: load {other!r} beside it and activate both, as here",
                     stacklevel=4,
                 )
 
@@ -161,7 +162,7 @@ class ExportParts:
         names += [f"{name}.weight" for name in self.own_weights]
         if names:
             warnings.warn(
-                f"beside the adapter the export will hold {some(names)}: trained, or moved by training as the "
+                f"beside the adapter the export will hold {shorten_list(names)}: trained, or moved by training as the "
                 "statistics of a batch norm are (PEFT drops those), or not in the checkpoint of the base. "
                 "PeftModel.from_pretrained puts them into the base; a server that reads LoRA pairs alone lacks them",
                 stacklevel=4,
@@ -212,7 +213,7 @@ def _warn_of_what_is_outside(model: nn.Module, peft_model: PeftModel) -> None:
     outside = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]
     if outside:
         warnings.warn(
-            f"{some(outside)} is trained outside of the PEFT model: put it in before get_peft_model, with "
+            f"{shorten_list(outside)} is trained outside of the PEFT model: put it in before get_peft_model, with "
             "modules_to_save, or save it yourself, for checkpoints and the export will lack it",
             stacklevel=4,
         )

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from srlora_dist.bypassed import Usage
-from srlora_dist.config import SRLoRAConfig
+from srlora_dist.config.method import SRLoRAConfig
+from srlora_dist.errors import shorten_list
 from srlora_dist.first_switch import edited_back, undo_first_switch_
 from srlora_dist.output_check import (
     evaluating,
@@ -28,7 +29,7 @@ from srlora_dist.output_check import (
     samples,
 )
 from srlora_dist.random_state import random_state, restore_random_state
-from srlora_dist.sites import FUSED, find_peft_model, some
+from srlora_dist.sites import FUSED, find_peft_model
 from srlora_dist.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -118,7 +119,7 @@ class FirstBatch:
         if change <= tolerance:
             return tolerance
         undo_first_switch_(self.storage, list(range(len(self.storage.sites))), self.config.start)
-        names = some([self.storage.sites[number].name for number in suspicious])
+        names = shorten_list([self.storage.sites[number].name for number in suspicious])
         raise ValueError(
             f"switch 0 changed the output on the first batch by {change:.1e} of its size, more than {tolerance:.1e}, "
             f"and was undone: the model uses a weight or a second adapter in another way than by calling PEFT's layer"

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from srlora_dist.bypassed import LEAVE_OUT, is_all_linear
-from srlora_dist.config import SRLoRAConfig
-from srlora_dist.sites import PAIR_DIM, find_peft_model, some
+from srlora_dist.config.method import SRLoRAConfig
+from srlora_dist.errors import shorten_list
+from srlora_dist.sites import PAIR_DIM, find_peft_model
 from srlora_dist.storage import Storage
 
 BYPASSED = "the model never calls, for it reads the weight"
@@ -59,7 +60,7 @@ def leave_out_(model: nn.Module, storage: Storage, config: SRLoRAConfig, numbers
     """
     peft_model, name = find_peft_model(model), config.adapter_name
     base, sites = peft_model.get_base_model(), storage.sites
-    bypassed = some([sites[number].name for number in numbers])
+    bypassed = shorten_list([sites[number].name for number in numbers])
     if len(numbers) == len(sites) or not is_all_linear(base, peft_model.peft_config[name], name):
         undo_first_switch_(storage, list(range(len(sites))), config.start)
         raise ValueError(f"SRLoRA cannot work on a layer that {BYPASSED}: {bypassed}; {LEAVE_OUT}")

@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from srlora_dist.config import SRLoRAConfig
+from srlora_dist.config.method import SRLoRAConfig
 from srlora_dist.pairs import truncate_pairs
 from srlora_dist.sites import FUSED, PAIR_DIM, Site
 from srlora_dist.storage import Storage

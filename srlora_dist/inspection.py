@@ -9,8 +9,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from srlora_dist.checkpoint import LEDGER, Checkpoint, find_checkpoint
+from srlora_dist.errors import shorten_list
 from srlora_dist.ledger import read_metadata
-from srlora_dist.sites import some
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -73,7 +73,7 @@ def describe_site(checkpoint: Checkpoint, name: str) -> dict[str, object]:
     names = [site["name"] for site in whole["sites"]]
     if name not in names:
         near = [known for known in names if name in known] or names
-        raise ValueError(f"the checkpoint has no site {name!r}: choose one of {some(near)}")
+        raise ValueError(f"the checkpoint has no site {name!r}: choose one of {shorten_list(near)}")
     number = names.index(name)
     parts = [
         {"step": switch["step"], "switch": switch["switch"], **site}

@@ -10,7 +10,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch.optim.lr_scheduler import LambdaLR
 
 from srlora_dist.checkpoint import Checkpoint, remove_checkpoints, remove_later_checkpoints
-from srlora_dist.config import RunConfig
+from srlora_dist.config.run import RunConfig
 from srlora_dist.diagnostics import LossWatch
 from srlora_dist.engine import together
 from srlora_dist.methods import Method

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from srlora_dist.cache import require_writable
+from srlora_dist.config.paths import require_writable
 from srlora_dist.folder_lock import FolderLock
 from srlora_dist.safefiles import describe, link_or_copy, remove_abandoned, write_whole
 

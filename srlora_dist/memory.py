@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from srlora_dist.config import SRLoRAConfig
+from srlora_dist.config.method import SRLoRAConfig
 from srlora_dist.ledger import Ledger
 from srlora_dist.schedule import num_fused
 from srlora_dist.sites import Site

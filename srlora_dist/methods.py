@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from typing_extensions import override
 
 from srlora_dist.checkpoint import Checkpoint, require_same_base
-from srlora_dist.config import RunConfig
+from srlora_dist.config.run import RunConfig
 from srlora_dist.export import export_adapter
 from srlora_dist.export_parts import ExportParts
 from srlora_dist.safefiles import Put, fill_folder

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from srlora_dist.config import TrainOptions
+from srlora_dist.config.run import TrainOptions
 
 
 def build_optimizer(parameters: list[nn.Parameter], options: TrainOptions) -> torch.optim.Optimizer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from srlora_dist.config import ModelOptions
+from srlora_dist.config.run import ModelOptions
 from srlora_dist.sites import FUSED
 from srlora_dist.storage import deepspeed_types
 

@@ -15,8 +15,9 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from srlora_dist.cache import require_writable
-from srlora_dist.config import RunConfig
+from srlora_dist.config.parse import to_yaml
+from srlora_dist.config.paths import require_writable
+from srlora_dist.config.run import RunConfig
 from srlora_dist.diagnostics import Finding
 from srlora_dist.earlier import EarlierRun
 from srlora_dist.ledger import SwitchReport
@@ -67,7 +68,7 @@ class RunLog:
     def start(self) -> None:
         """Set an earlier run aside, and begin in its place."""
         self._earlier.set_aside()
-        self.config.save(self.folder / "config.yaml")
+        self._write_config()
         self._writer = SummaryWriter(str(self.folder / "tensorboard"))
 
     def begun(self) -> None:
@@ -89,7 +90,7 @@ class RunLog:
     def resume(self, step: int) -> None:
         """Go on after a step: what was logged after it will be logged again."""
         (self.folder / "summary.json").unlink(missing_ok=True)
-        self.config.save(self.folder / "config.yaml")
+        self._write_config()
         for name in ("metrics.jsonl", "switches.jsonl", "findings.jsonl"):
             path = self.folder / name
             if not path.exists():
@@ -97,6 +98,9 @@ class RunLog:
             kept = [json.dumps(line) + "\n" for line in read_lines(path) if line["step"] <= step]
             write_whole(path, lambda beside, kept=kept: beside.write_text("".join(kept)))
         self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
+
+    def _write_config(self) -> None:
+        write_whole(self.folder / "config.yaml", lambda beside: beside.write_text(to_yaml(self.config)))
 
     def metrics(self, record: dict[str, object]) -> None:
         """Append one line to ``metrics.jsonl`` and the same figures to TensorBoard."""

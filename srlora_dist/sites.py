@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from srlora_dist.adapters import find_peft_model, is_used, require_lora, used_adapter_error
 from srlora_dist.bypassed import LEAVE_OUT, Fault, find_bypassed, is_all_linear
+from srlora_dist.errors import shorten_list
 
 FUSED = "srlora_fused"
 """Name of the frozen second adapter that holds what is fused where W itself is never written."""
@@ -161,10 +162,12 @@ def _fit_layers(peft_model: PeftModel, layers: dict[str, LoraLayer], adapter_nam
     fit = {name: layer for name, layer in layers.items() if name not in faults}
     for what, remedy in (named if fit else faults).values():
         names = [name for name, fault in faults.items() if fault[0] == what]
-        raise ValueError(f"SRLoRA cannot work on a layer that {what}: {some(names)}; {remedy}")
+        raise ValueError(f"SRLoRA cannot work on a layer that {what}: {shorten_list(names)}; {remedy}")
     if faults:
         kinds = dict.fromkeys(what for what, _ in faults.values())
-        named = [f"{some([n for n, f in faults.items() if f[0] == what])} (a layer that {what})" for what in kinds]
+        named = [
+            f"{shorten_list([n for n, f in faults.items() if f[0] == what])} (a layer that {what})" for what in kinds
+        ]
         warnings.warn(
             f"SRLoRA leaves out {'; '.join(named)}: such a layer keeps the LoRA pairs that PEFT gave it", stacklevel=4
         )
@@ -220,11 +223,11 @@ def _refuse(layers: dict[str, LoraLayer], adapter_name: str) -> None:
         if _is_frozen(layer, adapter_name) and is_used(layer.lora_B[adapter_name].weight)
     ]
     if used:  # loaded for inference
-        raise used_adapter_error(some(used))
+        raise used_adapter_error(shorten_list(used))
     for what, remedy, holds in checks:
         names = [name for name, layer in layers.items() if holds(layer)]
         if names:
-            raise ValueError(f"SRLoRA cannot work on a layer that {what}: {some(names)}; {remedy}")
+            raise ValueError(f"SRLoRA cannot work on a layer that {what}: {shorten_list(names)}; {remedy}")
 
 
 def _is_frozen(layer: LoraLayer, adapter_name: str) -> bool:
@@ -240,7 +243,7 @@ def _refuse_quantised_heads(base: nn.Module, adapter_name: str) -> None:
     ]
     if names:
         raise ValueError(
-            f"SRLoRA cannot train a quantised layer: {some(names)}; load the model with "
+            f"SRLoRA cannot train a quantised layer: {shorten_list(names)}; load the model with "
             f"BitsAndBytesConfig(llm_int8_skip_modules={names})"
         )
 
@@ -286,12 +289,6 @@ def quantisation(layer: nn.Module) -> str:
             raise ValueError("a 4-bit layer is not quantised yet: move the model to its device first")
         return state.quant_type + ("-double" if state.nested else "")
     return "int8" if "Linear8bitLt" in kinds else ""
-
-
-def some(names: list[str]) -> str:
-    """The first four, and how many more there are."""
-    names = list(dict.fromkeys(name.replace(".base_layer", "") for name in names))  # PEFT nests the experts' layers
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _site(name: str, layer: LoraLayer, adapter_name: str) -> Site:

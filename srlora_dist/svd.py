@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from srlora_dist.cache import cache_dir, require_writable
-from srlora_dist.config import SRLoRAConfig
+from srlora_dist.config.method import SRLoRAConfig
+from srlora_dist.config.paths import cache_dir, require_writable
 from srlora_dist.direction_file import PARTS, DirectionFile
 from srlora_dist.krylov import find_triplets, is_worth_it
 from srlora_dist.matmul import exact_matmul

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from srlora_dist.agenda import Agenda
 from srlora_dist.agreement import require_agreement
 from srlora_dist.checkpoint import Checkpoint, require_same_base
-from srlora_dist.config import SRLoRAConfig
+from srlora_dist.config.method import SRLoRAConfig
 from srlora_dist.diagnostics import Finding, directions_exhausted, even_scores, no_gradient, noise_level_directions
 from srlora_dist.exchange import Exchange
 from srlora_dist.export import export_adapter

@@ -5,9 +5,10 @@ from __future__ import annotations
 import warnings
 
 from srlora_dist.adapters import is_used, used_adapter_error
-from srlora_dist.config import SRLoRAConfig
+from srlora_dist.config.method import SRLoRAConfig
+from srlora_dist.errors import shorten_list
 from srlora_dist.schedule import count_switches, due_steps, num_fused, num_to_fuse
-from srlora_dist.sites import Site, some
+from srlora_dist.sites import Site
 
 
 def clamp_target_ranks(sites: list[Site], target_rank: int) -> None:
@@ -19,10 +20,11 @@ def clamp_target_ranks(sites: list[Site], target_rank: int) -> None:
     too_large = [site for site in sites if target_rank < site.rank]
     low = [f"{site.name} (r={site.rank})" for site in too_large]
     if any(is_used(site.lora_b) for site in too_large):  # an exported adapter, of several times the rank
-        raise used_adapter_error(some(low))
+        raise used_adapter_error(shorten_list(low))
     if low:
         raise ValueError(
-            f"srlora.target_rank {target_rank} is below the LoRA rank of {some(low)}: raise it, or lower r (lora.rank)"
+            f"srlora.target_rank {target_rank} is below the LoRA rank of {shorten_list(low)}: raise it, or lower r "
+            "(lora.rank)"
         )
     clamped = []
     for site in sites:

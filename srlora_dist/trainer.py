@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from srlora_dist.best_adapter import BestAdapter
 from srlora_dist.checkpoint import Checkpoint
-from srlora_dist.config import RunConfig
+from srlora_dist.config.run import RunConfig
 from srlora_dist.diagnostics import Finding, LossWatch, worse_than_start
 from srlora_dist.engine import build_accelerator, choose_layers_to_shard, require_engine, together
 from srlora_dist.errors import RunStoppedError, StoppedBySignalError

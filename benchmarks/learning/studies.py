@@ -12,7 +12,8 @@ from pathlib import Path
 
 from typing_extensions import override
 
-from srlora_dist.config import RunConfig, parse
+from srlora_dist.config.parse import parse
+from srlora_dist.config.run import RunConfig
 from srlora_dist.reproduce.grid import Cell, Grid, digest
 from srlora_dist.reproduce.results import Results
 from srlora_dist.runlog import read_lines

@@ -9,7 +9,7 @@ from typing import Literal
 
 import jsonargparse
 
-from srlora_dist.ranges import COUNT, COUNT_OR_NONE, require
+from srlora_dist.config.checks import COUNT, COUNT_OR_NONE, require
 
 
 @dataclass

@@ -12,7 +12,7 @@ from srlora_dist.process import prepare_process
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from srlora_dist.config import RunConfig
+    from srlora_dist.config.run import RunConfig
     from srlora_dist.svd import Directions
 
 
@@ -25,7 +25,7 @@ def run(argv: list[str]) -> None:
         ValueError: The options or the model cannot be worked with, or the method needs no directions.
     """
     is_main = prepare_process()
-    from srlora_dist.config import parse  # after the environment is set
+    from srlora_dist.config.parse import parse  # after the environment is set
     from srlora_dist.engine import build_accelerator
 
     config = parse(argv, "srlora svd")

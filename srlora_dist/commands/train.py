@@ -20,7 +20,7 @@ def run(argv: list[str]) -> None:
     checkpoint is written. ``SRLORA_DEBUG=1`` shows where an error came from.
     """
     is_main = prepare_process()
-    from srlora_dist.config import parse  # after the environment is set
+    from srlora_dist.config.parse import parse  # after the environment is set
     from srlora_dist.errors import STOPPED_BY_SIGNAL, RunStoppedError, StoppedBySignalError
     from srlora_dist.storage import lost_ranks
     from srlora_dist.trainer import train

@@ -29,8 +29,9 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from srlora_dist.config import ModelOptions, RunConfig, SRLoRAConfig
-from srlora_dist.errors import short
+from srlora_dist.config.method import SRLoRAConfig
+from srlora_dist.config.run import ModelOptions, RunConfig
+from srlora_dist.errors import first_sentence
 from srlora_dist.fused import add_second_adapters_
 from srlora_dist.methods import adapt
 from srlora_dist.precision import train_in_
@@ -233,7 +234,7 @@ def _without_weights(
         with torch.device("meta"):
             model = auto_class.from_config(settings, dtype=getattr(torch, options.dtype))
     except (ValueError, TypeError, AttributeError, ImportError) as error:
-        reason = short(error)
+        reason = first_sentence(error)
         raise ValueError(f"model {options.name_or_path!r} cannot be built from its configuration ({reason})") from error
     if decodes:
         return model, "CAUSAL_LM", ()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict
 
-from srlora_dist.config import LoRAOptions, ModelOptions, RunConfig, SRLoRAConfig, TrainOptions
+from srlora_dist.config.method import SRLoRAConfig
+from srlora_dist.config.run import LoRAOptions, ModelOptions, RunConfig, TrainOptions
 from srlora_dist.forecast.blueprint import draw
 from srlora_dist.forecast.held import Forecast
 from srlora_dist.forecast.roofline import DEVICES, estimate

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from srlora_dist.cache import cache_dir, require_writable
+from srlora_dist.config.paths import cache_dir, require_writable
 from srlora_dist.health import Found
 from srlora_dist.storage import deepspeed_types, quantised_error
 

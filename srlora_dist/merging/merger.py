@@ -23,12 +23,12 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from srlora_dist.base_label import BaseLabel
-from srlora_dist.errors import short
+from srlora_dist.errors import first_sentence, shorten_list
 from srlora_dist.merging.adapter_file import read_config, read_shapes, require_pairs
 from srlora_dist.merging.compare import logits, random_inputs, relative_difference
 from srlora_dist.merging.stored_as import StoredAs
 from srlora_dist.safefiles import write_folder
-from srlora_dist.sites import keep_payloads_, some
+from srlora_dist.sites import keep_payloads_
 from srlora_dist.tasks.models import quiet
 
 logger = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ class Merger:
         if others:
             raise ValueError(
                 f"the adapter {self.adapter} was trained on other weights than those of {self.base!r} in "
-                f"{self.label.weights}, from {some(others)} on: give its own base with --base"
+                f"{self.label.weights}, from {shorten_list(others)} on: give its own base with --base"
             )
 
     def _expected(self) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
@@ -168,13 +168,13 @@ class Merger:
         homeless = sorted(self.names - known)
         if homeless:
             raise ValueError(
-                f"the adapter {self.adapter} has {some(homeless)}, for which the base {self.base!r} has no place: give "
-                "its own with --base"
+                f"the adapter {self.adapter} has {shorten_list(homeless)}, for which the base {self.base!r} has no "
+                "place: give its own with --base"
             )
         lacking = sorted(name for name in factors - self.names if ".lora_" in name)
         if lacking:
             raise ValueError(
-                f"the adapter {self.adapter} lacks {some(lacking)}, for which its adapter_config.json asks"
+                f"the adapter {self.adapter} lacks {shorten_list(lacking)}, for which its adapter_config.json asks"
             )
         return adapted
 
@@ -198,7 +198,7 @@ class Merger:
         try:
             settings = AutoConfig.from_pretrained(self.base)
         except Exception as error:  # of whatever is in its config.json
-            raise ValueError(f"the base {self.base!r} cannot be read ({short(error)}): give --base") from error
+            raise ValueError(f"the base {self.base!r} cannot be read ({first_sentence(error)}): give --base") from error
         kind = self.config.task_type
         if kind == "CAUSAL_LM":
             return settings, AutoModelForCausalLM
@@ -212,7 +212,9 @@ class Merger:
         try:
             num_labels = _num_labels(self.shapes, settings, auto_class)
         except Exception as error:  # of whatever is in its config.json
-            raise ValueError(f"the base {self.base!r} cannot be made ({short(error)}): give another --base") from error
+            raise ValueError(
+                f"the base {self.base!r} cannot be made ({first_sentence(error)}): give another --base"
+            ) from error
         if num_labels is not None:
             settings.num_labels = num_labels
         if not is_vision and settings.get_text_config().pad_token_id is None:
@@ -226,14 +228,15 @@ class Merger:
         try:
             model, report = self.auto_class.from_pretrained(self.base, config=self.settings, **options)
         except Exception as error:  # of whatever is in its files
-            reason = short(error)
+            reason = first_sentence(error)
             raise ValueError(f"the base {self.base!r} cannot be loaded ({reason}): give another with --base") from error
         not_loaded = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
         nowhere = sorted(key for key in not_loaded if not _names_of(key) & self.names)
         if nowhere:
             raise ValueError(
-                f"neither the base {self.base!r} nor the adapter has {some(nowhere)}, which started at random when it "
-                "was trained: train it whole and save it (modules_to_save), or give its own base with --base"
+                f"neither the base {self.base!r} nor the adapter has {shorten_list(nowhere)}, which started at "
+                "random when it was trained: train it whole and save it (modules_to_save), or give its own base with "
+                "--base"
             )
         if self.label is not None and self.label.vocab_size is not None:
             with torch.random.fork_rng():

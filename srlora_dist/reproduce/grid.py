@@ -13,10 +13,11 @@ from pathlib import Path
 import yaml
 from typing_extensions import override
 
-from srlora_dist.config import RunConfig, parse
+from srlora_dist.config.method import DEFAULT_TARGET_RANK
+from srlora_dist.config.parse import parse
+from srlora_dist.config.run import RunConfig
 from srlora_dist.figures.runs import flat
 from srlora_dist.paper import TABLES, PaperTable
-from srlora_dist.srlora_config import DEFAULT_TARGET_RANK
 from srlora_dist.tasks import check_task
 from srlora_dist.tasks.packaged import MINILM, model_title
 

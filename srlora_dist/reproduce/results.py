@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from srlora_dist.config import RunConfig
+from srlora_dist.config.run import RunConfig
 from srlora_dist.figures.runs import flat
 from srlora_dist.reproduce.grid import PLACES, Cell, digest
 from srlora_dist.runlog import read_lines

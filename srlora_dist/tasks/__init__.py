@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from srlora_dist.config import RunConfig
+from srlora_dist.config.run import RunConfig
 from srlora_dist.tasks import demo, glue, images, instruct, lm
 from srlora_dist.tasks.files import check_model_folder
 from srlora_dist.tasks.labels import check_task_rows

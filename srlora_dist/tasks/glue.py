@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from srlora_dist.config import RunConfig
+from srlora_dist.config.run import RunConfig
 from srlora_dist.tasks.files import read_lines
 
 if TYPE_CHECKING:

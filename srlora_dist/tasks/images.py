@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from srlora_dist.config import RunConfig
+from srlora_dist.config.run import RunConfig
 from srlora_dist.tasks import pictures
 
 if TYPE_CHECKING:

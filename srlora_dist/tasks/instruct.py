@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from srlora_dist.config import RunConfig
+from srlora_dist.config.run import RunConfig
 from srlora_dist.tasks.answers import encode_sample
 from srlora_dist.tasks.files import SPLITS, read_lines, split_files
 from srlora_dist.tasks.samples import LAYOUTS

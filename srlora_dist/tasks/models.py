@@ -32,9 +32,9 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from srlora_dist.cache import cache_dir
-from srlora_dist.config import RunConfig
-from srlora_dist.errors import short
+from srlora_dist.config.paths import cache_dir
+from srlora_dist.config.run import RunConfig
+from srlora_dist.errors import first_sentence
 from srlora_dist.tasks.heads import never_quantised, new_parts
 from srlora_dist.tasks.packaged import base_model
 
@@ -252,7 +252,7 @@ def _reading(name: str, part: str, remedy: str) -> Iterator[None]:
         if "trust_remote_code" in str(error):
             remedy = "it comes with code of its own; read that, then set model.trust_remote_code to true"
         raise ValueError(
-            f"model.name_or_path is {name!r}, whose {part} cannot be read ({short(error)}): {remedy}"
+            f"model.name_or_path is {name!r}, whose {part} cannot be read ({first_sentence(error)}): {remedy}"
         ) from error
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from srlora_dist.cache import cache_dir
+from srlora_dist.config.paths import cache_dir
 
 REQUIREMENT = "vaderSentiment==3.3.1"
 ARCHIVE_SHA256 = "6ea3b53f1835a1bb9125cbb9872e8740bd506ab1d9f2266d0c63109b858d71af"

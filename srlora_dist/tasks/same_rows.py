@@ -7,7 +7,7 @@ import logging
 import zlib
 from typing import TYPE_CHECKING
 
-from srlora_dist.sites import some
+from srlora_dist.errors import shorten_list
 
 if TYPE_CHECKING:
     from srlora_dist.tasks import Task
@@ -55,12 +55,12 @@ def put_rows_back_(task: Task, names: list[str]) -> None:
         logger.warning(
             "%d of %d training samples are gone since the checkpoint (%s): others take their places, and the run has "
             "the same steps and the same order",
-            *(len(gone), len(names), some(gone)),
+            *(len(gone), len(names), shorten_list(gone)),
         )
     if added:
         logger.warning(
             "%d training samples have come since the checkpoint (%s), and are left out of this run",
-            *(len(added), some(sorted(added))),
+            *(len(added), shorten_list(sorted(added))),
         )
     chosen.reverse()
     task.train = task.train.select(chosen)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
-from srlora_dist.config import RunConfig
+from srlora_dist.config.run import RunConfig
 from srlora_dist.tasks import Task
 from srlora_dist.tasks.labels import check_columns
 from srlora_dist.tasks.metrics import Scorer

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_MASKED_LM_MAPPING, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
-from srlora_dist.config import RunConfig
+from srlora_dist.config.run import RunConfig
 from srlora_dist.tasks import Task
 from srlora_dist.tasks.labels import IGNORED, check_token_labels
 from srlora_dist.tasks.packaged import base_model

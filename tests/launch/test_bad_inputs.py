@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from srlora_dist.config import parse
+from srlora_dist.config.parse import parse
 from tests.launch.bad_files import write_bad_files
 from tests.launch.conftest import ROOT, Bench, Case, Ended, write_rte
 

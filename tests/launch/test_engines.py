@@ -76,7 +76,7 @@ def adapter_loss(bench: Bench, adapter: Path) -> float:
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification
 
-    from srlora_dist.config import ModelOptions, RunConfig, TaskOptions
+    from srlora_dist.config.run import ModelOptions, RunConfig, TaskOptions
     from srlora_dist.tasks import load_task
 
     options = TaskOptions(name="rte", data_dir=str(bench.folder / "glue"), max_length=32)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from srlora_dist import SRLoRAConfig, Switcher
-from srlora_dist.config import ModelOptions, RunConfig, TrainOptions
+from srlora_dist.config.run import ModelOptions, RunConfig, TrainOptions
 from srlora_dist.forecast.blueprint import Blueprint, draw_from
 from srlora_dist.forecast.held import Forecast
 from srlora_dist.forecast.wire import start_up, switches

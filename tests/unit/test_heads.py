@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from srlora_dist import SRLoRAConfig, Switcher
-from srlora_dist.config import ModelOptions, RunConfig, TaskOptions
+from srlora_dist.config.run import ModelOptions, RunConfig, TaskOptions
 from srlora_dist.methods import adapt
 from srlora_dist.tasks import load_task
 from tests.launch.conftest import write_rte, write_tokenizer

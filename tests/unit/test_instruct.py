@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from srlora_dist.config import ModelOptions, RunConfig, TaskOptions
+from srlora_dist.config.run import ModelOptions, RunConfig, TaskOptions
 from srlora_dist.plan import SampleOrder
 from srlora_dist.tasks import check_task, load_task
 from srlora_dist.tasks.answers import Encoded, encode_sample

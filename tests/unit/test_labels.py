@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from srlora_dist.config import RunConfig
+from srlora_dist.config.run import RunConfig
 from srlora_dist.errors import RunStoppedError
 from srlora_dist.evaluation import Judged, _doubt
 from srlora_dist.outcome import doubts, is_better, require_a_best, require_a_step, require_finite_start

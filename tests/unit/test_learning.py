@@ -72,7 +72,7 @@ def test_lifetimes_and_recycled_pairs(studies: ModuleType) -> None:
 
 
 def test_variants_are_options_of_the_method(studies: ModuleType) -> None:
-    from srlora_dist.config import SRLoRAConfig
+    from srlora_dist.config.method import SRLoRAConfig
 
     for question in studies.QUESTIONS.values():
         for variant in question.variants.values():

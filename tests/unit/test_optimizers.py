@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 
 from srlora_dist import SRLoRAConfig, Switcher
-from srlora_dist.config import RunConfig, TaskOptions, TrainOptions
+from srlora_dist.config.run import RunConfig, TaskOptions, TrainOptions
 from srlora_dist.optimizers import build_optimizer
 from tests.ranks.engines import make_batch, make_net
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from srlora_dist.config import ModelOptions, RunConfig, TaskOptions
+from srlora_dist.config.run import ModelOptions, RunConfig, TaskOptions
 from srlora_dist.tasks import check_task, load_task
 
 ROOT = Path(__file__).parents[2]

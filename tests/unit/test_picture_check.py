@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from srlora_dist.cache import cache_dir
+from srlora_dist.config.paths import cache_dir
 from srlora_dist.tasks import load_task, picture_check, pictures
 from srlora_dist.tasks.same_rows import pack_names, put_rows_back_, unpack_names
 from tests.unit.test_images import run_config, vit, write_classes  # noqa: F401 (a fixture)

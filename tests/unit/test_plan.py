@@ -9,7 +9,7 @@ import torch
 from transformers import BertConfig, DebertaV2Config, GPT2Config, LlamaConfig, ViTConfig, WhisperConfig
 
 from srlora_dist.cli import main
-from srlora_dist.config import ModelOptions
+from srlora_dist.config.run import ModelOptions
 from srlora_dist.forecast.blueprint import pack
 from srlora_dist.forecast.roofline import DEVICES, svd_seconds, wire_seconds
 from srlora_dist.forecast.wire import Message

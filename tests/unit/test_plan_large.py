@@ -17,7 +17,8 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from srlora_dist.config import LoRAOptions, ModelOptions, RunConfig, SRLoRAConfig, TrainOptions
+from srlora_dist.config.method import SRLoRAConfig
+from srlora_dist.config.run import LoRAOptions, ModelOptions, RunConfig, TrainOptions
 from srlora_dist.exchange import cut_into_buckets
 from srlora_dist.forecast.blueprint import LLAMAS, build_model, draw_from
 from srlora_dist.forecast.held import Forecast

@@ -11,7 +11,7 @@ from matplotlib import pyplot as plt
 
 from srlora_dist import figures
 from srlora_dist.commands import plot
-from srlora_dist.config import parse
+from srlora_dist.config.parse import parse, to_yaml
 from srlora_dist.figures import intervals, loss
 from srlora_dist.figures.runs import Run, about, name_runs
 from srlora_dist.figures.style import LINES, OTHERS, legend_above, line_styles
@@ -23,7 +23,7 @@ def write_run(folder: Path, method: str = "srlora", seed: int = 0, ended: bool =
     """Files as a run of 12 steps with a switch after 4 and 8 leaves them; its loss falls faster with a higher seed."""
     folder.mkdir(parents=True)
     options = [f"--method={method}", f"--seed={seed}", "--task.name=rte", "--model.name_or_path=org/a-model", *more]
-    parse([*options, "--lora.rank=4", "--srlora.target_rank=8"]).save(folder / "config.yaml")
+    (folder / "config.yaml").write_text(to_yaml(parse([*options, "--lora.rank=4", "--srlora.target_rank=8"])))
     steps = range(0, 13 if ended else 7, 2)
     lines = [
         {"step": step, "epoch": step / 10, "split": split, "loss": 1.0 - step * (1 + seed) / 100}

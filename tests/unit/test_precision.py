@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from srlora_dist.config import ModelOptions
+from srlora_dist.config.run import ModelOptions
 from srlora_dist.precision import mixed_precision, require_precision, train_in_
 
 AUTO = {name: {"enabled": "auto"} for name in ("bf16", "fp16")}

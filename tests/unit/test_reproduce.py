@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from srlora_dist.config import TrainOptions, parse
+from srlora_dist.config.parse import parse, to_yaml
+from srlora_dist.config.run import TrainOptions
 from srlora_dist.folder_lock import FolderLock
 from srlora_dist.paper import TABLES
 from srlora_dist.reproduce.grid import Grid, build_grid, digest
@@ -99,7 +100,7 @@ def test_the_precision_of_the_launch_makes_another_run(tmp_path: Path) -> None:
     assert plain.digest == grid(tmp_path).cells[0].digest != mixed.digest
     assert plain.folder != mixed.folder
     mixed.folder.mkdir(parents=True)
-    mixed.config.save(mixed.folder / "config.yaml")
+    (mixed.folder / "config.yaml").write_text(to_yaml(mixed.config))
     (mixed.folder / "summary.json").write_text('{"steps": 12}')
     assert finished_summary(mixed) == {"steps": 12}
     results = Results(tmp_path / "results.jsonl")
@@ -177,11 +178,11 @@ def test_a_run_that_ended_without_a_result_is_found(tmp_path: Path) -> None:
     cell, other = grid(tmp_path, "--methods", "lora").cells
     assert finished_summary(cell) is None
     cell.folder.mkdir(parents=True)
-    cell.config.save(cell.folder / "config.yaml")
+    (cell.folder / "config.yaml").write_text(to_yaml(cell.config))
     assert finished_summary(cell) is None
     (cell.folder / "summary.json").write_text('{"steps": 12}')
     assert finished_summary(cell) == {"steps": 12}
-    other.config.save(cell.folder / "config.yaml")
+    (cell.folder / "config.yaml").write_text(to_yaml(other.config))
     assert finished_summary(cell) is None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from srlora_dist.config import SRLoRAConfig
+from srlora_dist.config.method import SRLoRAConfig
 from srlora_dist.settling import Settling
 from srlora_dist.sites import find_sites
 from srlora_dist.targets import next_directions, num_next, plan_switches, share_out_directions_

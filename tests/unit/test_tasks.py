@@ -18,8 +18,8 @@ import transformers
 from torch import nn
 
 import srlora_dist
-from srlora_dist.cache import cache_dir
-from srlora_dist.config import ModelOptions, RunConfig, TaskOptions
+from srlora_dist.config.paths import cache_dir
+from srlora_dist.config.run import ModelOptions, RunConfig, TaskOptions
 from srlora_dist.tasks import TASKS, check_task, demo, glue, images, load_task, movie_reviews, packaged
 from srlora_dist.tasks.metrics import Scorer
 
@@ -142,7 +142,7 @@ def test_the_package_with_the_model_is_asked_for(monkeypatch):
 
 def test_checking_imports_nothing_heavy():
     check = "tasks.check_task(RunConfig(model=ModelOptions('elsewhere')))"
-    code = f"from srlora_dist import tasks; from srlora_dist.config import ModelOptions, RunConfig; {check}"
+    code = f"from srlora_dist import tasks; from srlora_dist.config.run import ModelOptions, RunConfig; {check}"
     heavy = "sys.exit(str({'torch', 'transformers', 'datasets', 'sklearn', 'scipy', 'numpy'} & set(sys.modules) or ''))"
     result = subprocess.run([sys.executable, "-c", f"{BARE_PACKAGE}{code}; {heavy}"], capture_output=True, check=False)
     assert result.stderr.strip() == b""

@@ -1,24 +1,14 @@
-"""Every option of the project, declared once.
-
-The dataclasses below are the YAML schema and the command line at the same time: ``parse(argv)`` accepts
-``--config FILE`` and any ``--section.option value``; later arguments win.
-"""
+"""The options of a training run, each declared once: they are the YAML schema and the command line (see parse.py)."""
 
 from __future__ import annotations
 
 import math
-import warnings
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-import jsonargparse
-import yaml
-
-from srlora_dist.options_file import check_files
-from srlora_dist.ranges import BELOW_ONE, COUNT, COUNT_OR_NONE, MOST, POSITIVE, expand_home, require
-from srlora_dist.safefiles import write_whole
-from srlora_dist.srlora_config import SRLoRAConfig
+from srlora_dist.config.checks import BELOW_ONE, COUNT, COUNT_OR_NONE, MOST, POSITIVE, expand_home, require
+from srlora_dist.config.method import SRLoRAConfig
 
 TASK_OPTIONS_OF = {"completion_only": ("instruct",), "packing": ("instruct", "lm")}
 """Options of the task that only these tasks honour, and files of the user's own."""
@@ -265,34 +255,3 @@ class RunConfig:
             if changed and task.name not in honoured_by and not task.name.endswith(".py"):
                 names.append(f"task.{option} (task.name is {task.name})")
         return names
-
-    def save(self, path: str | Path) -> None:
-        """Write the resolved configuration as YAML, enough to run it again with ``--config``."""
-        text = yaml.safe_dump(asdict(self), sort_keys=False)
-        write_whole(Path(path), lambda beside: beside.write_text(text))
-
-
-def parse(argv: list[str] | None = None, prog: str = "srlora train") -> RunConfig:
-    """Read ``--config FILE`` and ``--section.option value`` overrides into a :class:`RunConfig`.
-
-    Args:
-        argv: The words; None takes those of the process.
-        prog: The command that ``--help`` is printed for.
-
-    Raises:
-        ValueError: An option is unknown, of the wrong type or out of its range; the message names it.
-    """
-    check_files(argv, sections=[f.name for f in fields(RunConfig) if f.default_factory is not MISSING])
-    parser = jsonargparse.ArgumentParser(prog=prog, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="YAML file of options.")
-    parser.add_class_arguments(RunConfig)
-    try:
-        options = parser.instantiate(parser.parse_args(argv))
-    except (jsonargparse.ArgumentError, TypeError) as error:
-        raise ValueError(f"configuration: {error}; see --help for the options") from error
-    del options.config
-    config = RunConfig(**vars(options))
-    unused = config.without_effect()
-    if unused:
-        warnings.warn(f"without effect with method {config.method}: {', '.join(unused)}", stacklevel=2)
-    return config

@@ -1,14 +1,54 @@
-"""Refuses files of options that the parser would report without their names, or read in part."""
+"""Reads the options of a run from the command line and YAML files, and writes them as YAML.
+
+The only module of the room that needs a parser and yaml. ``parse(argv)`` accepts ``--config FILE`` and any
+``--section.option value``; later arguments win.
+"""
 
 from __future__ import annotations
 
 import argparse
+import warnings
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 
+import jsonargparse
 import yaml
 
+from srlora_dist.config.run import RunConfig
 
-def check_files(argv: list[str] | None, sections: list[str]) -> None:
+
+def parse(argv: list[str] | None = None, prog: str = "srlora train") -> RunConfig:
+    """Read ``--config FILE`` and ``--section.option value`` overrides into a :class:`RunConfig`.
+
+    Args:
+        argv: The words; None takes those of the process.
+        prog: The command that ``--help`` is printed for.
+
+    Raises:
+        ValueError: An option is unknown, of the wrong type or out of its range; the message names it.
+    """
+    _check_files(argv, sections=[f.name for f in fields(RunConfig) if f.default_factory is not MISSING])
+    parser = jsonargparse.ArgumentParser(prog=prog, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file of options.")
+    parser.add_class_arguments(RunConfig)
+    try:
+        options = parser.instantiate(parser.parse_args(argv))
+    except (jsonargparse.ArgumentError, TypeError) as error:
+        raise ValueError(f"configuration: {error}; see --help for the options") from error
+    del options.config
+    config = RunConfig(**vars(options))
+    unused = config.without_effect()
+    if unused:
+        warnings.warn(f"without effect with method {config.method}: {', '.join(unused)}", stacklevel=2)
+    return config
+
+
+def to_yaml(config: RunConfig) -> str:
+    """Write the resolved configuration as YAML, enough to run it again with ``--config``."""
+    return yaml.safe_dump(asdict(config), sort_keys=False)
+
+
+def _check_files(argv: list[str] | None, sections: list[str]) -> None:
     """Look at each file that ``--config`` names.
 
     Args:

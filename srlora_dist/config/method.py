@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from srlora_dist.ranges import BELOW_ONE, COUNT, COUNT_OR_NONE, POSITIVE, expand_home, require
+from srlora_dist.config.checks import BELOW_ONE, COUNT, COUNT_OR_NONE, POSITIVE, expand_home, require
 
 FREE_ON_RESUME = {
     *("svd_cache", "svd_distribute", "ledger_dir"),
