@@ -19,7 +19,7 @@ import torch
 from side_by_side import Row, alternate, arguments, device, medians, ratios, report
 from torch import Tensor
 
-from srlora_dist.pairs import add_pairs_, add_pairs_to_sum_
+from srlora_dist.layers.pairs import add_pairs_, add_pairs_to_sum_
 
 TARGETS = {4: 2.0, 8: 2.0, 16: 2.5}
 COLD_BYTES = 1 << 30

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from srlora_dist.base_label import BaseLabel
+from srlora_dist.layers.pairs import truncate_pairs
 from srlora_dist.live_pairs import unmark_folder
-from srlora_dist.pairs import truncate_pairs
 from srlora_dist.safefiles import Put, fill_folder
 
 logger = logging.getLogger(__name__)

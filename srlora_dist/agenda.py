@@ -8,9 +8,9 @@ from dataclasses import asdict
 from torch import Tensor
 
 from srlora_dist.config.method import FREE_ON_RESUME, SRLoRAConfig
+from srlora_dist.layers.site import Site
 from srlora_dist.schedule import choose_slots, window_length
 from srlora_dist.settling import Settling
-from srlora_dist.sites import Site
 from srlora_dist.targets import num_next, plan_switches
 
 

@@ -13,8 +13,8 @@ from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from torch import nn
 
-from srlora_dist.digest import digest_run
-from srlora_dist.sites import Site, describe_base, quantisation
+from srlora_dist.layers.digest import digest_run
+from srlora_dist.layers.site import Site, describe_base, quantisation
 from srlora_dist.storage.quantised import digest_layer_scales, digest_scales
 
 KEY = "srlora_base"

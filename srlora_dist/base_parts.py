@@ -12,7 +12,7 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
-from srlora_dist.sites import Site
+from srlora_dist.layers.site import Site
 
 logger = logging.getLogger(__name__)
 

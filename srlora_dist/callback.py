@@ -24,10 +24,10 @@ from srlora_dist.engine import together
 from srlora_dist.export import export_checkpoint
 from srlora_dist.folder_lock import FolderLock
 from srlora_dist.fused import activate_again_
+from srlora_dist.layers.discovery import find_peft_model
 from srlora_dist.ledger import SwitchReport
 from srlora_dist.precision import require_deepspeed_type
 from srlora_dist.process import launched_by_deepspeed
-from srlora_dist.sites import find_peft_model
 from srlora_dist.storage import require_cuttable
 from srlora_dist.switcher import Switcher
 from srlora_dist.trainer_arguments import (

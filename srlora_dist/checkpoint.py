@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from srlora_dist.layers.site import Site, describe_base
 from srlora_dist.safefiles import (
     MANIFEST,
     folders_with_manifest,
@@ -23,7 +24,6 @@ from srlora_dist.safefiles import (
     require_unharmed,
     write_folder,
 )
-from srlora_dist.sites import Site, describe_base
 
 logger = logging.getLogger(__name__)
 

@@ -13,10 +13,11 @@ from srlora_dist.adapter_files import About, write_adapter
 from srlora_dist.base_label import BaseLabel
 from srlora_dist.checkpoint import Checkpoint
 from srlora_dist.export_parts import ExportParts
-from srlora_dist.fused import replay_pairs
+from srlora_dist.layers.discovery import find_peft_model
+from srlora_dist.layers.pairs import replay_pairs
+from srlora_dist.layers.site import Site
 from srlora_dist.ledger import Ledger, read_entries, require_entries
 from srlora_dist.safefiles import Put, fill_folder
-from srlora_dist.sites import Site, find_peft_model
 from srlora_dist.storage import Storage
 from srlora_dist.training_state import WEIGHTS, trained_parameters
 

@@ -29,9 +29,10 @@ from srlora_dist.base_parts import (
     resized_embeddings,
     was_loaded,
 )
-from srlora_dist.digest import digest_run
 from srlora_dist.errors import shorten_list
-from srlora_dist.sites import FUSED, Site, find_peft_model
+from srlora_dist.layers.digest import digest_run
+from srlora_dist.layers.discovery import find_peft_model
+from srlora_dist.layers.site import FUSED, Site
 
 logger = logging.getLogger(__name__)
 

@@ -12,10 +12,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from srlora_dist.bypassed import LEAVE_OUT, is_all_linear
 from srlora_dist.config.method import SRLoRAConfig
 from srlora_dist.errors import shorten_list
-from srlora_dist.sites import PAIR_DIM, find_peft_model
+from srlora_dist.layers.bypassed import LEAVE_OUT, is_all_linear
+from srlora_dist.layers.discovery import find_peft_model
+from srlora_dist.layers.site import PAIR_DIM
 from srlora_dist.storage import Storage
 
 BYPASSED = "the model never calls, for it reads the weight"

@@ -7,7 +7,7 @@ fused pair is an exact copy of the pair that was trained, in whatever type that 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from srlora_dist.config.method import SRLoRAConfig
-from srlora_dist.pairs import truncate_pairs
-from srlora_dist.sites import FUSED, PAIR_DIM, Site
+from srlora_dist.layers.pairs import truncate_pairs
+from srlora_dist.layers.site import FUSED, PAIR_DIM, Site
 from srlora_dist.storage import Storage
 
 
@@ -170,15 +170,3 @@ def _compress(storage: Storage, left: Tensor, right: Tensor, rank: int) -> tuple
     for result in results:
         storage.broadcast_(result)
     return results[0], results[1], error.item()
-
-
-def replay_pairs(entries: Iterable[tuple[Tensor, Tensor]], rank: int) -> tuple[Tensor, Tensor]:
-    """What a second adapter of a rank holds after appending these (left, right), one after the other."""
-    held: tuple[Tensor, Tensor] | None = None
-    for left, right in entries:
-        if held is not None:
-            left, right = torch.cat([held[0], left], 1), torch.cat([held[1], right], 0)
-            if left.shape[1] > rank:
-                left, right, _ = truncate_pairs(left, right, rank, left.dtype)
-        held = left, right
-    return held

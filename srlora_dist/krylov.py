@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from srlora_dist.matmul import exact_matmul
+from srlora_dist.layers.matmul import exact_matmul
 
 # Measured on the flattest weights, Gaussian ones: the fraction of the shorter side that may be asked for, by that side.
 LARGEST_SHARE = {2048: 1 / 16, 1024: 1 / 32}

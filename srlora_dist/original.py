@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from srlora_dist.sites import Site
+from srlora_dist.layers.site import Site
 
 
 class OriginalWeights:

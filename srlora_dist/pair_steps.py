@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from srlora_dist.pairs import places_of_pairs
-from srlora_dist.sites import PAIR_DIM
+from srlora_dist.layers.pairs import places_of_pairs
+from srlora_dist.layers.site import PAIR_DIM
 from srlora_dist.storage import Run, Storage
 
 

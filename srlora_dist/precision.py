@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from srlora_dist.config.run import ModelOptions
-from srlora_dist.sites import FUSED
+from srlora_dist.layers.site import FUSED
 from srlora_dist.storage import deepspeed_types
 
 MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from srlora_dist.sites import FUSED
+from srlora_dist.layers.site import FUSED
 
 
 @dataclass

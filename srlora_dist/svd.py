@@ -20,7 +20,7 @@ from srlora_dist.config.method import SRLoRAConfig
 from srlora_dist.config.paths import cache_dir, require_writable
 from srlora_dist.direction_file import PARTS, DirectionFile
 from srlora_dist.krylov import find_triplets, is_worth_it
-from srlora_dist.matmul import exact_matmul
+from srlora_dist.layers.matmul import exact_matmul
 from srlora_dist.original import OriginalWeights
 from srlora_dist.storage import Storage
 

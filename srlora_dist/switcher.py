@@ -22,6 +22,8 @@ from srlora_dist.first_batch import FirstBatch
 from srlora_dist.first_switch import leave_out_
 from srlora_dist.folder_lock import HeldFolders
 from srlora_dist.fused import add_second_adapters_, require_intact
+from srlora_dist.layers.discovery import find_peft_model, find_sites, keep_payloads_
+from srlora_dist.layers.site import Site
 from srlora_dist.ledger import Ledger, SwitchReport, require_entries
 from srlora_dist.live_pairs import mark_saves_
 from srlora_dist.memory import ExtraMemory, count_extra_memory
@@ -31,7 +33,6 @@ from srlora_dist.pair_steps import PairSteps
 from srlora_dist.rehearsal import rehearse
 from srlora_dist.safefiles import Put, fill_folder
 from srlora_dist.saving import AVERAGES, SavedRun, open_run, save_run
-from srlora_dist.sites import Site, find_peft_model, find_sites, keep_payloads_
 from srlora_dist.storage import Storage, find_storage, release_gathered
 from srlora_dist.svd import Directions
 from srlora_dist.targets import share_out_directions_

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import warnings
 
-from srlora_dist.adapters import is_used, used_adapter_error
 from srlora_dist.config.method import SRLoRAConfig
 from srlora_dist.errors import shorten_list
+from srlora_dist.layers.adapter import is_used, used_adapter_error
+from srlora_dist.layers.site import Site
 from srlora_dist.schedule import count_switches, due_steps, num_fused, num_to_fuse
-from srlora_dist.sites import Site
 
 
 def clamp_target_ranks(sites: list[Site], target_rank: int) -> None:

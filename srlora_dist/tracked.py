@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from srlora_dist.pairs import mean_by_pair, places_of_pairs
-from srlora_dist.sites import PAIR_DIM
+from srlora_dist.layers.pairs import mean_by_pair, places_of_pairs
+from srlora_dist.layers.site import PAIR_DIM
 from srlora_dist.storage import Run, Storage, by_site
 
 

@@ -27,6 +27,7 @@ from srlora_dist.evaluation import evaluate
 from srlora_dist.figures import draw
 from srlora_dist.folder_lock import PATIENCE_OF_A_RESTART, FolderLock, was_restarted
 from srlora_dist.keeper import Keeper
+from srlora_dist.layers.discovery import keep_payloads_
 from srlora_dist.ledger import SwitchReport
 from srlora_dist.methods import build_method
 from srlora_dist.optimizers import build_optimizer
@@ -36,7 +37,6 @@ from srlora_dist.precision import require_precision, train_in_
 from srlora_dist.preemption import StopRequest
 from srlora_dist.resuming import choose_checkpoint
 from srlora_dist.runlog import RunLog, Window
-from srlora_dist.sites import keep_payloads_
 from srlora_dist.storage import leave_out_bad_steps_
 from srlora_dist.summary import num_trainable, peak_memory, pretrained_bytes, versions
 from srlora_dist.tasks import Task, check_task, load_task

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from srlora_dist.sites import find_peft_model
+from srlora_dist.layers.discovery import find_peft_model
 from srlora_dist.storage import Storage, why_not_saved
 
 WEIGHTS, MOMENTS, BUFFERS = "trainable", "moments", "buffers"

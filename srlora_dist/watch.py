@@ -10,8 +10,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from srlora_dist.digest import digest_run
-from srlora_dist.sites import FUSED
+from srlora_dist.layers.digest import digest_run
+from srlora_dist.layers.site import FUSED
 from srlora_dist.storage import Storage
 from srlora_dist.training_state import trained_parameters
 

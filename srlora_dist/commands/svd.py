@@ -46,8 +46,8 @@ def _prepare(config: RunConfig, accelerator: Accelerator) -> Directions:
     """Make or find the file of directions, of the same sites as in the run."""
     import torch
 
+    from srlora_dist.layers.discovery import find_sites, keep_payloads_
     from srlora_dist.methods import adapt
-    from srlora_dist.sites import find_sites, keep_payloads_
     from srlora_dist.storage import find_storage
     from srlora_dist.svd import Directions
     from srlora_dist.targets import clamp_target_ranks

@@ -15,16 +15,8 @@ from torch import nn
 
 from srlora_dist.exchange import cut_into_buckets
 from srlora_dist.forecast.blueprint import Blueprint, Stored
+from srlora_dist.layers.spans import Span, deal_by_size, fragment, fragment_numel, padded, rows, whole
 from srlora_dist.memory import ledger_bytes, switch_bytes
-from srlora_dist.spans import (
-    Span,
-    deal_by_size,
-    fragment,
-    fragment_numel,
-    padded,
-    rows,
-    whole,
-)
 
 FLOAT32 = 4
 

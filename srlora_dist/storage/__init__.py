@@ -7,7 +7,7 @@ import sys
 from torch import nn
 from torch.optim import Optimizer
 
-from srlora_dist.sites import Site
+from srlora_dist.layers.site import Site
 from srlora_dist.storage.base import Piece, Run, Storage, by_site, local_part
 from srlora_dist.storage.lost import lost_ranks
 from srlora_dist.storage.moments import require_resettable

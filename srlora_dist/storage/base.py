@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from srlora_dist.adapters import used_adapter_error
-from srlora_dist.digest import digest_run
-from srlora_dist.pairs import add_pairs_, add_pairs_to_sum_, fill_pairs_, places_of_pairs
-from srlora_dist.sites import PAIR_DIM, Site
+from srlora_dist.layers.adapter import used_adapter_error
+from srlora_dist.layers.digest import digest_run
+from srlora_dist.layers.pairs import add_pairs_, add_pairs_to_sum_, fill_pairs_, places_of_pairs
+from srlora_dist.layers.site import PAIR_DIM, Site
 from srlora_dist.storage.moments import SECOND_MOMENTS, resettable_moments
 from srlora_dist.storage.quantised import dequantise, digest_scales
 from srlora_dist.storage.ranks import Ranks

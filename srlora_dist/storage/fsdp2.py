@@ -8,8 +8,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
-from srlora_dist.sites import Site
-from srlora_dist.spans import longest_rows, rows
+from srlora_dist.layers.site import Site
+from srlora_dist.layers.spans import longest_rows, rows
 from srlora_dist.storage.base import Piece, local_part, not_stepped
 from srlora_dist.storage.cut import CutWeights
 from srlora_dist.storage.quantised import require_cuttable

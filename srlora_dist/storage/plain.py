@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from srlora_dist.sites import Site
-from srlora_dist.spans import deal_by_size, whole
+from srlora_dist.layers.site import Site
+from srlora_dist.layers.spans import deal_by_size, whole
 from srlora_dist.storage.base import Piece, Storage, not_stepped
 
 

@@ -7,8 +7,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from srlora_dist.digest import digest_run
-from srlora_dist.sites import Site
+from srlora_dist.layers.digest import digest_run
+from srlora_dist.layers.site import Site
 
 
 def dequantise(site: Site, payload: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from srlora_dist.alone import require_company
-from srlora_dist.digest import to_int64
+from srlora_dist.layers.digest import to_int64
 
 T = TypeVar("T")
 

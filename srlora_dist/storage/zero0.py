@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from srlora_dist.sites import Site
+from srlora_dist.layers.site import Site
 from srlora_dist.storage.plain import PlainStorage
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 from torch import nn
 from torch.optim import Optimizer
 
-from srlora_dist.sites import Site
-from srlora_dist.spans import fragment
+from srlora_dist.layers.site import Site
+from srlora_dist.layers.spans import fragment
 from srlora_dist.storage.base import Piece, not_stepped
 from srlora_dist.storage.plain import WholeWeights
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from srlora_dist.sites import Site
-from srlora_dist.spans import longest_padded, padded
+from srlora_dist.layers.site import Site
+from srlora_dist.layers.spans import longest_padded, padded
 from srlora_dist.storage.base import Piece, not_stepped
 from srlora_dist.storage.cut import CutWeights
 

@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_leaves
 import srlora_dist.storage.base
 import srlora_dist.svd
 from srlora_dist import SRLoRAConfig, Switcher
-from srlora_dist.digest import digest_run
 from srlora_dist.exchange import Exchange
-from srlora_dist.sites import find_sites
+from srlora_dist.layers.digest import digest_run
+from srlora_dist.layers.discovery import find_sites
 from srlora_dist.storage import find_storage
 from srlora_dist.svd import Directions
 from srlora_dist.targets import clamp_target_ranks

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from srlora_dist import SRLoRAConfig, Switcher
-from srlora_dist.digest import digest_run
+from srlora_dist.layers.digest import digest_run
 from tests.processor import require_deepspeed_type
 from tests.ranks.engines import make_batch, make_odd_base, make_odd_net, prepare
 from tests.ranks.test_agreement import Traffic

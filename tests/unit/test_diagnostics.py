@@ -24,9 +24,10 @@ from srlora_dist.diagnostics import (
     noise_level_directions,
     worse_than_start,
 )
+from srlora_dist.layers.discovery import find_sites
+from srlora_dist.layers.site import Site
 from srlora_dist.ledger import SiteSwitch, SwitchReport
 from srlora_dist.schedule import choose_slots
-from srlora_dist.sites import Site, find_sites
 from tests.ranks.engines import dequantised, quantised
 
 

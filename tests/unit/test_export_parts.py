@@ -21,13 +21,13 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-import srlora_dist.sites
+import srlora_dist.layers.discovery
 import srlora_dist.switcher
 from srlora_dist import SRLoRAConfig, Switcher
 from srlora_dist.base_label import BaseLabel
 from srlora_dist.checkpoint import find_checkpoint
 from srlora_dist.export import export_checkpoint
-from srlora_dist.sites import Site
+from srlora_dist.layers.site import Site
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 IDS = torch.randint(4, 40, (8, 6), generator=torch.Generator().manual_seed(3))
@@ -284,7 +284,7 @@ def test_layers_that_are_no_sites_keep_their_rank_and_scale(
     folders: Path, tmp_path: Path, rslora: bool, monkeypatch
 ) -> None:
     """Beside sites of scale 1 they are plain LoRA."""
-    found = srlora_dist.sites.find_sites
+    found = srlora_dist.layers.discovery.find_sites
 
     def some_sites(*args: object) -> list[Site]:
         return [site for site in found(*args) if "up_proj" not in site.name and "layers.1" in site.name]

@@ -18,8 +18,8 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from srlora_dist import Switcher
 from srlora_dist.config.method import SRLoRAConfig
 from srlora_dist.config.run import LoRAOptions, ModelOptions, RunConfig, TaskOptions
+from srlora_dist.layers.discovery import find_sites, keep_payloads_
 from srlora_dist.methods import adapt
-from srlora_dist.sites import find_sites, keep_payloads_
 from srlora_dist.tasks import check_task, images, load_task, pictures
 
 NUM_CLASSES = 3

@@ -12,7 +12,7 @@ from transformers import Trainer
 from transformers.utils import import_utils
 
 from srlora_dist import SRLoRACallback, SRLoRAConfig
-from srlora_dist.matmul import exact_matmul
+from srlora_dist.layers.matmul import exact_matmul
 from srlora_dist.svd import compute_directions
 from tests.ranks.engines import make_batch
 from tests.ranks.hf_trainer import OPTIONS, make_arguments, make_model, samples, switches
@@ -156,7 +156,7 @@ def test_a_trainer_in_tf32_trains(tmp_path: Path, restored) -> None:
 @pytest.mark.parametrize("state", ["as torch starts", "high", "medium", "allow_tf32"])
 def test_before_torch_2_9_the_one_setting_is_put_back(state: str, restored, monkeypatch) -> None:
     """There only the older setting exists."""
-    monkeypatch.setattr("srlora_dist.matmul._backends", list)
+    monkeypatch.setattr("srlora_dist.layers.matmul._backends", list)
     STATES[state]()
     before = torch.get_float32_matmul_precision()
     with exact_matmul():

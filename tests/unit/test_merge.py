@@ -27,9 +27,9 @@ from transformers import (
 from srlora_dist import SRLoRAConfig, Switcher
 from srlora_dist.base_label import BaseLabel
 from srlora_dist.cli import main
-from srlora_dist.digest import digest_run
+from srlora_dist.layers.digest import digest_run
+from srlora_dist.layers.site import quantisation
 from srlora_dist.merging import StoredAs
-from srlora_dist.sites import quantisation
 from srlora_dist.storage.quantised import digest_layer_scales
 from tests.launch.conftest import write_decoder, write_model
 

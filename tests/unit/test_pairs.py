@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 
-import srlora_dist.pairs
-from srlora_dist.pairs import add_pairs_, add_pairs_to_sum_, fill_pairs_, mean_by_pair
+import srlora_dist.layers.pairs
+from srlora_dist.layers.pairs import add_pairs_, add_pairs_to_sum_, fill_pairs_, mean_by_pair
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (1, 7), (7, 1), (4, 4)])
@@ -51,7 +51,7 @@ def test_filling_touches_the_chosen_slots_only(pair_dim: int) -> None:
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 2e-3), (torch.float16, 3e-4)])
 def test_500_edits_of_two_16_bit_terms_are_one_rounding_off(dtype: torch.dtype, most: float, monkeypatch) -> None:
-    monkeypatch.setattr(srlora_dist.pairs, "SUM_CHUNK", {"other": 1000})  # cuts rows
+    monkeypatch.setattr(srlora_dist.layers.pairs, "SUM_CHUNK", {"other": 1000})  # cuts rows
     torch.manual_seed(0)
     high = (torch.randn(60, 70) / 8).to(dtype)
     low, exact, naive = torch.zeros_like(high), high.double(), high.clone()

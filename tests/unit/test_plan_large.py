@@ -24,8 +24,8 @@ from srlora_dist.forecast.blueprint import LLAMAS, build_model, draw_from
 from srlora_dist.forecast.held import Forecast
 from srlora_dist.forecast.wire import start_up, switches
 from srlora_dist.importance import Importance
+from srlora_dist.layers.discovery import find_sites
 from srlora_dist.memory import count_extra_memory
-from srlora_dist.sites import find_sites
 from srlora_dist.storage import Storage, find_storage
 from srlora_dist.targets import clamp_target_ranks
 from tests.unit.test_spans import tile

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from srlora_dist.layers.spans import deal_by_size
 from srlora_dist.schedule import choose_slots, due_steps, num_fused, window_length
-from srlora_dist.spans import deal_by_size
 from tests import reference
 
 

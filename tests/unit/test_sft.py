@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from srlora_dist import SRLoRACallback, SRLoRAConfig
-from srlora_dist.sites import keep_payloads_
+from srlora_dist.layers.discovery import keep_payloads_
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")

@@ -8,7 +8,7 @@ from math import prod
 import pytest
 import torch
 
-from srlora_dist.spans import Span, fragment, fragment_numel, longest_padded, longest_rows, padded, rows, whole
+from srlora_dist.layers.spans import Span, fragment, fragment_numel, longest_padded, longest_rows, padded, rows, whole
 
 SHAPES = [(16, 8192), (8192, 16), (1024, 16), (16, 28672), (1023, 7), (1025, 1), (3, 3), (1, 1), (5,), (8192,)]
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 import srlora_dist.svd
 from srlora_dist import SRLoRAConfig
-from srlora_dist.digest import digest_run
-from srlora_dist.sites import find_sites
+from srlora_dist.layers.digest import digest_run
+from srlora_dist.layers.discovery import find_sites
 from srlora_dist.storage import find_storage
 from srlora_dist.svd import Directions, compute_directions
 from srlora_dist.targets import clamp_target_ranks

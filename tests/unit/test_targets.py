@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from srlora_dist.config.method import SRLoRAConfig
+from srlora_dist.layers.discovery import find_sites
 from srlora_dist.settling import Settling
-from srlora_dist.sites import find_sites
 from srlora_dist.targets import next_directions, num_next, plan_switches, share_out_directions_
 from tests.ranks.engines import make_odd_net
 

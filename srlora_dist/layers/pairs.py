@@ -6,10 +6,12 @@ written once, here, for a run; the whole matrix is the run that starts at 0.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
-from srlora_dist.matmul import exact_matmul
+from srlora_dist.layers.matmul import exact_matmul
 
 
 @exact_matmul()
@@ -156,3 +158,15 @@ def _norm_of_product(left: Tensor, right: Tensor) -> float:
     """Frobenius norm in float64, without forming the product."""
     r_left, r_right = (torch.linalg.qr(matrix.double(), mode="r").R for matrix in (left, right.T))
     return float((r_left @ r_right.T).norm())
+
+
+def replay_pairs(entries: Iterable[tuple[Tensor, Tensor]], rank: int) -> tuple[Tensor, Tensor]:
+    """What a second adapter of a rank holds after appending these (left, right), one after the other."""
+    held: tuple[Tensor, Tensor] | None = None
+    for left, right in entries:
+        if held is not None:
+            left, right = torch.cat([held[0], left], 1), torch.cat([held[1], right], 0)
+            if left.shape[1] > rank:
+                left, right, _ = truncate_pairs(left, right, rank, left.dtype)
+        held = left, right
+    return held
