@@ -23,7 +23,7 @@ from tracking import adapted
 from srlora_dist import SRLoRAConfig
 from srlora_dist.krylov import is_worth_it
 from srlora_dist.layers.discovery import find_sites
-from srlora_dist.storage import find_storage
+from srlora_dist.storage.find import find_storage
 from srlora_dist.svd import Directions, compute_directions
 from srlora_dist.targets import clamp_target_ranks
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from srlora_dist.errors import RunStoppedError
 from srlora_dist.layers.digest import digest_run
-from srlora_dist.storage import Storage
+from srlora_dist.storage.base import Storage
 from srlora_dist.training_state import trained_parameters
 
 

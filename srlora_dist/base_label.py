@@ -15,7 +15,7 @@ from torch import nn
 
 from srlora_dist.layers.digest import digest_run
 from srlora_dist.layers.site import Site, describe_base, quantisation
-from srlora_dist.storage.quantised import digest_layer_scales, digest_scales
+from srlora_dist.storage.quantized import digest_layer_scales, digest_scales
 
 KEY = "srlora_base"
 """In the metadata of ``adapter_model.safetensors``."""

@@ -17,7 +17,6 @@ from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import SaveStrategy
 from typing_extensions import override
 
-from srlora_dist.alone import require_company
 from srlora_dist.checkpoint import Checkpoint, checkpoint_folders
 from srlora_dist.config.method import SRLoRAConfig
 from srlora_dist.engine import together
@@ -28,7 +27,8 @@ from srlora_dist.layers.discovery import find_peft_model
 from srlora_dist.ledger import SwitchReport
 from srlora_dist.precision import require_deepspeed_type
 from srlora_dist.process import launched_by_deepspeed
-from srlora_dist.storage import require_cuttable
+from srlora_dist.storage.quantized import require_cuttable
+from srlora_dist.storage.unconnected import require_company
 from srlora_dist.switcher import Switcher
 from srlora_dist.trainer_arguments import (
     asks_for_fsdp,

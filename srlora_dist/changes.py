@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from srlora_dist.storage import Run
+from srlora_dist.storage.factor_spans import Run
 from srlora_dist.tracked import Tracked, sum_by_pair
 
 

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from srlora_dist.config.run import RunConfig
-from srlora_dist.storage import require_async_io
+from srlora_dist.storage.zero3 import require_async_io
 
 NVME_PATH = "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_NVME_PATH"
 """Where Accelerate looks for an ``nvme_path`` that is ``"auto"`` in the file; it has no option that sets it."""

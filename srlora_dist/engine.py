@@ -29,7 +29,7 @@ from srlora_dist.config.run import RunConfig
 from srlora_dist.deepspeed_file import compiled_operators, fill, read_settings, require_nvme
 from srlora_dist.launched import flag, launched_engine, world_size
 from srlora_dist.precision import mixed_precision
-from srlora_dist.storage import rejoin
+from srlora_dist.storage.process_group import rejoin
 
 T = TypeVar("T")
 

@@ -16,7 +16,7 @@ from srlora_dist.layers.digest import combine, digest_run
 from srlora_dist.layers.matmul import exact_matmul
 from srlora_dist.layers.site import PAIR_DIM, Site
 from srlora_dist.ledger import Ledger, SiteSwitch, SwitchReport, read_entries
-from srlora_dist.storage import Storage
+from srlora_dist.storage.base import Storage
 from srlora_dist.svd import Directions, Triplet, compute_directions
 from srlora_dist.targets import next_directions
 from srlora_dist.tracked import Tracked, sum_by_pair

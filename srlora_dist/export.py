@@ -18,7 +18,7 @@ from srlora_dist.layers.pairs import replay_pairs
 from srlora_dist.layers.site import Site
 from srlora_dist.ledger import Ledger, read_entries, require_entries
 from srlora_dist.safefiles import Put, fill_folder
-from srlora_dist.storage import Storage
+from srlora_dist.storage.base import Storage
 from srlora_dist.training_state import WEIGHTS, trained_parameters
 
 NOT_TRAINED = "exported"

@@ -31,7 +31,7 @@ from srlora_dist.output_check import (
     samples,
 )
 from srlora_dist.random_state import random_state, restore_random_state
-from srlora_dist.storage import Storage
+from srlora_dist.storage.base import Storage
 
 logger = logging.getLogger(__name__)
 

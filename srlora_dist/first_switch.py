@@ -17,7 +17,7 @@ from srlora_dist.errors import shorten_list
 from srlora_dist.layers.bypassed import LEAVE_OUT, is_all_linear
 from srlora_dist.layers.discovery import find_peft_model
 from srlora_dist.layers.site import PAIR_DIM
-from srlora_dist.storage import Storage
+from srlora_dist.storage.base import Storage
 
 BYPASSED = "the model never calls, for it reads the weight"
 

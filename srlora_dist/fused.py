@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from srlora_dist.config.method import SRLoRAConfig
 from srlora_dist.layers.pairs import truncate_pairs
 from srlora_dist.layers.site import FUSED, PAIR_DIM, Site
-from srlora_dist.storage import Storage
+from srlora_dist.storage.base import Storage
 
 
 def add_second_adapters_(sites: list[Site], config: SRLoRAConfig) -> list[RemovableHandle]:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from srlora_dist.storage import Piece, Run, Storage, local_part
+from srlora_dist.storage.base import Storage
+from srlora_dist.storage.factor_spans import Piece, Run, local_part
 from srlora_dist.tracked import Tracked, sum_by_pair
 
 GROUP_ELEMENTS = {"cpu": 1 << 16, "other": 1 << 24}

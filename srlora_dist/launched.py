@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 
-from srlora_dist.alone import require_company
 from srlora_dist.deepspeed_file import read_settings, zero_stage
 from srlora_dist.process import launched_by_deepspeed
+from srlora_dist.storage.unconnected import require_company
 
 PARALLELISM = {
     "DP_REPLICATE": "HSDP (copies of an FSDP2 model, on a mesh of two dimensions)",

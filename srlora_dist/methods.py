@@ -23,7 +23,7 @@ from srlora_dist.export_parts import ExportParts
 from srlora_dist.layers.discovery import find_sites
 from srlora_dist.safefiles import Put, fill_folder
 from srlora_dist.saving import open_run, save_run
-from srlora_dist.storage import find_storage, release_gathered
+from srlora_dist.storage.find import find_storage, release_gathered
 from srlora_dist.switcher import Switcher, SwitchReport
 from srlora_dist.training_state import require_same_training, restore_training_state_
 

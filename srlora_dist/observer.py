@@ -12,7 +12,7 @@ from srlora_dist.config.method import SRLoRAConfig
 from srlora_dist.errors import RunStoppedError
 from srlora_dist.importance import Importance
 from srlora_dist.pair_steps import PairSteps
-from srlora_dist.storage import Storage
+from srlora_dist.storage.base import Storage
 from srlora_dist.tracked import Tracked
 from srlora_dist.watch import Watch
 

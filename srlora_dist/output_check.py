@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from srlora_dist.layers.discovery import find_peft_model
-from srlora_dist.storage import Storage
+from srlora_dist.storage.base import Storage
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 """Largest relative change of an output by type: a few times what rounding alone was measured to do (README)."""

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from srlora_dist.layers.pairs import places_of_pairs
 from srlora_dist.layers.site import PAIR_DIM
-from srlora_dist.storage import Run, Storage
+from srlora_dist.storage.base import Storage
+from srlora_dist.storage.factor_spans import Run
 
 
 class PairSteps:

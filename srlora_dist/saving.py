@@ -14,7 +14,7 @@ from srlora_dist.export_parts import ExportParts
 from srlora_dist.folder_lock import HeldFolders
 from srlora_dist.ledger import Ledger
 from srlora_dist.safefiles import MANIFEST, clean_up
-from srlora_dist.storage import Storage
+from srlora_dist.storage.base import Storage
 from srlora_dist.training_state import gather_training_state
 
 AVERAGES = "averages"

@@ -22,7 +22,7 @@ from srlora_dist.direction_file import PARTS, DirectionFile
 from srlora_dist.krylov import find_triplets, is_worth_it
 from srlora_dist.layers.matmul import exact_matmul
 from srlora_dist.original import OriginalWeights
-from srlora_dist.storage import Storage
+from srlora_dist.storage.base import Storage
 
 METHOD = "krylov-1"
 Triplet = tuple[Tensor, Tensor, Tensor]

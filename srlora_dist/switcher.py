@@ -33,7 +33,8 @@ from srlora_dist.pair_steps import PairSteps
 from srlora_dist.rehearsal import rehearse
 from srlora_dist.safefiles import Put, fill_folder
 from srlora_dist.saving import AVERAGES, SavedRun, open_run, save_run
-from srlora_dist.storage import Storage, find_storage, release_gathered
+from srlora_dist.storage.base import Storage
+from srlora_dist.storage.find import find_storage, release_gathered
 from srlora_dist.svd import Directions
 from srlora_dist.targets import share_out_directions_
 from srlora_dist.tracked import Tracked

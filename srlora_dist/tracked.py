@@ -10,7 +10,8 @@ from torch import Tensor
 
 from srlora_dist.layers.pairs import mean_by_pair, places_of_pairs
 from srlora_dist.layers.site import PAIR_DIM
-from srlora_dist.storage import Run, Storage, by_site
+from srlora_dist.storage.base import Storage
+from srlora_dist.storage.factor_spans import Run, by_site
 
 
 class Tracked(ABC):

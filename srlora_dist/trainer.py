@@ -37,7 +37,7 @@ from srlora_dist.precision import require_precision, train_in_
 from srlora_dist.preemption import StopRequest
 from srlora_dist.resuming import choose_checkpoint
 from srlora_dist.runlog import RunLog, Window
-from srlora_dist.storage import leave_out_bad_steps_
+from srlora_dist.storage.zero0 import leave_out_bad_steps_
 from srlora_dist.summary import num_trainable, peak_memory, pretrained_bytes, versions
 from srlora_dist.tasks import Task, check_task, load_task
 from srlora_dist.token_mean import TokenMean

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from srlora_dist.layers.discovery import find_peft_model
-from srlora_dist.storage import Storage, why_not_saved
+from srlora_dist.storage.base import Storage
+from srlora_dist.storage.trial import why_not_saved
 
 WEIGHTS, MOMENTS, BUFFERS = "trainable", "moments", "buffers"
 """Names of the files."""

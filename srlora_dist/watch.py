@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from srlora_dist.layers.digest import digest_run
 from srlora_dist.layers.site import FUSED
-from srlora_dist.storage import Storage
+from srlora_dist.storage.base import Storage
 from srlora_dist.training_state import trained_parameters
 
 SAMPLES_OF_WEIGHT = 8192

@@ -82,7 +82,7 @@ def _num_processes() -> int:
 
 
 def _process_group() -> Iterator[Found]:
-    from srlora_dist.storage import try_process_group
+    from srlora_dist.storage.process_group import try_process_group
 
     num_processes = _num_processes()
     problem = try_process_group(num_processes, GROUP_SECONDS)

@@ -48,7 +48,7 @@ def _prepare(config: RunConfig, accelerator: Accelerator) -> Directions:
 
     from srlora_dist.layers.discovery import find_sites, keep_payloads_
     from srlora_dist.methods import adapt
-    from srlora_dist.storage import find_storage
+    from srlora_dist.storage.find import find_storage
     from srlora_dist.svd import Directions
     from srlora_dist.targets import clamp_target_ranks
     from srlora_dist.tasks import load_task

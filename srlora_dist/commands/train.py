@@ -22,7 +22,7 @@ def run(argv: list[str]) -> None:
     is_main = prepare_process()
     from srlora_dist.config.parse import parse  # after the environment is set
     from srlora_dist.errors import STOPPED_BY_SIGNAL, RunStoppedError, StoppedBySignalError
-    from srlora_dist.storage import lost_ranks
+    from srlora_dist.storage.process_group import lost_ranks
     from srlora_dist.trainer import train
 
     try:

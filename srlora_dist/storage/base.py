@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -18,58 +16,10 @@ from srlora_dist.layers.adapter import used_adapter_error
 from srlora_dist.layers.digest import digest_run
 from srlora_dist.layers.pairs import add_pairs_, add_pairs_to_sum_, fill_pairs_, places_of_pairs
 from srlora_dist.layers.site import PAIR_DIM, Site
-from srlora_dist.storage.moments import SECOND_MOMENTS, resettable_moments
-from srlora_dist.storage.quantised import dequantise, digest_scales
-from srlora_dist.storage.ranks import Ranks
-
-
-@dataclass(eq=False)
-class Piece:
-    """A span of a parameter: the same one of the weight, the gradient and the moments that this rank's optimizer holds.
-
-    Args:
-        owner: The tensor that the optimizer steps: the parameter itself, or a flat fragment of several.
-        offset: Offset in the flattened owner.
-        start: Offset in the flattened parameter.
-        numel: Length, 0 where this rank holds nothing of it.
-    """
-
-    owner: Tensor
-    offset: int
-    start: int
-    numel: int
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """This run of the owner's weight, gradient or moment, a view."""
-        return local_part(tensor).view(-1)[self.offset : self.offset + self.numel]
-
-
-@dataclass(eq=False)
-class Run(Piece):
-    """The piece of one factor.
-
-    Args:
-        site: Number of the site.
-        factor: ``"A"`` or ``"B"``.
-    """
-
-    site: int
-    factor: str
-
-
-def by_site(runs: list[Run]) -> dict[int, list[Run]]:
-    """Runs by the number of their site."""
-    found: dict[int, list[Run]] = defaultdict(list)
-    for run in runs:
-        found[run.site].append(run)
-    return found
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor: all of it, or its shard if it is a DTensor."""
-    # Without autograd to_local() makes no view, while to detach a DTensor takes long.
-    tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return tensor.detach() if torch.is_grad_enabled() else tensor
+from srlora_dist.storage.collectives import Ranks
+from srlora_dist.storage.factor_spans import Piece, Run, by_site
+from srlora_dist.storage.optimizer_state import SECOND_MOMENTS, resettable_moments
+from srlora_dist.storage.quantized import dequantise, digest_scales
 
 
 class Storage(Ranks, ABC):

@@ -10,9 +10,10 @@ from torch.optim import Optimizer
 
 from srlora_dist.layers.site import Site
 from srlora_dist.layers.spans import longest_rows, rows
-from srlora_dist.storage.base import Piece, local_part, not_stepped
-from srlora_dist.storage.cut import CutWeights
-from srlora_dist.storage.quantised import require_cuttable
+from srlora_dist.storage.base import not_stepped
+from srlora_dist.storage.factor_spans import Piece, local_part
+from srlora_dist.storage.quantized import require_cuttable
+from srlora_dist.storage.sharded import CutWeights
 
 
 class Fsdp2Storage(CutWeights):

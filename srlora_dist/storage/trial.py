@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from srlora_dist.storage.moments import is_known
+from srlora_dist.storage.optimizer_state import is_known
 
 logger = logging.getLogger(__name__)
 

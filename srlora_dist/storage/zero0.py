@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from srlora_dist.layers.site import Site
-from srlora_dist.storage.plain import PlainStorage
+from srlora_dist.storage.replicated import PlainStorage
 
 
 class Zero0Storage(PlainStorage):

@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 
 from srlora_dist.layers.site import Site
 from srlora_dist.layers.spans import fragment
-from srlora_dist.storage.base import Piece, not_stepped
-from srlora_dist.storage.plain import WholeWeights
+from srlora_dist.storage.base import not_stepped
+from srlora_dist.storage.factor_spans import Piece
+from srlora_dist.storage.replicated import WholeWeights
 
 
 class Zero12Storage(WholeWeights):

@@ -16,8 +16,9 @@ from torch.optim import Optimizer
 
 from srlora_dist.layers.site import Site
 from srlora_dist.layers.spans import longest_padded, padded
-from srlora_dist.storage.base import Piece, not_stepped
-from srlora_dist.storage.cut import CutWeights
+from srlora_dist.storage.base import not_stepped
+from srlora_dist.storage.factor_spans import Piece
+from srlora_dist.storage.sharded import CutWeights
 
 
 class Zero3Storage(CutWeights):

@@ -10,7 +10,8 @@ import pytest
 
 from srlora_dist.health import runs
 from srlora_dist.health.runs import try_run, write_files, write_launch_file
-from srlora_dist.storage import probe, try_process_group
+from srlora_dist.storage import process_group
+from srlora_dist.storage.process_group import try_process_group
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def test_a_process_that_fails_is_told_at_once_and_not_waited_for(tmp_path: Path,
     """The rank that is left would wait for the other one until the time is over."""
     script = tmp_path / "probe.py"
     script.write_text("import sys, time\nif sys.argv[4] == '1': sys.exit('CUDA error: busy')\ntime.sleep(60)\n")
-    monkeypatch.setattr(probe, "__file__", str(script))
+    monkeypatch.setattr(process_group, "__file__", str(script))
     began = time.monotonic()
     assert try_process_group(2, timeout=60) == "CUDA error: busy"
     assert time.monotonic() - began < 30

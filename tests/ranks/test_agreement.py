@@ -20,7 +20,7 @@ from srlora_dist import SRLoRAConfig, Switcher
 from srlora_dist.exchange import Exchange
 from srlora_dist.layers.digest import digest_run
 from srlora_dist.layers.discovery import find_sites
-from srlora_dist.storage import find_storage
+from srlora_dist.storage.find import find_storage
 from srlora_dist.svd import Directions
 from srlora_dist.targets import clamp_target_ranks
 from tests.ranks.engines import RANKS, SHAPES, Engine, make_batch, make_odd_net, prepare

@@ -13,7 +13,7 @@ import torch
 from srlora_dist.cli import main
 from srlora_dist.health.machine import check_compiler, check_deepspeed_types, check_disks, check_quantisation
 from srlora_dist.health.packages import check_packages
-from srlora_dist.storage import quantised_error
+from srlora_dist.storage.process_group import quantised_error
 
 METADATA = """Metadata-Version: 2.1
 Name: srlora-dist

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from srlora_dist import SRLoRAConfig, Switcher, importance
 from srlora_dist.importance import MOST_GROUPINGS, Importance
-from srlora_dist.storage import Run
+from srlora_dist.storage.factor_spans import Run
 from tests.ranks.engines import make_batch, make_net
 
 B1, B2 = 0.7, 0.4

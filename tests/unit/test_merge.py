@@ -30,7 +30,7 @@ from srlora_dist.cli import main
 from srlora_dist.layers.digest import digest_run
 from srlora_dist.layers.site import quantisation
 from srlora_dist.merging import StoredAs
-from srlora_dist.storage.quantised import digest_layer_scales
+from srlora_dist.storage.quantized import digest_layer_scales
 from tests.launch.conftest import write_decoder, write_model
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}

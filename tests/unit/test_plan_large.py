@@ -26,7 +26,8 @@ from srlora_dist.forecast.wire import start_up, switches
 from srlora_dist.importance import Importance
 from srlora_dist.layers.discovery import find_sites
 from srlora_dist.memory import count_extra_memory
-from srlora_dist.storage import Storage, find_storage
+from srlora_dist.storage.base import Storage
+from srlora_dist.storage.find import find_storage
 from srlora_dist.targets import clamp_target_ranks
 from tests.unit.test_spans import tile
 

@@ -18,7 +18,7 @@ import srlora_dist.svd
 from srlora_dist import SRLoRAConfig
 from srlora_dist.layers.digest import digest_run
 from srlora_dist.layers.discovery import find_sites
-from srlora_dist.storage import find_storage
+from srlora_dist.storage.find import find_storage
 from srlora_dist.svd import Directions, compute_directions
 from srlora_dist.targets import clamp_target_ranks
 from tests import reference

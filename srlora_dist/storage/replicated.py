@@ -10,7 +10,8 @@ from torch.optim import Optimizer
 
 from srlora_dist.layers.site import Site
 from srlora_dist.layers.spans import deal_by_size, whole
-from srlora_dist.storage.base import Piece, Storage, not_stepped
+from srlora_dist.storage.base import Storage, not_stepped
+from srlora_dist.storage.factor_spans import Piece
 
 
 class WholeWeights(Storage):

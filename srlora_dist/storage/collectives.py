@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from srlora_dist.alone import require_company
 from srlora_dist.layers.digest import to_int64
+from srlora_dist.storage.unconnected import require_company
 
 T = TypeVar("T")
 

@@ -1,8 +1,9 @@
-"""Tries on this machine what storages rest on: a process group, and quantised weights."""
+"""The process group before and after a run uses it: tried out, joined again, and which of its ranks are lost."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import subprocess
 import sys
@@ -111,6 +112,57 @@ def quantised_error(kind: str) -> tuple[float, float]:
     called, product = layer.train()(x).float(), x @ back.T
     stored = (back.cpu() - weight).norm() / weight.norm()
     return stored.item(), ((called - product).norm() / product.norm()).item()
+
+
+def rejoin(device: str, timeout: timedelta) -> None:
+    """Set up the process group of a restart (``accelerate launch --max_restarts``); at the first start do nothing.
+
+    The launcher keeps its store over a restart, and with torch 2.13 the ranks would read the addresses of those that
+    are gone from it. So each restart has names of its own in the store.
+
+    Args:
+        device: ``cpu``, ``cuda`` and so on; decides by what the ranks talk.
+        timeout: For a rank that waits for the others.
+
+    Collective: every rank must call it.
+
+    Raises:
+        RuntimeError: The ranks did not come together in that time.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or dist.is_initialized():
+        return
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, is_master=False, timeout=timeout)
+    dist.init_process_group(
+        dist.get_default_backend_for_device(device),
+        store=dist.PrefixStore(f"srlora_dist/restart_{attempt}", store),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=timeout,
+    )
+
+
+WAIT_SECONDS = 3.0
+"""So long a rank that is still there may need to notice the failure as well."""
+
+
+def lost_ranks() -> list[int]:
+    """The ranks that do not answer any more; none if there is no process group.
+
+    Each rank that calls this leaves a mark in the launcher's store, which outlives the ranks: collectives do not work
+    any more then.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return []
+    names = [f"srlora_dist/still_here/{rank}" for rank in range(dist.get_world_size())]
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        store.set(names[dist.get_rank()], "1")
+        time.sleep(WAIT_SECONDS)
+        return [rank for rank, name in enumerate(names) if not store.check([name])]
+    except RuntimeError:  # the rank that kept the store is gone
+        return [0]
 
 
 if __name__ == "__main__":
