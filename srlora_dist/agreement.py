@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from srlora_dist.checkpoint.training_state import trained_parameters
 from srlora_dist.errors import RunStoppedError
 from srlora_dist.layers.digest import digest_run
 from srlora_dist.storage.base import Storage
-from srlora_dist.training_state import trained_parameters
 
 
 def require_agreement(model: nn.Module, storage: Storage, num_steps: int) -> bool:

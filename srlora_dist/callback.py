@@ -17,14 +17,14 @@ from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import SaveStrategy
 from typing_extensions import override
 
-from srlora_dist.checkpoint import Checkpoint, checkpoint_folders
+from srlora_dist.checkpoint.export import export_checkpoint
+from srlora_dist.checkpoint.folder_lock import FolderLock
+from srlora_dist.checkpoint.format import Checkpoint, checkpoint_folders
+from srlora_dist.checkpoint.ledger import SwitchReport
 from srlora_dist.config.method import SRLoRAConfig
 from srlora_dist.engine import together
-from srlora_dist.export import export_checkpoint
-from srlora_dist.folder_lock import FolderLock
 from srlora_dist.fused import activate_again_
-from srlora_dist.layers.discovery import find_peft_model
-from srlora_dist.ledger import SwitchReport
+from srlora_dist.layers.adapter import find_peft_model
 from srlora_dist.precision import require_deepspeed_type
 from srlora_dist.process import launched_by_deepspeed
 from srlora_dist.storage.quantized import require_cuttable

@@ -12,9 +12,9 @@ from statistics import median, median_high, median_low
 
 import torch
 
+from srlora_dist.checkpoint.ledger import SiteSwitch, SwitchReport
 from srlora_dist.errors import shorten_list
 from srlora_dist.layers.site import Site
-from srlora_dist.ledger import SiteSwitch, SwitchReport
 
 EVEN = 0.7
 """Scores whose ratio is above this are taken for equal.

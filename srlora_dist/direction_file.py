@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from srlora_dist.checkpoint.files import remove_abandoned, write_whole
 from srlora_dist.layers.digest import combine, digest_run
-from srlora_dist.safefiles import remove_abandoned, write_whole
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import yaml
 
-from srlora_dist.checkpoint import checkpoint_folders
-from srlora_dist.ledger import entry_paths
+from srlora_dist.checkpoint.format import checkpoint_folders
+from srlora_dist.checkpoint.ledger import entry_paths
 
 ASIDE, OWN_LEDGER = ".earlier", "ledger_dir"
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from srlora_dist.checkpoint.ledger import Ledger, SiteSwitch, SwitchReport, read_entries
 from srlora_dist.config.method import SRLoRAConfig
 from srlora_dist.errors import RunStoppedError
 from srlora_dist.fused import append_pairs_
 from srlora_dist.layers.digest import combine, digest_run
 from srlora_dist.layers.matmul import exact_matmul
 from srlora_dist.layers.site import PAIR_DIM, Site
-from srlora_dist.ledger import Ledger, SiteSwitch, SwitchReport, read_entries
 from srlora_dist.storage.base import Storage
 from srlora_dist.svd import Directions, Triplet, compute_directions
 from srlora_dist.targets import next_directions

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from srlora_dist.config.method import SRLoRAConfig
 from srlora_dist.errors import shorten_list
+from srlora_dist.layers.adapter import find_peft_model
 from srlora_dist.layers.bypassed import LEAVE_OUT, is_all_linear
-from srlora_dist.layers.discovery import find_peft_model
 from srlora_dist.layers.site import PAIR_DIM
 from srlora_dist.storage.base import Storage
 

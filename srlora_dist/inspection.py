@@ -8,9 +8,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from srlora_dist.checkpoint import LEDGER, Checkpoint, find_checkpoint
+from srlora_dist.checkpoint.format import LEDGER, Checkpoint, find_checkpoint
+from srlora_dist.checkpoint.ledger import read_metadata
 from srlora_dist.errors import shorten_list
-from srlora_dist.ledger import read_metadata
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

@@ -9,12 +9,12 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch.optim.lr_scheduler import LambdaLR
 
-from srlora_dist.checkpoint import Checkpoint, remove_checkpoints, remove_later_checkpoints
+from srlora_dist.checkpoint.format import Checkpoint, remove_checkpoints, remove_later_checkpoints
+from srlora_dist.checkpoint.random_state import random_state, restore_random_state
 from srlora_dist.config.run import RunConfig
 from srlora_dist.diagnostics import LossWatch
 from srlora_dist.engine import together
 from srlora_dist.methods import Method
-from srlora_dist.random_state import random_state, restore_random_state
 from srlora_dist.resuming import checkpoints_of
 from srlora_dist.runlog import Window
 from srlora_dist.summary import Progress

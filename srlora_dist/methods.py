@@ -16,16 +16,17 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from typing_extensions import override
 
-from srlora_dist.checkpoint import Checkpoint, require_same_base
+from srlora_dist.checkpoint.export import export_adapter
+from srlora_dist.checkpoint.export_parts import ExportParts
+from srlora_dist.checkpoint.files import Put, fill_folder
+from srlora_dist.checkpoint.format import Checkpoint, require_same_base
+from srlora_dist.checkpoint.ledger import SwitchReport
+from srlora_dist.checkpoint.save import open_run, save_run
+from srlora_dist.checkpoint.training_state import require_same_training, restore_training_state_
 from srlora_dist.config.run import RunConfig
-from srlora_dist.export import export_adapter
-from srlora_dist.export_parts import ExportParts
 from srlora_dist.layers.discovery import find_sites
-from srlora_dist.safefiles import Put, fill_folder
-from srlora_dist.saving import open_run, save_run
 from srlora_dist.storage.find import find_storage, release_gathered
-from srlora_dist.switcher import Switcher, SwitchReport
-from srlora_dist.training_state import require_same_training, restore_training_state_
+from srlora_dist.switcher import Switcher
 
 
 @dataclass

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from srlora_dist.layers.discovery import find_peft_model
+from srlora_dist.layers.adapter import find_peft_model
 from srlora_dist.storage.base import Storage
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}

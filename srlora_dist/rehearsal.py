@@ -6,11 +6,11 @@ import warnings
 
 from torch import nn
 
+from srlora_dist.checkpoint.training_state import trained_parameters
 from srlora_dist.storage.base import Storage
 from srlora_dist.storage.factor_spans import local_part
 from srlora_dist.storage.optimizer_state import require_resettable
 from srlora_dist.storage.trial import try_state
-from srlora_dist.training_state import trained_parameters
 
 
 def rehearse(model: nn.Module, storage: Storage, optimizer_reset: str, will_save: bool) -> None:

@@ -6,11 +6,11 @@ import logging
 from dataclasses import asdict
 from pathlib import Path
 
-from srlora_dist.checkpoint import Checkpoint, find_checkpoint
+from srlora_dist.checkpoint.files import clean_up
+from srlora_dist.checkpoint.folder_lock import was_restarted
+from srlora_dist.checkpoint.format import Checkpoint, find_checkpoint
 from srlora_dist.config.method import DEFAULT_TARGET_RANK, FREE_ON_RESUME
 from srlora_dist.config.run import RunConfig
-from srlora_dist.folder_lock import was_restarted
-from srlora_dist.safefiles import clean_up
 
 logger = logging.getLogger(__name__)
 

@@ -15,15 +15,15 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from srlora_dist.checkpoint.files import write_whole
+from srlora_dist.checkpoint.ledger import SwitchReport
+from srlora_dist.checkpoint.postponed import Postponed
 from srlora_dist.config.parse import to_yaml
 from srlora_dist.config.paths import require_writable
 from srlora_dist.config.run import RunConfig
 from srlora_dist.diagnostics import Finding
 from srlora_dist.earlier import EarlierRun
-from srlora_dist.ledger import SwitchReport
-from srlora_dist.postponed import Postponed
 from srlora_dist.resuming import first_difference
-from srlora_dist.safefiles import write_whole
 
 logger = logging.getLogger(__name__)
 

@@ -12,33 +12,34 @@ from torch.utils.hooks import RemovableHandle
 
 from srlora_dist.agenda import Agenda
 from srlora_dist.agreement import require_agreement
-from srlora_dist.checkpoint import Checkpoint, require_same_base
+from srlora_dist.checkpoint.export import export_adapter
+from srlora_dist.checkpoint.export_parts import ExportParts, warn_of_start
+from srlora_dist.checkpoint.files import Put, fill_folder
+from srlora_dist.checkpoint.folder_lock import HeldFolders
+from srlora_dist.checkpoint.format import Checkpoint, require_same_base
+from srlora_dist.checkpoint.hf_saves import mark_saves_
+from srlora_dist.checkpoint.ledger import Ledger, SwitchReport, require_entries
+from srlora_dist.checkpoint.save import AVERAGES, SavedRun, open_run, save_run
+from srlora_dist.checkpoint.training_state import require_same_training, restore_training_state_
 from srlora_dist.config.method import SRLoRAConfig
 from srlora_dist.diagnostics import Finding, directions_exhausted, even_scores, no_gradient, noise_level_directions
 from srlora_dist.exchange import Exchange
-from srlora_dist.export import export_adapter
-from srlora_dist.export_parts import ExportParts, warn_of_start
 from srlora_dist.first_batch import FirstBatch
 from srlora_dist.first_switch import leave_out_
-from srlora_dist.folder_lock import HeldFolders
 from srlora_dist.fused import add_second_adapters_, require_intact
-from srlora_dist.layers.discovery import find_peft_model, find_sites, keep_payloads_
+from srlora_dist.layers.adapter import find_peft_model
+from srlora_dist.layers.discovery import find_sites, keep_payloads_
 from srlora_dist.layers.site import Site
-from srlora_dist.ledger import Ledger, SwitchReport, require_entries
-from srlora_dist.live_pairs import mark_saves_
 from srlora_dist.memory import ExtraMemory, count_extra_memory
 from srlora_dist.observer import Observer, make_scores
 from srlora_dist.output_check import OutputCheck
 from srlora_dist.pair_steps import PairSteps
 from srlora_dist.rehearsal import rehearse
-from srlora_dist.safefiles import Put, fill_folder
-from srlora_dist.saving import AVERAGES, SavedRun, open_run, save_run
 from srlora_dist.storage.base import Storage
 from srlora_dist.storage.find import find_storage, release_gathered
 from srlora_dist.svd import Directions
 from srlora_dist.targets import share_out_directions_
 from srlora_dist.tracked import Tracked
-from srlora_dist.training_state import require_same_training, restore_training_state_
 from srlora_dist.watch import Watch, require_same_model
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from itertools import islice
 from torch import Tensor
 
 from srlora_dist.plan import SampleOrder
-from srlora_dist.tasks.tokens import IGNORED
+from srlora_dist.tasks.labels import IGNORED
 
 
 class TokenMean:

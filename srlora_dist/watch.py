@@ -10,10 +10,10 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from srlora_dist.checkpoint.training_state import trained_parameters
 from srlora_dist.layers.digest import digest_run
 from srlora_dist.layers.site import FUSED
 from srlora_dist.storage.base import Storage
-from srlora_dist.training_state import trained_parameters
 
 SAMPLES_OF_WEIGHT = 8192
 """Most elements that are compared per matrix: all of a small one, evenly spread ones of a large one."""

@@ -25,8 +25,8 @@ def run(argv: list[str]) -> None:
     options = parser.parse(argv)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # PEFT would ask the hub about the base
     prepare_process()
-    from srlora_dist.checkpoint import find_checkpoint  # after the environment is set
-    from srlora_dist.export import export_checkpoint
+    from srlora_dist.checkpoint.export import export_checkpoint
+    from srlora_dist.checkpoint.format import find_checkpoint  # after the environment is set
 
     checkpoint = find_checkpoint(options.checkpoint)
     if checkpoint is None:

@@ -13,7 +13,7 @@ from matplotlib import pyplot as plt  # noqa: E402 (after the backend is chosen)
 from matplotlib.artist import Artist  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 
-from srlora_dist.safefiles import write_whole  # noqa: E402
+from srlora_dist.checkpoint.files import write_whole  # noqa: E402
 
 TRAIN, EVAL, RETIRED, MARK = "#7a9cc6", "#c44e52", "#a9b8c9", "#555555"
 OF_METHOD = {"lora": "#56699e", "pissa": "#d98c3f", "srlora": "#c44e52", "adalora": "#5a9a68"}

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import yaml
 
+from srlora_dist.checkpoint.files import write_whole
 from srlora_dist.config.run import RunConfig
 from srlora_dist.figures.runs import flat
 from srlora_dist.reproduce.grid import PLACES, Cell, digest
 from srlora_dist.runlog import read_lines
-from srlora_dist.safefiles import write_whole
 from srlora_dist.tasks.packaged import model_title
 
 FROM_SUMMARY = ("steps", "best_step", "start", "best", "final", "skipped_steps", "resumed_after", "storage")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from srlora_dist.folder_lock import FolderInUseError, FolderLock
+from srlora_dist.checkpoint.folder_lock import FolderInUseError, FolderLock
 from srlora_dist.reproduce.grid import Cell, Grid
 from srlora_dist.reproduce.results import Results, finished_summary
 

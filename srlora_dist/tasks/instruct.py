@@ -70,7 +70,7 @@ def read_split(
     import datasets
     import numpy as np
 
-    from srlora_dist.tasks.tokens import IGNORED
+    from srlora_dist.tasks.labels import IGNORED
 
     tokens, labels, endless, num_cut = [], [], Counter(), 0
     samples = _read_samples(path)[:most]

@@ -47,9 +47,10 @@ def _read_documents(path: Path) -> list[str]:
 
 
 def _lm_task(config: RunConfig, train: list[str], evaluation: list[str]) -> Task:
+    from srlora_dist.tasks.labels import IGNORED
     from srlora_dist.tasks.models import check_length, check_tokens, load_decoder, quiet
     from srlora_dist.tasks.text import encode
-    from srlora_dist.tasks.tokens import IGNORED, require_decoder, token_task
+    from srlora_dist.tasks.tokens import require_decoder, token_task
 
     def labelled(tokens: list[int]) -> dict[str, list[int]]:
         return {"labels": [IGNORED, *tokens[1:]]}

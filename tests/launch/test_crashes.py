@@ -76,13 +76,13 @@ def test_a_rank_that_dies_at_the_very_end_costs_no_training(bench: Bench, forks:
 PLACES = {  # where, after which call, in which rank
     "in a switch, between fusing and re-initialising": ("srlora_dist.exchange:Exchange._add_to_weight_", 18, 1),
     "in a switch, before the ledger is written": ("srlora_dist.exchange:Exchange._compare", 2, 0),
-    "while an entry of the ledger is renamed": ("srlora_dist.safefiles:_sync", 3, 0),
+    "while an entry of the ledger is renamed": ("srlora_dist.checkpoint.files:_sync", 3, 0),
     "in the singular value decomposition": ("srlora_dist.svd:compute_directions", 4, 0),
-    "while a checkpoint is written": ("srlora_dist.safefiles:describe", 9, 0),
+    "while a checkpoint is written": ("srlora_dist.checkpoint.files:describe", 9, 0),
     "while a checkpoint is renamed": ("pathlib:Path.rename", 3, 0),
-    "while old checkpoints are removed": ("srlora_dist.checkpoint:remove_folder", 2, 0),
+    "while old checkpoints are removed": ("srlora_dist.checkpoint.format:remove_folder", 2, 0),
     "in the backward pass": ("accelerate:Accelerator.backward", 9, 1),
-    "while an adapter is exported": ("srlora_dist.export:_write", 2, 0),
+    "while an adapter is exported": ("srlora_dist.checkpoint.export:_write", 2, 0),
     "while the summary is written": ("srlora_dist.trainer:draw", 1, 0),
     "before the first checkpoint, with the run before it set aside": ("srlora_dist.earlier:EarlierRun.set_aside", 1, 0),
 }

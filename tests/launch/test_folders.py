@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from srlora_dist.folder_lock import FolderLock
+from srlora_dist.checkpoint.folder_lock import FolderLock
 from tests.launch.conftest import Bench
 from tests.launch.forks import OPTIONS, Forks, assert_same_results
 from tests.unit.test_folder_lock import HOLD

@@ -232,7 +232,7 @@ def test_a_full_disk_stops_the_run_or_is_passed_over(
     assert undisturbed
     code = """
 import resource, signal
-import srlora_dist.checkpoint as module
+import srlora_dist.checkpoint.format as module
 write, count = module.write_checkpoint, iter(range(9))
 def full(*args):
     limit = 1000 if next(count) in (1, 2) else resource.RLIM_INFINITY
@@ -241,8 +241,8 @@ def full(*args):
         return write(*args)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-import srlora_dist.saving
-srlora_dist.saving.write_checkpoint = full
+import srlora_dist.checkpoint.save
+srlora_dist.checkpoint.save.write_checkpoint = full
 """
     name = f"full disk {choice}"
     arguments = bench.arguments(name, **OPTIONS, checkpoint__if_disk_full=choice)

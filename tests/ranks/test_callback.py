@@ -15,8 +15,8 @@ from torch import nn
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Trainer
 
 from srlora_dist import SRLoRACallback, SRLoRAConfig
+from srlora_dist.checkpoint.training_state import trained_parameters
 from srlora_dist.layers.discovery import keep_payloads_
-from srlora_dist.training_state import trained_parameters
 from tests.ranks.hf_trainer import ACCUMULATION, BATCH, CLIP, Judged, make_arguments, make_trainer, samples, switches
 from tests.ranks.world import run_ranks
 

@@ -11,8 +11,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from srlora_dist import SRLoRAConfig, Switcher
-from srlora_dist.checkpoint import find_checkpoint
-from srlora_dist.export import export_checkpoint
+from srlora_dist.checkpoint.export import export_checkpoint
+from srlora_dist.checkpoint.format import find_checkpoint
 from tests.ranks.engines import prepare
 from tests.ranks.world import run_ranks
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from srlora_dist import SRLoRAConfig, Switcher
-from srlora_dist.training_state import trained_parameters
+from srlora_dist.checkpoint.training_state import trained_parameters
 from tests.ranks.engines import Engine, make_batch, make_odd_net, prepare
 from tests.ranks.test_engines import ENGINES, MIXED, PARTITIONED, input_type
 from tests.ranks.world import run_ranks

@@ -14,8 +14,8 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from srlora_dist import SRLoRAConfig, Switcher
-from srlora_dist.checkpoint import find_checkpoint
-from srlora_dist.export import export_checkpoint
+from srlora_dist.checkpoint.export import export_checkpoint
+from srlora_dist.checkpoint.format import find_checkpoint
 
 INPUTS = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1))
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, get_linear_schedule_with_warmup
 
 from srlora_dist import SRLoRACallback, SRLoRAConfig, Switcher
-from srlora_dist.training_state import trained_parameters
+from srlora_dist.checkpoint.training_state import trained_parameters
 from tests.ranks.hf_trainer import (
     ACCUMULATION,
     BATCH,

@@ -17,10 +17,10 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from srlora_dist import SRLoRAConfig, Switcher
-from srlora_dist.checkpoint import Checkpoint, find_checkpoint, remove_checkpoints
-from srlora_dist.export import export_checkpoint
-from srlora_dist.random_state import random_state, restore_random_state
-from srlora_dist.safefiles import MANIFEST, clean_up, describe
+from srlora_dist.checkpoint.export import export_checkpoint
+from srlora_dist.checkpoint.files import MANIFEST, clean_up, describe
+from srlora_dist.checkpoint.format import Checkpoint, find_checkpoint, remove_checkpoints
+from srlora_dist.checkpoint.random_state import random_state, restore_random_state
 from tests.ranks.engines import make_net
 from tests.unit.test_switcher import bound, take_steps, unfrozen
 

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from srlora_dist import SRLoRAConfig, Switcher
+from srlora_dist.checkpoint.ledger import SiteSwitch, SwitchReport
 from srlora_dist.diagnostics import (
     EVEN,
     NOISE,
@@ -26,7 +27,6 @@ from srlora_dist.diagnostics import (
 )
 from srlora_dist.layers.discovery import find_sites
 from srlora_dist.layers.site import Site
-from srlora_dist.ledger import SiteSwitch, SwitchReport
 from srlora_dist.schedule import choose_slots
 from tests.ranks.engines import dequantised, quantised
 

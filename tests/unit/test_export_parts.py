@@ -24,9 +24,9 @@ from transformers import (
 import srlora_dist.layers.discovery
 import srlora_dist.switcher
 from srlora_dist import SRLoRAConfig, Switcher
-from srlora_dist.base_label import BaseLabel
-from srlora_dist.checkpoint import find_checkpoint
-from srlora_dist.export import export_checkpoint
+from srlora_dist.checkpoint.base_label import BaseLabel
+from srlora_dist.checkpoint.export import export_checkpoint
+from srlora_dist.checkpoint.format import find_checkpoint
 from srlora_dist.layers.site import Site
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}

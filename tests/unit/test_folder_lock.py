@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-import srlora_dist.folder_lock
-from srlora_dist.folder_lock import FolderInUseError, FolderLock, HeldFolders
+import srlora_dist.checkpoint.folder_lock
+from srlora_dist.checkpoint.folder_lock import FolderInUseError, FolderLock, HeldFolders
 
 HOLD = """
 import sys, os, time
-import srlora_dist.folder_lock as module
+import srlora_dist.checkpoint.folder_lock as module
 exec(sys.argv[2])
 lock = module.FolderLock(sys.argv[1], "output_dir", "choose another", 0)
 print("held", flush=True)
@@ -86,8 +86,8 @@ def test_a_killed_process_keeps_nothing(tmp_path, start, then: str) -> None:
 
 def test_a_new_start_waits_a_moment_and_a_restart_longer(tmp_path, start, monkeypatch, caplog) -> None:
     holder = start(tmp_path)
-    monkeypatch.setattr(srlora_dist.folder_lock, "PATIENCE_SECONDS", 0.3)
-    monkeypatch.setattr(srlora_dist.folder_lock, "SAY_SECONDS", 0.2)
+    monkeypatch.setattr(srlora_dist.checkpoint.folder_lock, "PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(srlora_dist.checkpoint.folder_lock, "SAY_SECONDS", 0.2)
     with pytest.raises(FolderInUseError):
         take(tmp_path, None)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
@@ -111,10 +111,10 @@ def test_a_process_on_another_host_is_known_by_its_heartbeat(tmp_path, start, mo
     if locks == "none":
 
         def refuse(*_: object) -> None:
-            raise OSError(srlora_dist.folder_lock.errno.ENOSYS, "no locks")
+            raise OSError(srlora_dist.checkpoint.folder_lock.errno.ENOSYS, "no locks")
 
-        monkeypatch.setattr(srlora_dist.folder_lock.fcntl, "flock", refuse)
-    monkeypatch.setattr(srlora_dist.folder_lock, "WATCH_SECONDS", 0.6)
+        monkeypatch.setattr(srlora_dist.checkpoint.folder_lock.fcntl, "flock", refuse)
+    monkeypatch.setattr(srlora_dist.checkpoint.folder_lock, "WATCH_SECONDS", 0.6)
     if ends:
         holder.kill()
         holder.wait()

@@ -16,7 +16,8 @@ from srlora_dist.config.run import ModelOptions, RunConfig, TaskOptions
 from srlora_dist.plan import SampleOrder
 from srlora_dist.tasks import check_task, load_task
 from srlora_dist.tasks.answers import Encoded, encode_sample
-from srlora_dist.tasks.tokens import IGNORED, pack, require_decoder, require_packable, token_task
+from srlora_dist.tasks.labels import IGNORED
+from srlora_dist.tasks.tokens import pack, require_decoder, require_packable, token_task
 from srlora_dist.token_mean import TokenMean
 
 PLAIN = (

@@ -16,11 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import srlora_dist.ledger
-import srlora_dist.safefiles
+import srlora_dist.checkpoint.files
+import srlora_dist.checkpoint.ledger
 from srlora_dist import SRLoRAConfig, Switcher
-from srlora_dist.checkpoint import Checkpoint
-from srlora_dist.export import export_checkpoint
+from srlora_dist.checkpoint.export import export_checkpoint
+from srlora_dist.checkpoint.format import Checkpoint
 from tests.ranks.engines import make_batch, make_net
 from tests.unit.test_checkpoint import flip, resume
 from tests.unit.test_folder_lock import HOLD
@@ -66,10 +66,10 @@ def test_checkpoints_share_the_entries_and_hash_each_once(tmp_path, monkeypatch)
         hashed.append(path)
         return describe(path)
 
-    describe = srlora_dist.safefiles.describe
+    describe = srlora_dist.checkpoint.files.describe
     model, optimizer, switcher = start(tmp_path, "ledger")
     take_steps(model, optimizer, switcher, 7)
-    for module in (srlora_dist.safefiles, srlora_dist.ledger):
+    for module in (srlora_dist.checkpoint.files, srlora_dist.checkpoint.ledger):
         monkeypatch.setattr(module, "describe", note)
     switcher.save_checkpoint(tmp_path / "checkpoints")
     assert {path.name for path in hashed} >= {"trainable.safetensors", "state.json"}

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from srlora_dist import SRLoRAConfig, Switcher
-from srlora_dist.base_label import BaseLabel
+from srlora_dist.checkpoint.base_label import BaseLabel
 from srlora_dist.cli import main
 from srlora_dist.layers.digest import digest_run
 from srlora_dist.layers.site import quantisation

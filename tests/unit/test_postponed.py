@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from srlora_dist.postponed import Postponed
-from srlora_dist.safefiles import write_files
+from srlora_dist.checkpoint.files import write_files
+from srlora_dist.checkpoint.postponed import Postponed
 from tests.unit.test_ledger import assert_same_tensors, full_disk, start
 from tests.unit.test_switcher import take_steps
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from srlora_dist.checkpoint.folder_lock import FolderLock
 from srlora_dist.config.parse import parse, to_yaml
 from srlora_dist.config.run import TrainOptions
-from srlora_dist.folder_lock import FolderLock
 from srlora_dist.paper import TABLES
 from srlora_dist.reproduce.grid import Grid, build_grid, digest
 from srlora_dist.reproduce.report import draw_figures, found_results, write_table
@@ -215,7 +215,7 @@ def test_a_result_outlives_options_that_are_added_later(tmp_path: Path) -> None:
 
 HOLD = """
 import sys, time
-from srlora_dist.folder_lock import FolderLock
+from srlora_dist.checkpoint.folder_lock import FolderLock
 lock = FolderLock(sys.argv[1], "the run", "wait")
 print("held", flush=True)
 time.sleep(float(sys.argv[2]))

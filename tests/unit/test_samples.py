@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from srlora_dist.tasks import Task, load_task
-from srlora_dist.tasks.tokens import IGNORED
+from srlora_dist.tasks.labels import IGNORED
 from tests.unit.test_instruct import CHAT, MARKED, PLAIN, run_config, write_jsonl, write_model
 
 DEFAULT_SYSTEM = "{% if messages[0].role != 'system' %}<|system|>one<|end|>\n{% endif %}"

@@ -164,7 +164,7 @@ def test_what_a_killed_write_left_is_removed_and_what_is_being_written_is_not(tm
     program = """
 import os, sys, time
 from pathlib import Path
-from srlora_dist.safefiles import write_whole
+from srlora_dist.checkpoint.files import write_whole
 
 def write(path):
     path.write_bytes(b"half")

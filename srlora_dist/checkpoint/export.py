@@ -9,17 +9,17 @@ import torch
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from srlora_dist.adapter_files import About, write_adapter
-from srlora_dist.base_label import BaseLabel
-from srlora_dist.checkpoint import Checkpoint
-from srlora_dist.export_parts import ExportParts
-from srlora_dist.layers.discovery import find_peft_model
+from srlora_dist.checkpoint.adapter_files import About, write_adapter
+from srlora_dist.checkpoint.base_label import BaseLabel
+from srlora_dist.checkpoint.export_parts import ExportParts
+from srlora_dist.checkpoint.files import Put, fill_folder
+from srlora_dist.checkpoint.format import Checkpoint
+from srlora_dist.checkpoint.ledger import Ledger, read_entries, require_entries
+from srlora_dist.checkpoint.training_state import WEIGHTS, trained_parameters
+from srlora_dist.layers.adapter import find_peft_model
 from srlora_dist.layers.pairs import replay_pairs
 from srlora_dist.layers.site import Site
-from srlora_dist.ledger import Ledger, read_entries, require_entries
-from srlora_dist.safefiles import Put, fill_folder
 from srlora_dist.storage.base import Storage
-from srlora_dist.training_state import WEIGHTS, trained_parameters
 
 NOT_TRAINED = "exported"
 """Name of a checkpoint's file of what PEFT saves beside the trained parameters."""

@@ -17,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from srlora_dist.checkpoint.files import describe, link_or_copy, remove_abandoned, write_whole
+from srlora_dist.checkpoint.folder_lock import FolderLock
 from srlora_dist.config.paths import require_writable
-from srlora_dist.folder_lock import FolderLock
-from srlora_dist.safefiles import describe, link_or_copy, remove_abandoned, write_whole
 
 logger = logging.getLogger(__name__)
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from srlora_dist.checkpoint import LEDGER, Checkpoint, describe_sites, find_checkpoint, write_checkpoint
-from srlora_dist.export import NOT_TRAINED, exported_parts
-from srlora_dist.export_parts import ExportParts
-from srlora_dist.folder_lock import HeldFolders
-from srlora_dist.ledger import Ledger
-from srlora_dist.safefiles import MANIFEST, clean_up
+from srlora_dist.checkpoint.export import NOT_TRAINED, exported_parts
+from srlora_dist.checkpoint.export_parts import ExportParts
+from srlora_dist.checkpoint.files import MANIFEST, clean_up
+from srlora_dist.checkpoint.folder_lock import HeldFolders
+from srlora_dist.checkpoint.format import LEDGER, Checkpoint, describe_sites, find_checkpoint, write_checkpoint
+from srlora_dist.checkpoint.ledger import Ledger
+from srlora_dist.checkpoint.training_state import gather_training_state
 from srlora_dist.storage.base import Storage
-from srlora_dist.training_state import gather_training_state
 
 AVERAGES = "averages"
 """Name of the file of the moving averages."""

@@ -18,8 +18,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from srlora_dist.base_label import BaseLabel
-from srlora_dist.base_parts import (
+from srlora_dist.checkpoint.base_label import BaseLabel
+from srlora_dist.checkpoint.base_parts import (
     adapters_of,
     inside,
     lasting_buffers,
@@ -30,8 +30,8 @@ from srlora_dist.base_parts import (
     was_loaded,
 )
 from srlora_dist.errors import shorten_list
+from srlora_dist.layers.adapter import find_peft_model
 from srlora_dist.layers.digest import digest_run
-from srlora_dist.layers.discovery import find_peft_model
 from srlora_dist.layers.site import FUSED, Site
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from srlora_dist.layers.discovery import find_peft_model
+from srlora_dist.layers.adapter import find_peft_model
 from srlora_dist.storage.base import Storage
 from srlora_dist.storage.trial import why_not_saved
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from srlora_dist.safefiles import Files, fill_folder
+from srlora_dist.checkpoint.files import Files, fill_folder
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class Postponed:
             logger.warning("going on with %d lines of %s in memory until they can be written: %s", count, path, error)
 
     def put(self, folder: Path, files: Files) -> None:
-        """Write files that belong together, as :func:`~srlora_dist.safefiles.fill_folder` does.
+        """Write files that belong together, as :func:`~srlora_dist.checkpoint.files.fill_folder` does.
 
         Those that wait for the same folder are given up: these take their place.
 

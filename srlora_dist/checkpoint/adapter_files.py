@@ -13,10 +13,10 @@ from peft import PeftConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
-from srlora_dist.base_label import BaseLabel
+from srlora_dist.checkpoint.base_label import BaseLabel
+from srlora_dist.checkpoint.files import Put, fill_folder
+from srlora_dist.checkpoint.hf_saves import unmark_folder
 from srlora_dist.layers.pairs import truncate_pairs
-from srlora_dist.live_pairs import unmark_folder
-from srlora_dist.safefiles import Put, fill_folder
 
 logger = logging.getLogger(__name__)
 

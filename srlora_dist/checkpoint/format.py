@@ -15,8 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from srlora_dist.layers.site import Site, describe_base
-from srlora_dist.safefiles import (
+from srlora_dist.checkpoint.files import (
     MANIFEST,
     folders_with_manifest,
     read_manifest,
@@ -24,6 +23,7 @@ from srlora_dist.safefiles import (
     require_unharmed,
     write_folder,
 )
+from srlora_dist.layers.site import Site, describe_base
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ def write_checkpoint(
         state: Content of ``state.json``; ``step`` names the folder.
         tensors: By file and name; a file without tensors is left out.
         fill: Writes what else belongs into the folder that it is given; returns what is known, see
-            :func:`~srlora_dist.safefiles.write_folder`.
+            :func:`~srlora_dist.checkpoint.files.write_folder`.
 
     Returns:
         The size of its files, in bytes.
