@@ -21,11 +21,11 @@ from torch import Tensor
 from tracking import adapted
 
 from srlora_dist import SRLoRAConfig
-from srlora_dist.krylov import is_worth_it
 from srlora_dist.layers.discovery import find_sites
+from srlora_dist.method.budget import clamp_target_ranks
+from srlora_dist.method.directions import Directions
+from srlora_dist.method.svd import compute_directions, is_worth_it
 from srlora_dist.storage.find import find_storage
-from srlora_dist.svd import Directions, compute_directions
-from srlora_dist.targets import clamp_target_ranks
 
 SMALL = ((384, 384, 32), (384, 1536, 32), (768, 3072, 24), (1024, 1024, 32), (1024, 4096, 32), (1024, 4096, 16))
 QUESTIONS = ("directions: error of the values", "directions: sine of the angle")

@@ -8,7 +8,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from srlora_dist import SRLoRAConfig, Switcher, svd
+from srlora_dist import SRLoRAConfig, Switcher
+from srlora_dist.method import directions
 from tests.ranks.engines import Engine, prepare
 
 PARTITIONED = {"stage3_param_persistence_threshold": 0}
@@ -25,13 +26,13 @@ def make_stack(num_layers: int, width: int, rank: int) -> nn.Module:
 
 def make_switcher(model: nn.Module, target_rank: int, cache: str) -> Switcher:
     """A switcher on random directions: the time and the bytes of a switch do not depend on what they are."""
-    svd.compute_directions = random_directions
+    directions.compute_directions = random_directions
     logging.getLogger("srlora_dist").setLevel(logging.ERROR)  # switches without steps between them find even scores
     return Switcher(model, SRLoRAConfig(target_rank=target_rank, svd_cache=cache), NUM_STEPS)
 
 
 def random_directions(weight: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """In place of singular triplets; shapes as :func:`srlora_dist.svd.compute_directions` gives them."""
+    """In place of singular triplets; shapes as :func:`srlora_dist.method.svd.compute_directions` gives them."""
     m, n = weight.shape
     return torch.randn(m, count) / m**0.5, torch.full((count,), 0.01), torch.randn(count, n) / n**0.5
 

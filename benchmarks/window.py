@@ -16,7 +16,7 @@ import torch
 from fine_tune import QUICK, run
 from side_by_side import Row, arguments, report, tiny_run
 
-from srlora_dist.schedule import window_length
+from srlora_dist.method.budget import window_length
 
 
 def read_switches(folder: Path) -> list[dict[str, object]]:

@@ -20,7 +20,7 @@ from side_by_side import Row, alternate, arguments, medians, ratios, report
 from stack import make_stack, make_switcher, prepare_stack, train_step
 
 from srlora_dist import Switcher
-from srlora_dist.schedule import num_fused
+from srlora_dist.method.budget import num_fused
 from tests.ranks.test_agreement import Traffic
 from tests.ranks.world import run_ranks
 

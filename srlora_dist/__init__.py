@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from srlora_dist.callback import SRLoRACallback
     from srlora_dist.checkpoint.ledger import SiteSwitch, SwitchReport
     from srlora_dist.config.method import SRLoRAConfig
-    from srlora_dist.switcher import Switcher
+    from srlora_dist.method.switcher import Switcher
 
 __all__ = ["SRLoRACallback", "SRLoRAConfig", "SiteSwitch", "SwitchReport", "Switcher"]
 

@@ -25,8 +25,8 @@ from srlora_dist.checkpoint.save import open_run, save_run
 from srlora_dist.checkpoint.training_state import require_same_training, restore_training_state_
 from srlora_dist.config.run import RunConfig
 from srlora_dist.layers.discovery import find_sites
+from srlora_dist.method.switcher import Switcher
 from srlora_dist.storage.find import find_storage, release_gathered
-from srlora_dist.switcher import Switcher
 
 
 @dataclass

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from srlora_dist.diagnostics import Finding
 from srlora_dist.errors import RunStoppedError
 from srlora_dist.evaluation import Judged
+from srlora_dist.method.diagnostics import Finding
 from srlora_dist.summary import Progress
 
 MANY_SKIPPED = 0.5

@@ -22,13 +22,13 @@ from srlora_dist.checkpoint.folder_lock import PATIENCE_OF_A_RESTART, FolderLock
 from srlora_dist.checkpoint.format import Checkpoint
 from srlora_dist.checkpoint.ledger import SwitchReport
 from srlora_dist.config.run import RunConfig
-from srlora_dist.diagnostics import Finding, LossWatch, worse_than_start
 from srlora_dist.engine import build_accelerator, choose_layers_to_shard, require_engine, together
 from srlora_dist.errors import RunStoppedError, StoppedBySignalError
 from srlora_dist.evaluation import evaluate
 from srlora_dist.figures import draw
 from srlora_dist.keeper import Keeper
 from srlora_dist.layers.discovery import keep_payloads_
+from srlora_dist.method.diagnostics import Finding, LossWatch, worse_than_start
 from srlora_dist.methods import build_method
 from srlora_dist.optimizers import build_optimizer
 from srlora_dist.outcome import doubts, is_better, require_a_best, require_a_step, require_finite_start

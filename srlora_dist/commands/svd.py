@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from srlora_dist.config.run import RunConfig
-    from srlora_dist.svd import Directions
+    from srlora_dist.method.directions import Directions
 
 
 def run(argv: list[str]) -> None:
@@ -47,10 +47,10 @@ def _prepare(config: RunConfig, accelerator: Accelerator) -> Directions:
     import torch
 
     from srlora_dist.layers.discovery import find_sites, keep_payloads_
+    from srlora_dist.method.budget import clamp_target_ranks
+    from srlora_dist.method.directions import Directions
     from srlora_dist.methods import adapt
     from srlora_dist.storage.find import find_storage
-    from srlora_dist.svd import Directions
-    from srlora_dist.targets import clamp_target_ranks
     from srlora_dist.tasks import load_task
 
     task = load_task(config)

@@ -13,10 +13,10 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from srlora_dist.exchange import cut_into_buckets
 from srlora_dist.forecast.blueprint import Blueprint, Stored
 from srlora_dist.layers.spans import Span, deal_by_size, fragment, fragment_numel, padded, rows, whole
-from srlora_dist.memory import ledger_bytes, switch_bytes
+from srlora_dist.method.memory import ledger_bytes, switch_bytes
+from srlora_dist.method.switch import cut_into_buckets
 
 FLOAT32 = 4
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from srlora_dist.forecast.held import FLOAT32, Forecast
 from srlora_dist.forecast.wire import Message, restarted_pairs, start_up, switches
-from srlora_dist.krylov import BLOCK, is_worth_it
+from srlora_dist.method.svd import BLOCK, is_worth_it
 
 
 @dataclass(frozen=True)

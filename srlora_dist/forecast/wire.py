@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from srlora_dist.exchange import cut_into_buckets
 from srlora_dist.forecast.blueprint import Blueprint
-from srlora_dist.schedule import num_to_fuse
+from srlora_dist.method.budget import num_to_fuse
+from srlora_dist.method.switch import cut_into_buckets
 
 WORD = 8
 """Bytes of an answer or of a count of failures, ``Ranks.rank_0_says`` and ``Ranks.raise_together``."""

@@ -74,10 +74,10 @@ def test_a_rank_that_dies_at_the_very_end_costs_no_training(bench: Bench, forks:
 
 
 PLACES = {  # where, after which call, in which rank
-    "in a switch, between fusing and re-initialising": ("srlora_dist.exchange:Exchange._add_to_weight_", 18, 1),
-    "in a switch, before the ledger is written": ("srlora_dist.exchange:Exchange._compare", 2, 0),
+    "in a switch, between fusing and re-initialising": ("srlora_dist.method.switch:Exchange._add_to_weight_", 18, 1),
+    "in a switch, before the ledger is written": ("srlora_dist.method.switch:Exchange._compare", 2, 0),
     "while an entry of the ledger is renamed": ("srlora_dist.checkpoint.files:_sync", 3, 0),
-    "in the singular value decomposition": ("srlora_dist.svd:compute_directions", 4, 0),
+    "in the singular value decomposition": ("srlora_dist.method.directions:compute_directions", 4, 0),
     "while a checkpoint is written": ("srlora_dist.checkpoint.files:describe", 9, 0),
     "while a checkpoint is renamed": ("pathlib:Path.rename", 3, 0),
     "while old checkpoints are removed": ("srlora_dist.checkpoint.format:remove_folder", 2, 0),

@@ -14,15 +14,15 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import srlora_dist.method.directions
 import srlora_dist.storage.base
-import srlora_dist.svd
 from srlora_dist import SRLoRAConfig, Switcher
-from srlora_dist.exchange import Exchange
 from srlora_dist.layers.digest import digest_run
 from srlora_dist.layers.discovery import find_sites
+from srlora_dist.method.budget import clamp_target_ranks
+from srlora_dist.method.directions import Directions
+from srlora_dist.method.switch import Exchange
 from srlora_dist.storage.find import find_storage
-from srlora_dist.svd import Directions
-from srlora_dist.targets import clamp_target_ranks
 from tests.ranks.engines import RANKS, SHAPES, Engine, make_batch, make_odd_net, prepare
 from tests.ranks.world import run_ranks
 
@@ -257,7 +257,7 @@ def test_the_fingerprint_is_that_of_the_weights_however_they_are_held(tmp_path) 
 
 def make_directions(rank: int, world_size: int, engine_name: str, cache: str, shared: bool) -> dict:
     """Compute the directions, and tell how many matrices this rank factored, and what ended up in the file."""
-    factored, compute = [], srlora_dist.svd.compute_directions
+    factored, compute = [], srlora_dist.method.directions.compute_directions
 
     def note(weight: torch.Tensor, count: int) -> tuple:
         factored.append(list(weight.shape))
@@ -269,11 +269,11 @@ def make_directions(rank: int, world_size: int, engine_name: str, cache: str, sh
     clamp_target_ranks(sites, TARGET)
     storage = find_storage(engine.model, engine.optimizer, sites)
     directions = Directions(storage, SRLoRAConfig(svd_cache=cache, svd_distribute=shared))
-    srlora_dist.svd.compute_directions = note
+    srlora_dist.method.directions.compute_directions = note
     try:
         directions.prepare()
     finally:
-        srlora_dist.svd.compute_directions = compute
+        srlora_dist.method.directions.compute_directions = compute
     return {"factored": factored, "file": load_file(directions.path) if rank == 0 else {}}
 
 

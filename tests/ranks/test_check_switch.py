@@ -11,7 +11,7 @@ import torch
 
 from srlora_dist import SRLoRAConfig, Switcher
 from srlora_dist.checkpoint.training_state import trained_parameters
-from srlora_dist.exchange import Exchange
+from srlora_dist.method.switch import Exchange
 from tests.ranks.engines import Engine, make_batch, make_odd_net, prepare
 from tests.ranks.test_engines import MIXED, PARTITIONED, input_type
 from tests.ranks.world import run_ranks

@@ -14,7 +14,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-import srlora_dist.exchange
+import srlora_dist.method.switch
 from srlora_dist import SRLoRAConfig, Switcher
 from tests.ranks.dense import reference_run
 from tests.ranks.engines import BATCH, SHAPES, make_batch, make_odd_base, make_odd_net, prepare
@@ -54,7 +54,7 @@ def input_type(precision: str) -> torch.dtype:
 
 def train(rank: int, world_size: int, bucket: int, *arguments: object) -> dict:
     """The sharded run under test, its switches cut into buckets of so many bytes; returns what this rank saw."""
-    with patch.object(srlora_dist.exchange, "BUCKET_BYTES", bucket):
+    with patch.object(srlora_dist.method.switch, "BUCKET_BYTES", bucket):
         return _train(rank, world_size, *arguments)
 
 

@@ -13,7 +13,10 @@ from torch import Tensor, nn
 
 from srlora_dist import SRLoRAConfig, Switcher
 from srlora_dist.checkpoint.ledger import SiteSwitch, SwitchReport
-from srlora_dist.diagnostics import (
+from srlora_dist.layers.discovery import find_sites
+from srlora_dist.layers.site import Site
+from srlora_dist.method.budget import choose_slots
+from srlora_dist.method.diagnostics import (
     EVEN,
     NOISE,
     LossWatch,
@@ -25,9 +28,6 @@ from srlora_dist.diagnostics import (
     noise_level_directions,
     worse_than_start,
 )
-from srlora_dist.layers.discovery import find_sites
-from srlora_dist.layers.site import Site
-from srlora_dist.schedule import choose_slots
 from tests.ranks.engines import dequantised, quantised
 
 

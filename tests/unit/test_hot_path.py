@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from srlora_dist import SRLoRAConfig, Switcher, importance
+from srlora_dist import SRLoRAConfig, Switcher
+from srlora_dist.method import importance
 
 WIDTH, RANK, NUM_STEPS = 16, 4, 40
 # They make a host wait for a device, or copy to it.

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from srlora_dist import SRLoRAConfig, Switcher, importance
-from srlora_dist.importance import MOST_GROUPINGS, Importance
+from srlora_dist import SRLoRAConfig, Switcher
+from srlora_dist.method import importance
+from srlora_dist.method.importance import MOST_GROUPINGS, Importance
 from srlora_dist.storage.factor_spans import Run
 from tests.ranks.engines import make_batch, make_net
 

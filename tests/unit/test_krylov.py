@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import srlora_dist.krylov
-import srlora_dist.svd
-from srlora_dist.krylov import find_triplets, is_worth_it
-from srlora_dist.svd import compute_directions
+import srlora_dist.method.directions
+import srlora_dist.method.svd
+from srlora_dist.method.svd import compute_directions, find_triplets, is_worth_it
 
 COUNT = 12
 SIZE = 400
@@ -114,7 +113,7 @@ def test_more_copies_than_a_block_holds_are_noticed(copies: int) -> None:
 
 @pytest.mark.parametrize("values", [torch.ones(SIZE).double(), 1 - 0.3 * INDEX / SIZE], ids=["orthogonal", "flat"])
 def test_it_gives_up_and_the_full_decomposition_is_taken(monkeypatch, values: Tensor) -> None:
-    monkeypatch.setattr(srlora_dist.krylov, "LARGEST_SHARE", {SIZE: 1 / 16})
+    monkeypatch.setattr(srlora_dist.method.svd, "LARGEST_SHARE", {SIZE: 1 / 16})
     weight = with_values(values)
     assert find_triplets(weight, COUNT) is None
     left, found, right = compute_directions(weight, COUNT)
@@ -127,8 +126,8 @@ def test_it_gives_up_and_the_full_decomposition_is_taken(monkeypatch, values: Te
 def test_directions_are_the_same_bits_with_the_signs_of_the_full_decomposition(monkeypatch, shape) -> None:
     weight = with_values(SPECTRA["slow"], shape)
     expected = compute_directions(weight, COUNT)
-    monkeypatch.setattr(srlora_dist.krylov, "LARGEST_SHARE", {SIZE: 1 / 16})
-    monkeypatch.setattr(srlora_dist.svd, "_svd_in_float64", None)
+    monkeypatch.setattr(srlora_dist.method.svd, "LARGEST_SHARE", {SIZE: 1 / 16})
+    monkeypatch.setattr(srlora_dist.method.svd, "_svd_in_float64", None)
     torch.manual_seed(3)
     first = compute_directions(weight, COUNT)
     torch.manual_seed(4)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from srlora_dist import SRLoRAConfig, Switcher
-from srlora_dist.original import OriginalWeights
+from srlora_dist.method.directions import OriginalWeights
 from tests.ranks.engines import dequantised, quantised
 
 

@@ -13,7 +13,7 @@ from transformers.utils import import_utils
 
 from srlora_dist import SRLoRACallback, SRLoRAConfig
 from srlora_dist.layers.matmul import exact_matmul
-from srlora_dist.svd import compute_directions
+from srlora_dist.method.svd import compute_directions
 from tests.ranks.engines import make_batch
 from tests.ranks.hf_trainer import OPTIONS, make_arguments, make_model, samples, switches
 from tests.unit.test_switcher import bound, take_steps

@@ -19,16 +19,16 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from srlora_dist.config.method import SRLoRAConfig
 from srlora_dist.config.run import LoRAOptions, ModelOptions, RunConfig, TrainOptions
-from srlora_dist.exchange import cut_into_buckets
 from srlora_dist.forecast.blueprint import LLAMAS, build_model, draw_from
 from srlora_dist.forecast.held import Forecast
 from srlora_dist.forecast.wire import start_up, switches
-from srlora_dist.importance import Importance
 from srlora_dist.layers.discovery import find_sites
-from srlora_dist.memory import count_extra_memory
+from srlora_dist.method.budget import clamp_target_ranks
+from srlora_dist.method.importance import Importance
+from srlora_dist.method.memory import count_extra_memory
+from srlora_dist.method.switch import cut_into_buckets
 from srlora_dist.storage.base import Storage
 from srlora_dist.storage.find import find_storage
-from srlora_dist.targets import clamp_target_ranks
 from tests.unit.test_spans import tile
 
 WORLD_SIZE = 1024

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from srlora_dist.layers.spans import deal_by_size
-from srlora_dist.schedule import choose_slots, due_steps, num_fused, window_length
+from srlora_dist.method.budget import choose_slots, due_steps, num_fused, window_length
 from tests import reference
 
 

@@ -14,13 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import srlora_dist.svd
+import srlora_dist.method.directions
 from srlora_dist import SRLoRAConfig
 from srlora_dist.layers.digest import digest_run
 from srlora_dist.layers.discovery import find_sites
+from srlora_dist.method.budget import clamp_target_ranks
+from srlora_dist.method.directions import Directions
+from srlora_dist.method.svd import compute_directions
 from srlora_dist.storage.find import find_storage
-from srlora_dist.svd import Directions, compute_directions
-from srlora_dist.targets import clamp_target_ranks
 from tests import reference
 from tests.ranks.engines import make_net
 from tests.unit.test_switcher import bound, take_steps
@@ -65,7 +66,7 @@ def test_the_file_is_reused_and_read_back(tmp_path, monkeypatch) -> None:
     first = directions_of(tmp_path)
     first.prepare()
     whole = compute_directions(first.storage.sites[0].weight.detach(), 6)
-    monkeypatch.setattr(srlora_dist.svd, "compute_directions", None)  # a second computation would fail
+    monkeypatch.setattr(srlora_dist.method.directions, "compute_directions", None)  # a second computation would fail
     second = directions_of(tmp_path)
     second.prepare()
     assert second.path == first.path

@@ -13,7 +13,7 @@ from torch import nn
 import srlora_dist.checkpoint.ledger
 from srlora_dist import SRLoRAConfig, Switcher
 from srlora_dist.checkpoint.ledger import Ledger
-from srlora_dist.schedule import window_length
+from srlora_dist.method.budget import window_length
 from tests.ranks.engines import Net, make_batch, make_net
 
 

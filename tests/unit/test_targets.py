@@ -6,8 +6,8 @@ import pytest
 
 from srlora_dist.config.method import SRLoRAConfig
 from srlora_dist.layers.discovery import find_sites
-from srlora_dist.settling import Settling
-from srlora_dist.targets import next_directions, num_next, plan_switches, share_out_directions_
+from srlora_dist.method.budget import next_directions, num_next, plan_switches, share_out_directions_
+from srlora_dist.method.schedule import Settling
 from tests.ranks.engines import make_odd_net
 
 

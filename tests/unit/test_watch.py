@@ -13,7 +13,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
 from srlora_dist import SRLoRAConfig, Switcher
-from srlora_dist.fused import _same_gradients
+from srlora_dist.method.second_adapter import _same_gradients
 from tests.ranks.engines import make_batch, make_net
 from tests.unit.test_switcher import bound, take_steps
 

@@ -12,14 +12,15 @@ from torch import Tensor
 from srlora_dist.checkpoint.ledger import Ledger, SiteSwitch, SwitchReport, read_entries
 from srlora_dist.config.method import SRLoRAConfig
 from srlora_dist.errors import RunStoppedError
-from srlora_dist.fused import append_pairs_
 from srlora_dist.layers.digest import combine, digest_run
 from srlora_dist.layers.matmul import exact_matmul
 from srlora_dist.layers.site import PAIR_DIM, Site
+from srlora_dist.method.budget import next_directions
+from srlora_dist.method.directions import Directions
+from srlora_dist.method.second_adapter import append_pairs_
+from srlora_dist.method.statistics import Tracked, sum_by_pair
+from srlora_dist.method.svd import Triplet, compute_directions
 from srlora_dist.storage.base import Storage
-from srlora_dist.svd import Directions, Triplet, compute_directions
-from srlora_dist.targets import next_directions
-from srlora_dist.tracked import Tracked, sum_by_pair
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ def cut_into_buckets(sites: list[Site]) -> Iterator[list[int]]:
 
 
 class Exchange:
-    """Phases 2 to 4 of a switch (see :class:`~srlora_dist.switcher.Switcher`), and how they are undone or made again.
+    """Phases 2 to 4 of a switch (see :class:`~.switcher.Switcher`), and how they are undone or made again.
 
     Args:
         storage: How the ranks hold the weights; its sites are switched.

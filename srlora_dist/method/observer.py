@@ -6,15 +6,14 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from srlora_dist.agenda import Agenda
-from srlora_dist.changes import Changes
 from srlora_dist.config.method import SRLoRAConfig
 from srlora_dist.errors import RunStoppedError
-from srlora_dist.importance import Importance
-from srlora_dist.pair_steps import PairSteps
+from srlora_dist.method.importance import Changes, Importance
+from srlora_dist.method.pair_steps import PairSteps
+from srlora_dist.method.schedule import Agenda
+from srlora_dist.method.statistics import Tracked
+from srlora_dist.method.watch import Watch
 from srlora_dist.storage.base import Storage
-from srlora_dist.tracked import Tracked
-from srlora_dist.watch import Watch
 
 IDLE_CALLS = {4 << k for k in range(30)}
 """Calls of ``Switcher.step`` in a row without a step of the optimizer after which the pairs are looked at: so many

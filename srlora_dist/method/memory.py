@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from srlora_dist.checkpoint.ledger import Ledger
 from srlora_dist.config.method import SRLoRAConfig
 from srlora_dist.layers.site import Site
-from srlora_dist.schedule import num_fused
+from srlora_dist.method.budget import num_fused
+from srlora_dist.method.statistics import Tracked
 from srlora_dist.storage.base import Storage
-from srlora_dist.tracked import Tracked
 
 
 @dataclass

@@ -11,59 +11,73 @@ import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import scipy.linalg
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
 from srlora_dist.config.method import SRLoRAConfig
 from srlora_dist.config.paths import cache_dir, require_writable
-from srlora_dist.direction_file import PARTS, DirectionFile
-from srlora_dist.krylov import find_triplets, is_worth_it
-from srlora_dist.layers.matmul import exact_matmul
-from srlora_dist.original import OriginalWeights
+from srlora_dist.layers.site import Site
+from srlora_dist.method.direction_file import PARTS, DirectionFile
+from srlora_dist.method.svd import Triplet, compute_directions
 from srlora_dist.storage.base import Storage
 
 METHOD = "krylov-1"
-Triplet = tuple[Tensor, Tensor, Tensor]
-"""Singular values with their vectors: U (m, k), S (k,), Vt (k, n)."""
 
 logger = logging.getLogger(__name__)
 
 
-@exact_matmul()
-def compute_directions(weight: Tensor, count: int) -> Triplet:
-    """The first ``count`` singular triplets: U (m, count), S (count,) falling, Vt (count, n), of the weight's dtype.
+class OriginalWeights:
+    """The safetensors files of a local checkpoint folder.
 
-    The largest entry of each column of U is positive, so that the signs do not depend on the driver. Where the
-    iteration of krylov.py does not pay or gives up, the full decomposition is taken; where its driver fails to
-    converge, LAPACK's slower ``gesvd`` in float64.
+    Args:
+        folder: Of the checkpoint, as ``from_pretrained`` reads it.
 
     Raises:
-        ArithmeticError: The weight holds NaN or inf, or both drivers failed.
+        ValueError: There are no safetensors files in it, one cannot be read, or several hold the same weight.
     """
-    if not bool(torch.isfinite(weight).all()):
-        raise ArithmeticError("the weight holds NaN or inf, check the model's files")
-    triplets = None
-    try:
-        if weight.dtype == torch.float32 and is_worth_it(weight.shape, count):
-            triplets = find_triplets(weight, count)
-        if triplets is None:
-            triplets = torch.linalg.svd(weight, full_matrices=False)
-    except torch.linalg.LinAlgError:
-        triplets = _svd_in_float64(weight)
-    left, values, right = triplets
-    left, values, right = left[:, :count], values[:count], right[:count]
-    sign = left.gather(0, left.abs().argmax(0, keepdim=True)).sign()
-    return (left * sign).contiguous(), values.contiguous(), (right * sign.T).contiguous()
 
+    def __init__(self, folder: str | Path) -> None:
+        self.files = sorted(Path(folder).glob("*.safetensors"))
+        if not self.files:
+            raise ValueError(f"srlora.directions_from {folder} has no safetensors files: give the checkpoint's folder")
+        self._places: dict[str, Path] = {}
+        for path in self.files:
+            try:
+                with safe_open(path, "pt") as file:
+                    twice = self._places.keys() & set(file.keys())
+                    self._places.update(dict.fromkeys(file.keys(), path))
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"srlora.directions_from has {path}, which cannot be read ({error})") from error
+            if twice:
+                raise ValueError(f"srlora.directions_from {folder} has {min(twice)} in several files: give one variant")
 
-def _svd_in_float64(weight: Tensor) -> Triplet:
-    try:
-        triplet = scipy.linalg.svd(weight.double().cpu().numpy(), full_matrices=False, lapack_driver="gesvd")
-    except scipy.linalg.LinAlgError as error:
-        raise ArithmeticError("the singular value decomposition converges neither with gesdd nor with gesvd") from error
-    return tuple(torch.from_numpy(part).to(weight.device, weight.dtype) for part in triplet)
+    def identity(self) -> list:
+        """Name, size and time of each file, by which the files of directions made from them are told apart."""
+        stats = [(path, path.stat()) for path in self.files]
+        return [[str(path.resolve()), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+
+    def read(self, site: Site) -> Tensor:
+        """W of a site, (m, n) in float32.
+
+        Raises:
+            ValueError: The checkpoint has no such weight, several, or one of another shape.
+        """
+        name = f"{site.name}.weight"
+        # A task's model holds the checkpoint's under a prefix, or the other way round.
+        keys = [key for key in self._places if key.endswith(f".{name}") or name.endswith(f".{key}")]
+        keys = [name] if name in self._places else keys
+        if len(keys) != 1:
+            found = f"several for {name}: {', '.join(keys)}" if keys else f"no weight {name}"
+            raise ValueError(f"srlora.directions_from has {found}; give the checkpoint of this model")
+        (key,) = keys
+        with safe_open(self._places[key], "pt") as file:
+            weight = file.get_tensor(key).float()
+        weight = weight.T if site.transposed else weight
+        if weight.shape != site.shape:
+            raise ValueError(f"srlora.directions_from has {key} as {tuple(weight.shape)}, but the model {site.shape}")
+        return weight
 
 
 class Directions:

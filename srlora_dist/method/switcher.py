@@ -10,8 +10,6 @@ from pathlib import Path
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from srlora_dist.agenda import Agenda
-from srlora_dist.agreement import require_agreement
 from srlora_dist.checkpoint.export import export_adapter
 from srlora_dist.checkpoint.export_parts import ExportParts, warn_of_start
 from srlora_dist.checkpoint.files import Put, fill_folder
@@ -22,25 +20,32 @@ from srlora_dist.checkpoint.ledger import Ledger, SwitchReport, require_entries
 from srlora_dist.checkpoint.save import AVERAGES, SavedRun, open_run, save_run
 from srlora_dist.checkpoint.training_state import require_same_training, restore_training_state_
 from srlora_dist.config.method import SRLoRAConfig
-from srlora_dist.diagnostics import Finding, directions_exhausted, even_scores, no_gradient, noise_level_directions
-from srlora_dist.exchange import Exchange
-from srlora_dist.first_batch import FirstBatch
-from srlora_dist.first_switch import leave_out_
-from srlora_dist.fused import add_second_adapters_, require_intact
 from srlora_dist.layers.adapter import find_peft_model
 from srlora_dist.layers.discovery import find_sites, keep_payloads_
 from srlora_dist.layers.site import Site
-from srlora_dist.memory import ExtraMemory, count_extra_memory
-from srlora_dist.observer import Observer, make_scores
-from srlora_dist.output_check import OutputCheck
-from srlora_dist.pair_steps import PairSteps
-from srlora_dist.rehearsal import rehearse
+from srlora_dist.method.budget import share_out_directions_
+from srlora_dist.method.checks import OutputCheck, require_agreement
+from srlora_dist.method.diagnostics import (
+    Finding,
+    directions_exhausted,
+    even_scores,
+    no_gradient,
+    noise_level_directions,
+)
+from srlora_dist.method.directions import Directions
+from srlora_dist.method.first_batch import FirstBatch
+from srlora_dist.method.first_switch import leave_out_
+from srlora_dist.method.memory import ExtraMemory, count_extra_memory
+from srlora_dist.method.observer import Observer, make_scores
+from srlora_dist.method.pair_steps import PairSteps
+from srlora_dist.method.rehearsal import rehearse
+from srlora_dist.method.schedule import Agenda
+from srlora_dist.method.second_adapter import add_second_adapters_, require_intact
+from srlora_dist.method.statistics import Tracked
+from srlora_dist.method.switch import Exchange
+from srlora_dist.method.watch import Watch, require_same_model
 from srlora_dist.storage.base import Storage
 from srlora_dist.storage.find import find_storage, release_gathered
-from srlora_dist.svd import Directions
-from srlora_dist.targets import share_out_directions_
-from srlora_dist.tracked import Tracked
-from srlora_dist.watch import Watch, require_same_model
 
 logger = logging.getLogger(__name__)
 

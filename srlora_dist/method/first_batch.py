@@ -19,11 +19,10 @@ from torch.utils._pytree import tree_map
 from srlora_dist.checkpoint.random_state import random_state, restore_random_state
 from srlora_dist.config.method import SRLoRAConfig
 from srlora_dist.errors import shorten_list
-from srlora_dist.first_switch import edited_back, undo_first_switch_
 from srlora_dist.layers.adapter import find_peft_model
 from srlora_dist.layers.bypassed import Usage
 from srlora_dist.layers.site import FUSED
-from srlora_dist.output_check import (
+from srlora_dist.method.checks import (
     evaluating,
     largest_change,
     largest_on_any_rank,
@@ -31,6 +30,7 @@ from srlora_dist.output_check import (
     sample_outputs,
     samples,
 )
+from srlora_dist.method.first_switch import edited_back, undo_first_switch_
 from srlora_dist.storage.base import Storage
 
 logger = logging.getLogger(__name__)

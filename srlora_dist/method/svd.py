@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 
+import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -177,3 +178,42 @@ def _next_check(size: int, leak: float, before: tuple[int, float] | None) -> flo
         return GROWTH * size
     per_column = math.log(before[1] / leak) / (size - before[0])
     return min(GROWTH * size, size + math.log(leak / LEAK) / per_column / 1.5)
+
+
+Triplet = tuple[Tensor, Tensor, Tensor]
+"""Singular values with their vectors: U (m, k), S (k,), Vt (k, n)."""
+
+
+@exact_matmul()
+def compute_directions(weight: Tensor, count: int) -> Triplet:
+    """The first ``count`` singular triplets: U (m, count), S (count,) falling, Vt (count, n), of the weight's dtype.
+
+    The largest entry of each column of U is positive, so that the signs do not depend on the driver. Where the
+    iteration of krylov.py does not pay or gives up, the full decomposition is taken; where its driver fails to
+    converge, LAPACK's slower ``gesvd`` in float64.
+
+    Raises:
+        ArithmeticError: The weight holds NaN or inf, or both drivers failed.
+    """
+    if not bool(torch.isfinite(weight).all()):
+        raise ArithmeticError("the weight holds NaN or inf, check the model's files")
+    triplets = None
+    try:
+        if weight.dtype == torch.float32 and is_worth_it(weight.shape, count):
+            triplets = find_triplets(weight, count)
+        if triplets is None:
+            triplets = torch.linalg.svd(weight, full_matrices=False)
+    except torch.linalg.LinAlgError:
+        triplets = _svd_in_float64(weight)
+    left, values, right = triplets
+    left, values, right = left[:, :count], values[:count], right[:count]
+    sign = left.gather(0, left.abs().argmax(0, keepdim=True)).sign()
+    return (left * sign).contiguous(), values.contiguous(), (right * sign.T).contiguous()
+
+
+def _svd_in_float64(weight: Tensor) -> Triplet:
+    try:
+        triplet = scipy.linalg.svd(weight.double().cpu().numpy(), full_matrices=False, lapack_driver="gesvd")
+    except scipy.linalg.LinAlgError as error:
+        raise ArithmeticError("the singular value decomposition converges neither with gesdd nor with gesvd") from error
+    return tuple(torch.from_numpy(part).to(weight.device, weight.dtype) for part in triplet)

@@ -1,0 +1,1 @@
+"""SRLoRA as the paper's Algorithm 1: score, choose, fuse, restart."""
