@@ -22,12 +22,12 @@ from srlora_dist.checkpoint.folder_lock import FolderLock
 from srlora_dist.checkpoint.format import Checkpoint, checkpoint_folders
 from srlora_dist.checkpoint.ledger import SwitchReport
 from srlora_dist.config.method import SRLoRAConfig
-from srlora_dist.engine import together
+from srlora_dist.engine.precision import require_deepspeed_type
+from srlora_dist.engine.process import launched_by_deepspeed
 from srlora_dist.layers.adapter import find_peft_model
 from srlora_dist.method.second_adapter import activate_again_
 from srlora_dist.method.switcher import Switcher
-from srlora_dist.precision import require_deepspeed_type
-from srlora_dist.process import launched_by_deepspeed
+from srlora_dist.storage.collectives import together
 from srlora_dist.storage.quantized import require_cuttable
 from srlora_dist.storage.unconnected import require_company
 from srlora_dist.trainer_arguments import (

@@ -12,11 +12,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from srlora_dist.checkpoint.format import Checkpoint, remove_checkpoints, remove_later_checkpoints
 from srlora_dist.checkpoint.random_state import random_state, restore_random_state
 from srlora_dist.config.run import RunConfig
-from srlora_dist.engine import together
 from srlora_dist.method.diagnostics import LossWatch
 from srlora_dist.methods import Method
 from srlora_dist.resuming import checkpoints_of
 from srlora_dist.runlog import Window
+from srlora_dist.storage.collectives import together
 from srlora_dist.summary import Progress
 from srlora_dist.tasks import Task
 from srlora_dist.tasks.same_rows import pack_names, put_rows_back_, unpack_names

@@ -22,7 +22,9 @@ from srlora_dist.checkpoint.folder_lock import PATIENCE_OF_A_RESTART, FolderLock
 from srlora_dist.checkpoint.format import Checkpoint
 from srlora_dist.checkpoint.ledger import SwitchReport
 from srlora_dist.config.run import RunConfig
-from srlora_dist.engine import build_accelerator, choose_layers_to_shard, require_engine, together
+from srlora_dist.engine.accelerator import build_accelerator, choose_layers_to_shard, require_engine
+from srlora_dist.engine.precision import require_precision, train_in_
+from srlora_dist.engine.preemption import StopRequest
 from srlora_dist.errors import RunStoppedError, StoppedBySignalError
 from srlora_dist.evaluation import evaluate
 from srlora_dist.figures import draw
@@ -33,10 +35,9 @@ from srlora_dist.methods import build_method
 from srlora_dist.optimizers import build_optimizer
 from srlora_dist.outcome import doubts, is_better, require_a_best, require_a_step, require_finite_start
 from srlora_dist.plan import SampleOrder, by_length, due_checkpoints, due_evaluations, warm_up_and_decay
-from srlora_dist.precision import require_precision, train_in_
-from srlora_dist.preemption import StopRequest
 from srlora_dist.resuming import choose_checkpoint
 from srlora_dist.runlog import RunLog, Window
+from srlora_dist.storage.collectives import together
 from srlora_dist.storage.zero0 import leave_out_bad_steps_
 from srlora_dist.summary import num_trainable, peak_memory, pretrained_bytes, versions
 from srlora_dist.tasks import Task, check_task, load_task

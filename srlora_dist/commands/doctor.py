@@ -9,8 +9,8 @@ from importlib import import_module
 from pathlib import Path
 
 from srlora_dist.arguments import Arguments
+from srlora_dist.engine.process import prepare_process
 from srlora_dist.health import Found
-from srlora_dist.process import prepare_process
 
 GROUP_SECONDS = 120
 

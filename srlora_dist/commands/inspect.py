@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from srlora_dist.arguments import Arguments
-from srlora_dist.process import prepare_process
+from srlora_dist.engine.process import prepare_process
 
 
 def run(argv: list[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from srlora_dist.arguments import Arguments
-from srlora_dist.process import prepare_process
+from srlora_dist.engine.process import prepare_process
 
 LARGE = 0.01
 """Relative difference of the logits from which on rounding is worth a word."""

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from srlora_dist.process import prepare_process
+from srlora_dist.engine.process import prepare_process
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -26,7 +26,7 @@ def run(argv: list[str]) -> None:
     """
     is_main = prepare_process()
     from srlora_dist.config.parse import parse  # after the environment is set
-    from srlora_dist.engine import build_accelerator
+    from srlora_dist.engine.accelerator import build_accelerator
 
     config = parse(argv, "srlora svd")
     if config.method not in ("srlora", "pissa"):

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from srlora_dist.process import prepare_process, without_local_rank
+from srlora_dist.engine.process import prepare_process, without_local_rank
 
 # The launcher ends the other ranks within a moment of the main process, so that one message is enough.
 GRACE_SECONDS = 5

@@ -31,6 +31,7 @@ from transformers.pytorch_utils import Conv1D
 
 from srlora_dist.config.method import SRLoRAConfig
 from srlora_dist.config.run import ModelOptions, RunConfig
+from srlora_dist.engine.precision import train_in_
 from srlora_dist.errors import first_sentence
 from srlora_dist.layers.discovery import find_sites
 from srlora_dist.layers.site import FUSED, Site
@@ -38,7 +39,6 @@ from srlora_dist.layers.spans import longest_padded, longest_rows
 from srlora_dist.method.budget import plan_switches, share_out_directions_
 from srlora_dist.method.second_adapter import add_second_adapters_
 from srlora_dist.methods import adapt
-from srlora_dist.precision import train_in_
 from srlora_dist.tasks.heads import heads_of
 
 LLAMAS = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary

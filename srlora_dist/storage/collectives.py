@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from srlora_dist.layers.digest import to_int64
@@ -187,3 +188,24 @@ def _buckets(sizes: list[int]) -> Iterator[list[int]]:
         bucket.append(number)
     if bucket:
         yield bucket
+
+
+def together(work: Callable[[], T]) -> T:
+    """Do something on every rank, and raise on all of them if it failed on any: none waits for one that is gone.
+
+    Collective: every rank calls it; one gather of a message. ``work`` itself must not communicate.
+
+    Raises:
+        ValueError: ``work`` raised ValueError or OSError somewhere; the message names the rank if it was not rank 0.
+    """
+    result, error = None, None
+    try:
+        result = work()
+    except (ValueError, OSError) as failure:
+        error = failure
+    messages = gather_object([None if error is None else str(error)])
+    failed = [rank for rank, message in enumerate(messages) if message is not None]
+    if failed:
+        where = f" (on rank {failed[0]} of {len(messages)})" if failed[0] else ""
+        raise ValueError(messages[failed[0]] + where) from error
+    return result

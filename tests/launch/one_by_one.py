@@ -52,7 +52,7 @@ def load_main() -> Callable[[list[str]], int]:
     """``srlora_dist.cli.main`` with what takes seconds to import, ready to be forked."""
     from srlora_dist.cli import main
     from srlora_dist.commands import train
-    from srlora_dist.process import prepare_process
+    from srlora_dist.engine.process import prepare_process
 
     prepare_process()
     importlib.import_module("srlora_dist.trainer")

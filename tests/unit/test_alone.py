@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from srlora_dist import SRLoRACallback, SRLoRAConfig, Switcher
-from srlora_dist.launched import launched_engine
-from srlora_dist.process import without_local_rank
+from srlora_dist.engine.launched import launched_engine
+from srlora_dist.engine.process import without_local_rank
 from srlora_dist.storage.unconnected import HOSTS, RANKS, SIZES, require_company
 from tests.ranks.engines import make_net
 from tests.ranks.hf_trainer import make_arguments, make_model

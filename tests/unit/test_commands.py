@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from srlora_dist import SRLoRAConfig, Switcher
 from srlora_dist.cli import COMMANDS, main, usage
-from srlora_dist.preemption import SIGNALS
+from srlora_dist.engine.preemption import SIGNALS
 from tests.launch.conftest import Bench, write_model, write_rte
 from tests.ranks.engines import make_net
 from tests.unit.test_switcher import take_steps

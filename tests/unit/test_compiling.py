@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from torch.utils.file_baton import FileBaton
 
-from srlora_dist.compiling import wait_for_locks
+from srlora_dist.engine.deepspeed import wait_for_locks
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from srlora_dist.config.run import RunConfig, TrainOptions
-from srlora_dist.deepspeed_file import compiled_operators, fill
+from srlora_dist.engine.deepspeed import compiled_operators, fill
 from tests.launch.conftest import ROOT
 
 

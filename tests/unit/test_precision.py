@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from srlora_dist.config.run import ModelOptions
-from srlora_dist.precision import mixed_precision, require_precision, train_in_
+from srlora_dist.engine.precision import mixed_precision, require_precision, train_in_
 
 AUTO = {name: {"enabled": "auto"} for name in ("bf16", "fp16")}
 
@@ -27,7 +27,7 @@ AUTO = {name: {"enabled": "auto"} for name in ("bf16", "fp16")}
     ],
 )
 def test_precision_follows_the_type_of_the_weights(dtype, launched, deepspeed, expected, monkeypatch):
-    monkeypatch.setattr("srlora_dist.precision.deepspeed_types", lambda: {"float32", "bfloat16", "float16"})
+    monkeypatch.setattr("srlora_dist.engine.precision.deepspeed_types", lambda: {"float32", "bfloat16", "float16"})
     assert mixed_precision(ModelOptions(dtype=dtype), "any", launched, deepspeed, has_gpu=True) == expected
 
 
@@ -57,7 +57,7 @@ def test_contradictions_are_refused(dtype, launched, deepspeed, message):
     ],
 )
 def test_what_deepspeed_cannot_do_on_this_device_is_said_first(dtype, device, remedy, monkeypatch):
-    monkeypatch.setattr("srlora_dist.precision.deepspeed_types", lambda: device)
+    monkeypatch.setattr("srlora_dist.engine.precision.deepspeed_types", lambda: device)
     with pytest.raises(ValueError, match=f"model.dtype is {dtype}, in which DeepSpeed does not train on .*{remedy}"):
         mixed_precision(ModelOptions(dtype=dtype), "zero2", "no", AUTO, has_gpu=False)
     assert mixed_precision(ModelOptions(), "zero2", "no", AUTO, has_gpu=False) == "no"

@@ -10,11 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from srlora_dist import preemption
+from srlora_dist.engine import preemption
 
 CHILD = """
 import os, sys, time
-from srlora_dist.process import STARTED, parent_is_gone
+from srlora_dist.engine.process import STARTED, parent_is_gone
 with os.fdopen(int(sys.argv[1]), "w") as out:
     print(parent_is_gone(), file=out, flush=True)
     while os.getppid() == STARTED[1]:

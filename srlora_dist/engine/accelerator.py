@@ -7,7 +7,6 @@ environment that ``accelerate launch`` made is read first, and what came of it i
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
 
@@ -20,15 +19,13 @@ from accelerate.utils import (
     FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
-    gather_object,
 )
 from torch import nn
 
-from srlora_dist.compiling import wait_for_locks
 from srlora_dist.config.run import RunConfig
-from srlora_dist.deepspeed_file import compiled_operators, fill, read_settings, require_nvme
-from srlora_dist.launched import flag, launched_engine, world_size
-from srlora_dist.precision import mixed_precision
+from srlora_dist.engine.deepspeed import compiled_operators, fill, read_settings, require_nvme, wait_for_locks
+from srlora_dist.engine.launched import flag, launched_engine, world_size
+from srlora_dist.engine.precision import mixed_precision
 from srlora_dist.storage.process_group import rejoin
 
 T = TypeVar("T")
@@ -135,27 +132,6 @@ def choose_layers_to_shard(accelerator: Accelerator, model: nn.Module) -> None:
         whole = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
         layers = [module for module in whole if all(part is not embeddings for part in module.modules())]
         plugin.transformer_cls_names_to_wrap = sorted({type(module).__name__ for module in layers})
-
-
-def together(work: Callable[[], T]) -> T:
-    """Do something on every rank, and raise on all of them if it failed on any: none waits for one that is gone.
-
-    Collective: every rank calls it; one gather of a message. ``work`` itself must not communicate.
-
-    Raises:
-        ValueError: ``work`` raised ValueError or OSError somewhere; the message names the rank if it was not rank 0.
-    """
-    result, error = None, None
-    try:
-        result = work()
-    except (ValueError, OSError) as failure:
-        error = failure
-    messages = gather_object([None if error is None else str(error)])
-    failed = [rank for rank, message in enumerate(messages) if message is not None]
-    if failed:
-        where = f" (on rank {failed[0]} of {len(messages)})" if failed[0] else ""
-        raise ValueError(messages[failed[0]] + where) from error
-    return result
 
 
 def _accelerated_engine(accelerator: Accelerator) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-from srlora_dist.deepspeed_file import read_settings, zero_stage
-from srlora_dist.process import launched_by_deepspeed
+from srlora_dist.engine.deepspeed import read_settings, zero_stage
+from srlora_dist.engine.process import launched_by_deepspeed
 from srlora_dist.storage.unconnected import require_company
 
 PARALLELISM = {

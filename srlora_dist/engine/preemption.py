@@ -10,7 +10,7 @@ import threading
 
 from accelerate import Accelerator
 
-from srlora_dist.process import parent_is_gone
+from srlora_dist.engine.process import parent_is_gone
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>

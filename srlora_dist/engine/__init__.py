@@ -1,0 +1,1 @@
+"""The process, and the engine that it really runs on."""
