@@ -21,7 +21,7 @@ from torch import Tensor
 from srlora_dist import SRLoRAConfig, Switcher
 from srlora_dist.config.run import ModelOptions, RunConfig, TaskOptions
 from srlora_dist.method.budget import window_length
-from srlora_dist.tasks import load_task
+from srlora_dist.tasks.registry import load_task
 
 INTERVAL = 500
 """Steps between switches; the paper's runs have hundreds to thousands."""

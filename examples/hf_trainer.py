@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 
 from srlora_dist import SRLoRACallback, SRLoRAConfig  # (1)
 from srlora_dist.tasks.demo import read_splits
-from srlora_dist.tasks.packaged import MINILM
+from srlora_dist.tasks.sources import MINILM
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--model", help="a folder or a name on the hub; else the encoder of the demo")

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from srlora_dist.tasks import Task
+from srlora_dist.tasks.task import Task
 
 
 class Judged(NamedTuple):

@@ -18,8 +18,8 @@ from srlora_dist.resuming import checkpoints_of
 from srlora_dist.runlog import Window
 from srlora_dist.storage.collectives import together
 from srlora_dist.summary import Progress
-from srlora_dist.tasks import Task
 from srlora_dist.tasks.same_rows import pack_names, put_rows_back_, unpack_names
+from srlora_dist.tasks.task import Task
 
 logger = logging.getLogger(__name__)
 

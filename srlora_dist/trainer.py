@@ -40,7 +40,8 @@ from srlora_dist.runlog import RunLog, Window
 from srlora_dist.storage.collectives import together
 from srlora_dist.storage.zero0 import leave_out_bad_steps_
 from srlora_dist.summary import num_trainable, peak_memory, pretrained_bytes, versions
-from srlora_dist.tasks import Task, check_task, load_task
+from srlora_dist.tasks.registry import check_task, load_task
+from srlora_dist.tasks.task import Task
 from srlora_dist.token_mean import TokenMean
 
 logger = logging.getLogger(__name__)

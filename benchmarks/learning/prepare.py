@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-from srlora_dist.tasks.pictures import find_splits, read_idx_pair
+from srlora_dist.tasks.image_files import find_splits, read_idx_pair
 
 NUM_TEST_DIGITS = 1000
 MEAN, DEVIATION = 0.5, 0.5

@@ -18,7 +18,7 @@ import yaml
 
 from srlora_dist.health import Found
 from srlora_dist.health.launch_file import num_launched
-from srlora_dist.tasks.models import quiet
+from srlora_dist.tasks.loading import quiet
 
 LIMIT_SECONDS = 240
 """For one run; the first one on DeepSpeed compiles."""

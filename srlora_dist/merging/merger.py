@@ -29,7 +29,7 @@ from srlora_dist.layers.discovery import keep_payloads_
 from srlora_dist.merging.adapter_file import read_config, read_shapes, require_pairs
 from srlora_dist.merging.compare import logits, random_inputs, relative_difference
 from srlora_dist.merging.stored_as import StoredAs
-from srlora_dist.tasks.models import quiet
+from srlora_dist.tasks.loading import quiet
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from srlora_dist.config.run import RunConfig
 from srlora_dist.tasks.movie_reviews import movie_reviews
 
 if TYPE_CHECKING:
-    from srlora_dist.tasks import Task
+    from srlora_dist.tasks.task import Task
 
 SPLIT_SEED = 2014  # also keeps both copies of a repeated sentence in one split
 SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from srlora_dist.config.run import RunConfig
-from srlora_dist.tasks.files import read_lines
+from srlora_dist.tasks.text_files import read_lines
 
 if TYPE_CHECKING:
-    from srlora_dist.tasks import Task
+    from srlora_dist.tasks.task import Task
 
 HUB_NAME = "nyu-mll/glue"
 MAX_SCORE = 5.0

@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from srlora_dist.config.run import RunConfig
-from srlora_dist.tasks import pictures
+from srlora_dist.tasks import image_files
+from srlora_dist.tasks.sources import HUB
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedModel
 
-    from srlora_dist.tasks import Task
-
-PAPER_MODEL = "google/vit-base-patch16-224-in21k"
-
-
-class HubSet(NamedTuple):
-    """A set on the hub: its name, and its columns of pictures and of class indices."""
-
-    name: str
-    picture: str = "image"
-    label: str = "label"
-
-
-HUB = {
-    "cifar100": HubSet("uoft-cs/cifar100", "img", "fine_label"),
-    "stl10": HubSet("tanganke/stl10"),
-    "mnist": HubSet("ylecun/mnist"),
-    "fashion_mnist": HubSet("zalando-datasets/fashion_mnist"),
-}
-NAMES = (*HUB, "images")
+    from srlora_dist.tasks.task import Task
 
 
 def check(config: RunConfig) -> None:
@@ -40,7 +22,7 @@ def check(config: RunConfig) -> None:
     """
     task = config.task
     if task.data_dir is not None:
-        pictures.find_splits(task.data_dir)
+        image_files.find_splits(task.data_dir)
     elif task.name not in HUB:
         raise ValueError(f"task {task.name} needs task.data_dir: a folder of pictures; see docs/tasks.md for layouts")
 
@@ -53,11 +35,11 @@ def load(config: RunConfig) -> Task:
     """
     from transformers import AutoModelForImageClassification
 
-    from srlora_dist.tasks import Task
     from srlora_dist.tasks.heads import heads_of
+    from srlora_dist.tasks.loading import load_image_model, quiet
     from srlora_dist.tasks.metrics import Scorer
-    from srlora_dist.tasks.models import load_image_model, quiet
     from srlora_dist.tasks.picture_check import leave_out_broken
+    from srlora_dist.tasks.task import Task
     from srlora_dist.tasks.text import classification_loss, logits_and_labels
 
     task = config.task
@@ -75,14 +57,14 @@ def load(config: RunConfig) -> Task:
         processor,
         train,
         evaluation,
-        collate=pictures.collator(processor),
+        collate=image_files.collator(processor),
         answers=logits_and_labels,
         loss=classification_loss,
         metrics=Scorer("accuracy"),
         main_metric="accuracy",
         peft_type=None,  # PEFT has none for pictures
         heads=heads_of(model),
-        names=[pictures.row_name(path) for path in train["picture"]] if are_files else None,
+        names=[image_files.row_name(path) for path in train["picture"]] if are_files else None,
     )
 
 
@@ -90,7 +72,7 @@ def _read(config: RunConfig) -> tuple:
     """Training rows, evaluation rows with columns ``picture`` and ``labels``, and the number of classes."""
     task = config.task
     if task.data_dir is not None:
-        return pictures.read_folder(task.data_dir)
+        return image_files.read_folder(task.data_dir)
     import datasets
 
     there = HUB[task.name]

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 
 from srlora_dist.config.run import RunConfig
 from srlora_dist.tasks.answers import encode_sample
-from srlora_dist.tasks.files import SPLITS, read_lines, split_files
 from srlora_dist.tasks.samples import LAYOUTS
+from srlora_dist.tasks.text_files import SPLITS, read_lines, split_files
 
 if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase
 
-    from srlora_dist.tasks import Task
+    from srlora_dist.tasks.task import Task
 
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 """A surrogate without its other half, which JSON can write and no tokenizer reads."""
@@ -40,8 +40,8 @@ def load(config: RunConfig) -> Task:
         ValueError: A line of a file is not as it should be, the tokenizer has no chat template for ``messages``, or the
             model cannot be read.
     """
-    from srlora_dist.tasks.models import check_length, check_tokens, load_decoder, quiet
-    from srlora_dist.tasks.tokens import require_decoder, token_task
+    from srlora_dist.tasks.causal_lm import require_decoder, token_task
+    from srlora_dist.tasks.loading import check_length, check_tokens, load_decoder, quiet
 
     options, splits = config.task, []
     with quiet():

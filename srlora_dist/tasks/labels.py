@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import datasets
 
-    from srlora_dist.tasks import Task
+    from srlora_dist.tasks.task import Task
 
 IGNORED = -100
 """The label that Transformers leaves out of a loss."""

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from srlora_dist.config.run import RunConfig
-from srlora_dist.tasks.files import SPLITS, read_lines, split_files
+from srlora_dist.tasks.text_files import SPLITS, read_lines, split_files
 
 if TYPE_CHECKING:
-    from srlora_dist.tasks import Task
+    from srlora_dist.tasks.task import Task
 
 
 def check(config: RunConfig) -> None:
@@ -47,10 +47,10 @@ def _read_documents(path: Path) -> list[str]:
 
 
 def _lm_task(config: RunConfig, train: list[str], evaluation: list[str]) -> Task:
+    from srlora_dist.tasks.causal_lm import require_decoder, token_task
     from srlora_dist.tasks.labels import IGNORED
-    from srlora_dist.tasks.models import check_length, check_tokens, load_decoder, quiet
+    from srlora_dist.tasks.loading import check_length, check_tokens, load_decoder, quiet
     from srlora_dist.tasks.text import encode
-    from srlora_dist.tasks.tokens import require_decoder, token_task
 
     def labelled(tokens: list[int]) -> dict[str, list[int]]:
         return {"labels": [IGNORED, *tokens[1:]]}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from filelock import FileLock
 
 from srlora_dist.config.paths import cache_dir
-from srlora_dist.tasks.pictures import TooDeepError, decode
+from srlora_dist.tasks.image_files import TooDeepError, decode
 
 if TYPE_CHECKING:
     import datasets

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from srlora_dist.errors import shorten_list
 
 if TYPE_CHECKING:
-    from srlora_dist.tasks import Task
+    from srlora_dist.tasks.task import Task
 
 logger = logging.getLogger(__name__)
 

@@ -8,10 +8,10 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from srlora_dist.config.run import RunConfig
-from srlora_dist.tasks import Task
 from srlora_dist.tasks.labels import check_columns
+from srlora_dist.tasks.loading import check_length, check_tokens, load_classifier, quiet
 from srlora_dist.tasks.metrics import Scorer
-from srlora_dist.tasks.models import check_length, check_tokens, load_classifier, quiet
+from srlora_dist.tasks.task import Task
 
 
 def text_task(

@@ -77,7 +77,7 @@ def adapter_loss(bench: Bench, adapter: Path) -> float:
     from transformers import AutoModelForSequenceClassification
 
     from srlora_dist.config.run import ModelOptions, RunConfig, TaskOptions
-    from srlora_dist.tasks import load_task
+    from srlora_dist.tasks.registry import load_task
 
     options = TaskOptions(name="rte", data_dir=str(bench.folder / "glue"), max_length=32)
     config = RunConfig(model=ModelOptions(name_or_path=str(bench.folder / "model")), task=options)

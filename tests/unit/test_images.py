@@ -20,7 +20,8 @@ from srlora_dist.config.method import SRLoRAConfig
 from srlora_dist.config.run import LoRAOptions, ModelOptions, RunConfig, TaskOptions
 from srlora_dist.layers.discovery import find_sites, keep_payloads_
 from srlora_dist.methods import adapt
-from srlora_dist.tasks import check_task, images, load_task, pictures
+from srlora_dist.tasks import image_files, sources
+from srlora_dist.tasks.registry import check_task, load_task
 
 NUM_CLASSES = 3
 
@@ -84,7 +85,9 @@ def test_idx_files_become_batches_as_the_processor_wants_them(ending: str, vit: 
     assert (len(task.train), len(task.eval), task.model.config.num_labels) == (7, 9, NUM_CLASSES)
     batch = task.collate([task.train[k] for k in range(4)])
     assert batch["labels"].tolist() == [0, 1, 2, 0]
-    content = np.frombuffer(pictures._read_idx(folder / f"train-images-idx3-ubyte{ending}", 3)[1].tobytes(), np.uint8)
+    content = np.frombuffer(
+        image_files._read_idx(folder / f"train-images-idx3-ubyte{ending}", 3)[1].tobytes(), np.uint8
+    )
     resized = np.asarray(Image.fromarray(content.reshape(12, 10)).resize((12, 12), Image.Resampling.BILINEAR)) / 255
     for channel, (mean, deviation) in enumerate(((0.5, 0.2), (0.4, 0.3), (0.3, 0.4))):
         torch.testing.assert_close(
@@ -108,9 +111,9 @@ def test_a_folder_a_class_is_read_in_a_mixed_order(evaluation: str, vit: str, tm
     torch.testing.assert_close(red, batch["labels"] * 60 / 255, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", images.HUB)
+@pytest.mark.parametrize("name", sources.HUB)
 def test_the_hub_has_other_names_for_columns(name: str, vit: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    there = images.HUB[name]
+    there = sources.HUB[name]
 
     def load_dataset(path: str, split: str) -> datasets.Dataset:
         assert path == there.name
@@ -166,17 +169,17 @@ def break_idx(folder: Path, how: str) -> str:
 def test_a_broken_idx_file_is_named(how: str, tmp_path: Path) -> None:
     message = break_idx(write_idx(tmp_path / "idx"), how)
     with pytest.raises(ValueError, match=message):
-        pictures.read_folder(str(tmp_path / "idx"))
+        image_files.read_folder(str(tmp_path / "idx"))
 
 
 def test_classes_have_to_be_the_same_and_not_empty(tmp_path: Path) -> None:
     folder = write_classes(tmp_path / "pictures")
     (folder / "validation" / "bee").mkdir()
     with pytest.raises(ValueError, match="the same classes: 'bee' is in one alone"):
-        pictures.read_folder(str(folder))
+        image_files.read_folder(str(folder))
     (folder / "train" / "bee").mkdir()
     with pytest.raises(ValueError, match="bee has no pictures"):
-        pictures.read_folder(str(folder))
+        image_files.read_folder(str(folder))
 
 
 def test_a_picture_that_breaks_later_is_named_when_it_is_opened(vit: str, tmp_path: Path) -> None:

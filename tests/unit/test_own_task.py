@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from srlora_dist.config.run import ModelOptions, RunConfig, TaskOptions
-from srlora_dist.tasks import check_task, load_task
+from srlora_dist.tasks.registry import check_task, load_task
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "my_task.py"

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from srlora_dist.config.paths import cache_dir
-from srlora_dist.tasks import load_task, picture_check, pictures
+from srlora_dist.tasks import image_files, picture_check
+from srlora_dist.tasks.registry import load_task
 from srlora_dist.tasks.same_rows import pack_names, put_rows_back_, unpack_names
 from tests.unit.test_images import run_config, vit, write_classes  # noqa: F401 (a fixture)
 
@@ -75,7 +76,9 @@ def test_a_second_start_opens_only_what_is_new_or_has_changed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     opened = []
-    monkeypatch.setattr(picture_check, "decode", lambda path: opened.append(Path(path).name) or pictures.decode(path))
+    monkeypatch.setattr(
+        picture_check, "decode", lambda path: opened.append(Path(path).name) or image_files.decode(path)
+    )
     load_task(run_config(vit, folder, max_train_samples=6))
     assert len(opened) == 12, "those that are used"
     load_task(run_config(vit, folder))
@@ -98,9 +101,9 @@ def test_a_second_start_opens_only_what_is_new_or_has_changed(
 
 def test_no_picture_has_a_say_in_the_order_of_the_others(tmp_path: Path) -> None:
     folder = write_classes(tmp_path / "pictures", classes=tuple("abcdef"))
-    before, _, _ = pictures.read_folder(str(folder))
+    before, _, _ = image_files.read_folder(str(folder))
     (folder / "train" / "c" / "2.png").unlink()
-    after, _, _ = pictures.read_folder(str(folder))
+    after, _, _ = image_files.read_folder(str(folder))
     assert [path for path in before["picture"] if not path.endswith("c/2.png")] == list(after["picture"])
     assert sorted(before["labels"]) != list(before["labels"])
 
@@ -122,7 +125,7 @@ def test_what_is_gone_is_replaced_and_all_else_keeps_its_place(
     task = load_task(run_config(vit, folder))
     with caplog.at_level(logging.WARNING):
         put_rows_back_(task, names)
-    got = [pictures.row_name(path) for path in task.train["picture"]]
+    got = [image_files.row_name(path) for path in task.train["picture"]]
     assert len(got) == len(names)
     for place, (name, now) in enumerate(zip(names, got, strict=True)):
         following = [other for other in (names * 2)[place:] if other not in gone]

@@ -19,8 +19,8 @@ from srlora_dist.reproduce.grid import Grid, build_grid, digest
 from srlora_dist.reproduce.report import draw_figures, found_results, write_table
 from srlora_dist.reproduce.results import Results, finished_summary
 from srlora_dist.reproduce.running import _wait_for_the_run_before, run_grid  # noqa: F401 (another process calls it)
-from srlora_dist.tasks import TASKS
 from srlora_dist.tasks.glue import GLUE
+from srlora_dist.tasks.registry import TASKS
 
 PRESETS = Path(__file__).parents[2] / "launch" / "paper"
 ALL_PRESETS = [(table, name) for table in TABLES.values() for name in table.tasks]

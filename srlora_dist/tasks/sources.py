@@ -5,9 +5,30 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 from srlora_dist.config.run import RunConfig
-from srlora_dist.tasks import images
+
+PAPER_MODEL = "google/vit-base-patch16-224-in21k"
+
+
+class HubSet(NamedTuple):
+    """A set on the hub: its name, and its columns of pictures and of class indices."""
+
+    name: str
+    picture: str = "image"
+    label: str = "label"
+
+
+HUB = {
+    "cifar100": HubSet("uoft-cs/cifar100", "img", "fine_label"),
+    "stl10": HubSet("tanganke/stl10"),
+    "mnist": HubSet("ylecun/mnist"),
+    "fashion_mnist": HubSet("zalando-datasets/fashion_mnist"),
+}
+
+
+NAMES = (*HUB, "images")
 
 
 @dataclass(frozen=True)
@@ -59,8 +80,8 @@ def base_model(config: RunConfig) -> tuple[str, str | None]:
         return config.model.name_or_path, config.model.gguf_file
     if config.task.name in ("lm", "instruct"):
         return str(SMOLLM2.folder()), SMOLLM2.file
-    if config.task.name in images.NAMES:
-        return images.PAPER_MODEL, None
+    if config.task.name in NAMES:
+        return PAPER_MODEL, None
     return str(MINILM.folder()), None
 
 

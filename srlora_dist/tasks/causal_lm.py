@@ -15,9 +15,9 @@ from transformers import MODEL_FOR_MASKED_LM_MAPPING, PreTrainedModel, PreTraine
 from transformers.utils import ModelOutput
 
 from srlora_dist.config.run import RunConfig
-from srlora_dist.tasks import Task
 from srlora_dist.tasks.labels import IGNORED, check_token_labels
-from srlora_dist.tasks.packaged import base_model
+from srlora_dist.tasks.sources import base_model
+from srlora_dist.tasks.task import Task
 
 UNSHIFTED = {
     *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "cpmant", "marian", "mbart", "mvp", "pegasus"),

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import shutil
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 
 import datasets
 import torch
 import transformers
-from filelock import FileLock
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -30,25 +24,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import cached_file
 
-from srlora_dist.config.paths import cache_dir
 from srlora_dist.config.run import RunConfig
-from srlora_dist.errors import first_sentence
 from srlora_dist.tasks.heads import never_quantised, new_parts
-from srlora_dist.tasks.packaged import base_model
-
-# In a process of its own: within a group of processes Transformers saves on rank 0 alone, which may not be the one that
-# converts, and under ZeRO-3 it cuts every model that it makes.
-UNPACK = """
-import sys
-from pathlib import Path
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-file, dtype, folder = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-options = {"dtype": dtype, "quantization_config": GgufConfig(dequantize=True)}
-AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, **options).save_pretrained(folder)
-AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
-"""
+from srlora_dist.tasks.model_files import reading, unpack_gguf
+from srlora_dist.tasks.sources import base_model
 
 
 def load_decoder(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -111,15 +91,15 @@ def _load(
     trust = {"trust_remote_code": config.model.trust_remote_code}
     if gguf_file is not None:
         name = unpack_gguf(name, gguf_file, config.model.dtype)
-    with _reading(name, "configuration", "give a local folder with a model, or a model on a hub that can be reached"):
+    with reading(name, "configuration", "give a local folder with a model, or a model on a hub that can be reached"):
         settings = AutoConfig.from_pretrained(name, **trust, **options)
-    with _reading(name, part, "keep its files in the folder of the model"):
+    with reading(name, part, "keep its files in the folder of the model"):
         makes_inputs = read(name, **trust)
     if isinstance(makes_inputs, PreTrainedTokenizerBase):
         _require_words(name, makes_inputs)
     quantization = _quantization(config, auto_class, settings)
     torch.manual_seed(config.seed)  # a head is drawn below and has to be the same in every process
-    with _reading(name, "weights", "they have to fit config.json, and to be safetensors: pickles are not opened"):
+    with reading(name, "weights", "they have to fit config.json, and to be safetensors: pickles are not opened"):
         model, report = auto_class.from_pretrained(
             name,
             config=settings,
@@ -135,47 +115,6 @@ def _load(
     if config.model.dropout is not None:
         set_dropout_(model, config.model.dropout)
     return model, makes_inputs, not_loaded
-
-
-def unpack_gguf(name: str, gguf_file: str, dtype: str) -> str:
-    """De-quantise a GGUF file into a folder that ``from_pretrained`` reads, once for each state of the file.
-
-    Transformers can neither quantise while it reads a GGUF file nor train one that stays packed.
-
-    Args:
-        name: Folder, or name on the hub.
-        gguf_file: The file in it.
-        dtype: Of the weights in the new folder.
-
-    Returns:
-        The folder, in the cache folder; it can be deleted.
-
-    Raises:
-        ValueError: The file cannot be found or read, or the package gguf is not installed.
-    """
-    if find_spec("gguf") is None:
-        raise ValueError(f"model.gguf_file is {gguf_file!r}, which needs the package gguf: pip install gguf")
-    with _reading(name, f"model.gguf_file {gguf_file}", "name a file of that folder"):
-        file = Path(cached_file(name, gguf_file)).resolve()
-    with file.open("rb") as opened:
-        if opened.read(4) != b"GGUF":
-            raise ValueError(f"model.gguf_file is {gguf_file!r}, but {file} does not begin as one: fetch it again")
-    state = f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}"
-    digest = hashlib.sha256(state.encode()).hexdigest()[:12]
-    folder = cache_dir() / "gguf" / f"{Path(gguf_file).stem}-{dtype}-{digest}"
-    folder.parent.mkdir(exist_ok=True)
-    part = folder.parent / f"{folder.name}.part"
-    with FileLock(f"{folder}.lock"):  # the other processes of a machine wait for the one that converts
-        if not folder.exists():
-            shutil.rmtree(part, ignore_errors=True)
-            command = [sys.executable, "-c", UNPACK, str(file), dtype, str(part)]
-            ended = subprocess.run(command, capture_output=True, text=True, check=False)
-            if ended.returncode:
-                shutil.rmtree(part, ignore_errors=True)
-                reason = (ended.stderr.strip().splitlines() or [f"exit status {ended.returncode}"])[-1]
-                raise ValueError(f"model.gguf_file is {gguf_file!r}, which cannot be read ({reason}): fetch it again")
-            part.rename(folder)  # whole or not at all
-    return str(folder)
 
 
 def set_dropout_(model: PreTrainedModel, share: float) -> None:
@@ -239,21 +178,6 @@ def quiet() -> Iterator[None]:
             log.enable_progress_bar()
         if not data_bars:
             datasets.enable_progress_bars()
-
-
-@contextmanager
-def _reading(name: str, part: str, remedy: str) -> Iterator[None]:
-    """Name the model and the part where a library fails on its files: each raises errors of its own kind."""
-    try:
-        yield
-    except RuntimeError:  # of memory or of the other ranks, not of a file
-        raise
-    except Exception as error:
-        if "trust_remote_code" in str(error):
-            remedy = "it comes with code of its own; read that, then set model.trust_remote_code to true"
-        raise ValueError(
-            f"model.name_or_path is {name!r}, whose {part} cannot be read ({first_sentence(error)}): {remedy}"
-        ) from error
 
 
 def _require_words(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
