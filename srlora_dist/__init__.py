@@ -6,16 +6,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from srlora_dist.callback import SRLoRACallback
     from srlora_dist.checkpoint.ledger import SiteSwitch, SwitchReport
     from srlora_dist.config.method import SRLoRAConfig
     from srlora_dist.method.switcher import Switcher
+    from srlora_dist.training.hf_callback import SRLoRACallback
 
 __all__ = ["SRLoRACallback", "SRLoRAConfig", "SiteSwitch", "SwitchReport", "Switcher"]
 
 # Imported when they are asked for: a command sets what torch reads at its import, and --help does without torch.
-_PLACES = {"SRLoRACallback": "callback", "SRLoRAConfig": "config.method", "Switcher": "switcher"}
-_PLACES |= {"SiteSwitch": "ledger", "SwitchReport": "ledger"}
+_PLACES = {
+    "SRLoRACallback": "training.hf_callback",
+    "SRLoRAConfig": "config.method",
+    "SiteSwitch": "checkpoint.ledger",
+    "SwitchReport": "checkpoint.ledger",
+    "Switcher": "method.switcher",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from measures import final_loss, main_figure, main_metric, smooth_curve
 
-from srlora_dist.figures.style import MARK, OF_METHOD, OTHERS, legend_above, plt, save
+from srlora_dist.training.figures.style import MARK, OF_METHOD, OTHERS, legend_above, plt, save
 
 AGES = 5
 """Lives of this many intervals and more are one colour."""

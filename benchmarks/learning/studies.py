@@ -16,8 +16,8 @@ from srlora_dist.config.parse import parse
 from srlora_dist.config.run import RunConfig
 from srlora_dist.reproduce.grid import Cell, Grid, digest
 from srlora_dist.reproduce.results import Results
-from srlora_dist.runlog import read_lines
 from srlora_dist.tasks.sources import MINILM
+from srlora_dist.training.run_log import read_lines
 
 HERE = Path(os.path.relpath(Path(__file__).resolve().parent))
 RUNS = Path("runs/learning")

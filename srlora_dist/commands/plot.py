@@ -14,8 +14,8 @@ def run(argv: list[str]) -> None:
         ValueError: An option is unknown, or a folder holds no run, no metrics or no such site.
     """
     options = _parse(argv)
-    from srlora_dist.figures.drawing import compare  # a second of imports
-    from srlora_dist.figures.runs import Run, name_runs
+    from srlora_dist.training.figures.drawing import compare  # a second of imports
+    from srlora_dist.training.figures.runs import Run, name_runs
 
     runs = [Run.read(folder) for folder in options.runs]
     name_runs(runs, options.labels)

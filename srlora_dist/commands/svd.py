@@ -49,9 +49,9 @@ def _prepare(config: RunConfig, accelerator: Accelerator) -> Directions:
     from srlora_dist.layers.discovery import find_sites, keep_payloads_
     from srlora_dist.method.budget import clamp_target_ranks
     from srlora_dist.method.directions import Directions
-    from srlora_dist.methods import adapt
     from srlora_dist.storage.find import find_storage
     from srlora_dist.tasks.registry import load_task
+    from srlora_dist.training.methods import adapt
 
     task = load_task(config)
     model = adapt(config, task.model, task.peft_type, task.heads)

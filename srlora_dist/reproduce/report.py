@@ -6,14 +6,14 @@ import statistics
 from pathlib import Path
 
 from srlora_dist.checkpoint.files import write_whole
-from srlora_dist.figures.drawing import compare
-from srlora_dist.figures.runs import Run, name_runs
-from srlora_dist.figures.style import TITLES
-from srlora_dist.figures.table import Column, draw_table
 from srlora_dist.paper import METRICS, PaperTable, differs
 from srlora_dist.reproduce.grid import Cell, TableGrid
 from srlora_dist.reproduce.results import Results
-from srlora_dist.runlog import read_lines
+from srlora_dist.training.figures.drawing import compare
+from srlora_dist.training.figures.runs import Run, name_runs
+from srlora_dist.training.figures.style import TITLES
+from srlora_dist.training.figures.table import Column, draw_table
+from srlora_dist.training.run_log import read_lines
 
 Found = dict[tuple[str, str], list[tuple[Cell, dict]]]
 """By task and method the runs that have a result, with it."""

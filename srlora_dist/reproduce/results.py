@@ -13,10 +13,10 @@ import yaml
 
 from srlora_dist.checkpoint.files import write_whole
 from srlora_dist.config.run import RunConfig
-from srlora_dist.figures.runs import flat
 from srlora_dist.reproduce.grid import PLACES, Cell, digest
-from srlora_dist.runlog import read_lines
 from srlora_dist.tasks.sources import model_title
+from srlora_dist.training.figures.runs import flat
+from srlora_dist.training.run_log import read_lines
 
 FROM_SUMMARY = ("steps", "best_step", "start", "best", "final", "skipped_steps", "resumed_after", "storage")
 FROM_SUMMARY += ("world_size", "trainable_parameters", "train_seconds", "peak_memory_bytes", "versions")

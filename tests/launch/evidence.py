@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from srlora_dist.trainer import Trainer
+from srlora_dist.training.trainer import Trainer
 
 
 def install() -> None:

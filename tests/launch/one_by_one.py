@@ -55,7 +55,7 @@ def load_main() -> Callable[[list[str]], int]:
     from srlora_dist.engine.process import prepare_process
 
     prepare_process()
-    importlib.import_module("srlora_dist.trainer")
+    importlib.import_module("srlora_dist.training.trainer")
     train.GRACE_SECONDS = 0  # there is no other rank to wait for
     return main
 

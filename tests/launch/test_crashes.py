@@ -63,7 +63,7 @@ def test_killed_at_random_moments(yaml: str, bench: Bench, forks: Forks, undistu
 def test_a_rank_that_dies_at_the_very_end_costs_no_training(bench: Bench, forks: Forks, undisturbed: dict) -> None:
     assert undisturbed
     arguments = bench.arguments("at the end", **OPTIONS)
-    order = {"rank": 1, "place": "srlora_dist.trainer:Trainer.run"}
+    order = {"rank": 1, "place": "srlora_dist.training.trainer:Trainer.run"}
     ended = forks.start(yaml="cpu2", arguments=arguments, **order)
     assert_ended(ended, 1, bench.run_folder("at the end"))
     assert not (bench.run_folder("at the end") / "summary.json").exists()
@@ -83,8 +83,12 @@ PLACES = {  # where, after which call, in which rank
     "while old checkpoints are removed": ("srlora_dist.checkpoint.format:remove_folder", 2, 0),
     "in the backward pass": ("accelerate:Accelerator.backward", 9, 1),
     "while an adapter is exported": ("srlora_dist.checkpoint.export:_write", 2, 0),
-    "while the summary is written": ("srlora_dist.trainer:draw", 1, 0),
-    "before the first checkpoint, with the run before it set aside": ("srlora_dist.earlier:EarlierRun.set_aside", 1, 0),
+    "while the summary is written": ("srlora_dist.training.trainer:draw", 1, 0),
+    "before the first checkpoint, with the run before it set aside": (
+        "srlora_dist.training.resume:EarlierRun.set_aside",
+        1,
+        0,
+    ),
 }
 
 

@@ -51,7 +51,7 @@ def test_a_second_launch_is_refused_on_every_rank_and_a_requeued_one_waits(
 # What the run prints is a file of its own that has to stay below the limit, and so do the metrics.
 FULL = """
 import resource
-import srlora_dist.trainer as module
+import srlora_dist.training.trainer as module
 step, limit = module.Trainer._micro_step, resource.RLIM_INFINITY
 def full_in_between(self, batch):
     most = 8000 if 3 <= self.progress.done < {until} else limit

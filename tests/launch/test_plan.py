@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from srlora_dist.figures import Interval, active_intervals
-from srlora_dist.plan import SampleOrder, due_checkpoints, due_evaluations, warm_up_and_decay
+from srlora_dist.training.data_order import SampleOrder
+from srlora_dist.training.figures import Interval, active_intervals
+from srlora_dist.training.loop_state import due_checkpoints, due_evaluations
+from srlora_dist.training.optimization import warm_up_and_decay
 
 
 def test_each_epoch_is_another_permutation_without_its_rest() -> None:

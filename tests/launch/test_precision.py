@@ -129,7 +129,7 @@ def test_a_new_head_trains_with_16_bit_weights_under_zero3(dtype: str, bench: Be
 NO_FLOAT16 = """
 from deepspeed.accelerator import get_accelerator
 get_accelerator().is_fp16_supported = lambda: None
-import srlora_dist.trainer as trainer
+import srlora_dist.training.trainer as trainer
 def load_task(config):
     raise RuntimeError("the model is loaded")
 trainer.load_task = load_task

@@ -161,7 +161,7 @@ def test_trains(name: str, dtype: str, bench: Bench, forks: Forks, request: pyte
 
 
 POISON = """
-from srlora_dist.trainer import Trainer
+from srlora_dist.training.trainer import Trainer
 original = Trainer._micro_step
 def poisoned(trainer, batch):
     if trainer.progress.done != 0:

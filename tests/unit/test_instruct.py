@@ -13,12 +13,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from srlora_dist.config.run import ModelOptions, RunConfig, TaskOptions
-from srlora_dist.plan import SampleOrder
 from srlora_dist.tasks.answers import Encoded, encode_sample
 from srlora_dist.tasks.causal_lm import pack, require_decoder, require_packable, token_task
 from srlora_dist.tasks.labels import IGNORED
 from srlora_dist.tasks.registry import check_task, load_task
-from srlora_dist.token_mean import TokenMean
+from srlora_dist.training.data_order import SampleOrder, TokenMean
 
 PLAIN = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"

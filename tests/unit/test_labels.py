@@ -9,13 +9,13 @@ import torch
 
 from srlora_dist.config.run import RunConfig
 from srlora_dist.errors import RunStoppedError
-from srlora_dist.evaluation import Judged, _doubt
-from srlora_dist.outcome import doubts, is_better, require_a_best, require_a_step, require_finite_start
-from srlora_dist.summary import Progress
 from srlora_dist.tasks.causal_lm import token_task
 from srlora_dist.tasks.metrics import Scorer
 from srlora_dist.tasks.registry import load_task
 from srlora_dist.tasks.text import text_task
+from srlora_dist.training.evaluation import Judged, _doubt
+from srlora_dist.training.loop_state import Progress
+from srlora_dist.training.outcome import doubts, is_better, require_a_best, require_a_step, require_finite_start
 from tests.unit.test_own_task import bert, run_config  # noqa: F401 (a fixture)
 
 GOOD = {"text": ["is it so ?", "it is so .", "so ."], "labels": [1, 0, 1]}

@@ -10,7 +10,7 @@ from torch import nn
 
 from srlora_dist import SRLoRAConfig, Switcher
 from srlora_dist.config.run import RunConfig, TaskOptions, TrainOptions
-from srlora_dist.optimizers import build_optimizer
+from srlora_dist.training.optimization import build_optimizer
 from tests.ranks.engines import make_batch, make_net
 
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from matplotlib import pyplot as plt
 
-from srlora_dist import figures
 from srlora_dist.commands import plot
 from srlora_dist.config.parse import parse, to_yaml
-from srlora_dist.figures import intervals, loss
-from srlora_dist.figures.runs import Run, about, name_runs
-from srlora_dist.figures.style import LINES, OTHERS, legend_above, line_styles
+from srlora_dist.training import figures
+from srlora_dist.training.figures import intervals, loss
+from srlora_dist.training.figures.runs import Run, about, name_runs
+from srlora_dist.training.figures.style import LINES, OTHERS, legend_above, line_styles
 
 SITES = ["bert.encoder.layer.0.attention.self.query", "bert.encoder.layer.1.output.dense", "bert.pooler.dense"]
 

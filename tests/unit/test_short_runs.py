@@ -17,7 +17,7 @@ from srlora_dist.cli import main
 from srlora_dist.config.parse import parse, to_yaml
 from srlora_dist.config.run import RunConfig
 from srlora_dist.reproduce.grid import digest
-from srlora_dist.resuming import first_difference
+from srlora_dist.training.resume import first_difference
 from tests.ranks.engines import Net, make_batch
 from tests.ranks.hf_trainer import make_arguments, make_model, samples, switches
 from tests.unit.test_checkpoint import resume

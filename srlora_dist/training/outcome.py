@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 from srlora_dist.errors import RunStoppedError
-from srlora_dist.evaluation import Judged
 from srlora_dist.method.diagnostics import Finding
-from srlora_dist.summary import Progress
+from srlora_dist.training.evaluation import Judged
+from srlora_dist.training.loop_state import Progress
 
 MANY_SKIPPED = 0.5
 """Share of the steps from which on it is worth a word that they were skipped."""

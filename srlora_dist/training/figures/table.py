@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from srlora_dist.figures.style import MARK, TITLES, colors, plt, save
+from srlora_dist.training.figures.style import MARK, TITLES, colors, plt, save
 
 
 @dataclass(frozen=True)

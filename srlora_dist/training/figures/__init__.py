@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from srlora_dist.figures.drawing import compare, draw
-from srlora_dist.figures.intervals import Interval, active_intervals
+from srlora_dist.training.figures.drawing import compare, draw
+from srlora_dist.training.figures.intervals import Interval, active_intervals
 
 __all__ = ["Interval", "active_intervals", "compare", "draw"]

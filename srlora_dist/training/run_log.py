@@ -21,9 +21,8 @@ from srlora_dist.checkpoint.postponed import Postponed
 from srlora_dist.config.parse import to_yaml
 from srlora_dist.config.paths import require_writable
 from srlora_dist.config.run import RunConfig
-from srlora_dist.earlier import EarlierRun
 from srlora_dist.method.diagnostics import Finding
-from srlora_dist.resuming import first_difference
+from srlora_dist.training.resume import EarlierRun, first_difference
 
 logger = logging.getLogger(__name__)
 

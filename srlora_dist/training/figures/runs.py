@@ -11,8 +11,8 @@ import yaml
 
 from srlora_dist.config.method import DEFAULT_TARGET_RANK
 from srlora_dist.paper import differs, task_title
-from srlora_dist.runlog import read_lines
 from srlora_dist.tasks.sources import model_title
+from srlora_dist.training.run_log import read_lines
 
 OF_NO_INTEREST = ("method", "seed", "output_dir", "engine", "task.name", "model.name_or_path", "task.data_dir")
 OF_NO_INTEREST += ("srlora.svd_cache", "srlora.ledger_dir", "checkpoint.", "train.timeout")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from srlora_dist.figures.intervals import draw_lengths, draw_site, find_site, why_no_intervals
-from srlora_dist.figures.loss import compare_losses, draw_loss
-from srlora_dist.figures.runs import Run
 from srlora_dist.paper import task_title
-from srlora_dist.runlog import read_lines
+from srlora_dist.training.figures.intervals import draw_lengths, draw_site, find_site, why_no_intervals
+from srlora_dist.training.figures.loss import compare_losses, draw_loss
+from srlora_dist.training.figures.runs import Run
+from srlora_dist.training.run_log import read_lines
 
 
 def draw(folder: str | Path, summary: dict[str, object]) -> list[Path]:

@@ -30,7 +30,7 @@ from srlora_dist.method.switcher import Switcher
 from srlora_dist.storage.collectives import together
 from srlora_dist.storage.quantized import require_cuttable
 from srlora_dist.storage.unconnected import require_company
-from srlora_dist.trainer_arguments import (
+from srlora_dist.training.hf_arguments import (
     asks_for_fsdp,
     deepspeed_dtype,
     refuse_arguments,

@@ -17,7 +17,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from srlora_dist.best_adapter import BestAdapter
 from srlora_dist.checkpoint.folder_lock import PATIENCE_OF_A_RESTART, FolderLock, was_restarted
 from srlora_dist.checkpoint.format import Checkpoint
 from srlora_dist.checkpoint.ledger import SwitchReport
@@ -26,23 +25,23 @@ from srlora_dist.engine.accelerator import build_accelerator, choose_layers_to_s
 from srlora_dist.engine.precision import require_precision, train_in_
 from srlora_dist.engine.preemption import StopRequest
 from srlora_dist.errors import RunStoppedError, StoppedBySignalError
-from srlora_dist.evaluation import evaluate
-from srlora_dist.figures import draw
-from srlora_dist.keeper import Keeper
 from srlora_dist.layers.discovery import keep_payloads_
 from srlora_dist.method.diagnostics import Finding, LossWatch, worse_than_start
-from srlora_dist.methods import build_method
-from srlora_dist.optimizers import build_optimizer
-from srlora_dist.outcome import doubts, is_better, require_a_best, require_a_step, require_finite_start
-from srlora_dist.plan import SampleOrder, by_length, due_checkpoints, due_evaluations, warm_up_and_decay
-from srlora_dist.resuming import choose_checkpoint
-from srlora_dist.runlog import RunLog, Window
 from srlora_dist.storage.collectives import together
 from srlora_dist.storage.zero0 import leave_out_bad_steps_
-from srlora_dist.summary import num_trainable, peak_memory, pretrained_bytes, versions
 from srlora_dist.tasks.registry import check_task, load_task
 from srlora_dist.tasks.task import Task
-from srlora_dist.token_mean import TokenMean
+from srlora_dist.training.best_adapter import BestAdapter
+from srlora_dist.training.data_order import SampleOrder, TokenMean, by_length
+from srlora_dist.training.evaluation import evaluate
+from srlora_dist.training.figures import draw
+from srlora_dist.training.loop_state import Keeper, due_checkpoints, due_evaluations
+from srlora_dist.training.methods import build_method
+from srlora_dist.training.optimization import build_optimizer, warm_up_and_decay
+from srlora_dist.training.outcome import doubts, is_better, require_a_best, require_a_step, require_finite_start
+from srlora_dist.training.resume import choose_checkpoint
+from srlora_dist.training.run_log import RunLog, Window
+from srlora_dist.training.summary import num_trainable, peak_memory, pretrained_bytes, versions
 
 logger = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from srlora_dist.checkpoint.export import export_checkpoint
 from srlora_dist.checkpoint.files import fill_folder
 from srlora_dist.checkpoint.format import Checkpoint
 from srlora_dist.checkpoint.postponed import Postponed
-from srlora_dist.methods import Method
 from srlora_dist.storage.collectives import together
-from srlora_dist.summary import Progress
+from srlora_dist.training.loop_state import Progress
+from srlora_dist.training.methods import Method
 
 logger = logging.getLogger(__name__)
 

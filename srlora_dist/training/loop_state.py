@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, replace
+import math
+from dataclasses import asdict, dataclass, field, replace
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
@@ -13,15 +14,76 @@ from srlora_dist.checkpoint.format import Checkpoint, remove_checkpoints, remove
 from srlora_dist.checkpoint.random_state import random_state, restore_random_state
 from srlora_dist.config.run import RunConfig
 from srlora_dist.method.diagnostics import LossWatch
-from srlora_dist.methods import Method
-from srlora_dist.resuming import checkpoints_of
-from srlora_dist.runlog import Window
 from srlora_dist.storage.collectives import together
-from srlora_dist.summary import Progress
 from srlora_dist.tasks.same_rows import pack_names, put_rows_back_, unpack_names
 from srlora_dist.tasks.task import Task
+from srlora_dist.training.methods import Method
+from srlora_dist.training.resume import checkpoints_of
+from srlora_dist.training.run_log import Window
 
 logger = logging.getLogger(__name__)
+
+
+NUM_EVALUATIONS = 5
+
+
+@dataclass
+class Progress:
+    """How far a run has come; a checkpoint holds it.
+
+    Args:
+        done: Optimizer steps, those that were skipped too.
+        start: Validation figures before the first step.
+        best: Those of the lowest loss so far, with their ``step``.
+        exported_step: Whose adapter lies in ``adapter``: not that of the best step where the disk was full.
+        final: The last ones.
+        train_seconds: Time of the training loop so far, over all starts.
+        method_seconds: What the method added to it before the last start.
+        num_skipped: Steps that were left out because their gradient was NaN or infinite.
+        num_bad_in_a_row: Those up to now, without a good one after them.
+        resumed_after: The steps after which the run was resumed.
+        findings: What ``diagnostics.py`` noticed, each as a dictionary.
+    """
+
+    done: int = 0
+    start: dict[str, float] = field(default_factory=dict)
+    best: dict[str, float] | None = None
+    exported_step: int | None = None
+    final: dict[str, float] = field(default_factory=dict)
+    train_seconds: float = 0.0
+    method_seconds: dict[str, float] = field(default_factory=dict)
+    num_skipped: int = 0
+    num_bad_in_a_row: int = 0
+    resumed_after: list[int] = field(default_factory=list)
+    findings: list[dict[str, object]] = field(default_factory=list)
+
+    def results(self) -> dict[str, object]:
+        """Its part of ``summary.json``."""
+        best = dict(self.best)
+        return {
+            "skipped_steps": self.num_skipped,
+            "resumed_after": self.resumed_after,
+            "best_step": best.pop("step"),
+            "start": self.start,
+            "best": best,
+            "final": self.final,
+            "findings": self.findings,
+            "train_seconds": self.train_seconds,
+        }
+
+
+def due_evaluations(num_steps: int, eval_every: int | None) -> set[int]:
+    """Steps after which to evaluate: every so many, or five times a run; before the first and after the last always."""
+    if eval_every is not None:
+        return {*range(0, num_steps, eval_every), num_steps}
+    return {math.ceil(num_steps * k / NUM_EVALUATIONS) for k in range(NUM_EVALUATIONS + 1)}
+
+
+def due_checkpoints(num_steps: int, every: int | None, evaluations: set[int]) -> set[int]:
+    """Steps after which to write a checkpoint: every so many and the last, with each evaluation, or none."""
+    if every is None:
+        return evaluations - {0}
+    return {*range(every, num_steps, every), num_steps} if every else set()
 
 
 class Keeper:

@@ -1,0 +1,1 @@
+"""The loops that drive the Switcher: ours, and the HF Trainer's."""
