@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from side_by_side import Row, arguments, medians, ratios, report, tiny_run
 
-from srlora_dist.commands.plan import PlanOptions
+from srlora_dist.commands.plan.command import PlanOptions
+from srlora_dist.commands.plan.report import make_plan
 from srlora_dist.config.parse import parse
 from srlora_dist.config.run import RunConfig
-from srlora_dist.forecast.report import make_plan
 from srlora_dist.training.trainer import train
 
 QUICK = {"train.max_steps": 60, "train.batch_size": 8, "task.max_length": 32, "task.max_eval_samples": 32}

@@ -179,7 +179,7 @@ def arguments(doc: str, **options: dict) -> argparse.Namespace:
 
 def tiny_run(folder: Path) -> dict[str, object]:
     """Options of a run that takes a second: a decoder of one layer, and lines of text, which are written."""
-    from srlora_dist.health.runs import write_files
+    from srlora_dist.commands.doctor.runs import write_files
     from srlora_dist.tasks.loading import quiet
 
     folder.mkdir(parents=True, exist_ok=True)

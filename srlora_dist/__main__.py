@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from srlora_dist.cli import main
+from srlora_dist.commands.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from srlora_dist.arguments import Arguments
+from srlora_dist.commands.arguments import Arguments
 from srlora_dist.engine.process import prepare_process
 
 

@@ -49,9 +49,9 @@ def run(main: Callable[[list[str]], int], arguments: list[str], environment: dic
 
 
 def load_main() -> Callable[[list[str]], int]:
-    """``srlora_dist.cli.main`` with what takes seconds to import, ready to be forked."""
-    from srlora_dist.cli import main
+    """``srlora_dist.commands.cli.main`` with what takes seconds to import, ready to be forked."""
     from srlora_dist.commands import train
+    from srlora_dist.commands.cli import main
     from srlora_dist.engine.process import prepare_process
 
     prepare_process()

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from accelerate.commands.launch import launch_command_parser
 
-from srlora_dist.cli import main
+from srlora_dist.commands.cli import main
 from tests.launch.conftest import ROOT, Bench
 from tests.launch.forks import Forks
 from tests.unit.test_images import write_classes, write_idx, write_vit

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from srlora_dist.health import runs
-from srlora_dist.health.runs import try_run, write_files, write_launch_file
+from srlora_dist.commands.doctor import runs
+from srlora_dist.commands.doctor.runs import try_run, write_files, write_launch_file
 from srlora_dist.storage import process_group
 from srlora_dist.storage.process_group import try_process_group
 

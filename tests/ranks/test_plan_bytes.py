@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from srlora_dist import SRLoRAConfig, Switcher
+from srlora_dist.commands.plan.blueprint import Blueprint, draw_from
+from srlora_dist.commands.plan.communication import start_up, switches
+from srlora_dist.commands.plan.memory import Forecast
 from srlora_dist.config.run import ModelOptions, RunConfig, TrainOptions
 from srlora_dist.engine.precision import train_in_
-from srlora_dist.forecast.blueprint import Blueprint, draw_from
-from srlora_dist.forecast.held import Forecast
-from srlora_dist.forecast.wire import start_up, switches
 from srlora_dist.layers.site import FUSED
 from tests.ranks.engines import Engine, make_batch, make_odd_net, prepare
 from tests.ranks.test_agreement import Traffic

@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from srlora_dist import SRLoRAConfig, Switcher
-from srlora_dist.cli import COMMANDS, main, usage
+from srlora_dist.commands.cli import COMMANDS, main, usage
 from srlora_dist.engine.preemption import SIGNALS
 from tests.launch.conftest import Bench, write_model, write_rte
 from tests.ranks.engines import make_net

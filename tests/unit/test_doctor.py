@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from srlora_dist.cli import main
-from srlora_dist.health.machine import check_compiler, check_deepspeed_types, check_disks, check_quantisation
-from srlora_dist.health.packages import check_packages
+from srlora_dist.commands.cli import main
+from srlora_dist.commands.doctor.machine import check_compiler, check_deepspeed_types, check_disks, check_quantisation
+from srlora_dist.commands.doctor.packages import check_packages
 from srlora_dist.storage.process_group import quantised_error
 
 METADATA = """Metadata-Version: 2.1
@@ -69,7 +69,7 @@ def test_a_compiler_behind_another_command_is_found(tmp_path: Path, monkeypatch)
 
 BROKEN = """
 import sys
-from srlora_dist.cli import main
+from srlora_dist.commands.cli import main
 sys.modules[sys.argv[1]] = None  # its import fails
 sys.exit(main(["doctor", "--quick"]))
 """
@@ -92,7 +92,7 @@ def test_a_check_that_raises_has_failed(tmp_path: Path, monkeypatch, capsys) -> 
     def full(_: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("srlora_dist.health.machine.check_disks", full)
+    monkeypatch.setattr("srlora_dist.commands.doctor.machine.check_disks", full)
     assert main(["doctor", "--quick"]) == 1
     text = capsys.readouterr().out
     assert "failed   disks: OSError: [Errno 28] No space left on device" in text

@@ -26,10 +26,10 @@ from transformers import (
 
 from srlora_dist import SRLoRAConfig, Switcher
 from srlora_dist.checkpoint.base_label import BaseLabel
-from srlora_dist.cli import main
+from srlora_dist.commands.cli import main
+from srlora_dist.commands.merge.stored_as import StoredAs
 from srlora_dist.layers.digest import digest_run
 from srlora_dist.layers.site import quantisation
-from srlora_dist.merging import StoredAs
 from srlora_dist.storage.quantized import digest_layer_scales
 from tests.launch.conftest import write_decoder, write_model
 

@@ -13,7 +13,7 @@ from peft import AdaLoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
-from srlora_dist.cli import main
+from srlora_dist.commands.cli import main
 from tests.launch.conftest import write_model
 from tests.unit.test_merge import trained
 

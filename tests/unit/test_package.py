@@ -31,4 +31,4 @@ def test_a_wheel_is_complete(tmp_path: Path) -> None:
     assert "License-Expression: Apache-2.0" in metadata
     found = {line.split(": ")[1] for line in metadata.splitlines() if line.startswith("Provides-Extra")}
     assert found >= EXTRAS
-    assert "srlora = srlora_dist.cli:main" in entry
+    assert "srlora = srlora_dist.commands.cli:main" in entry

@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import BertConfig, DebertaV2Config, GPT2Config, LlamaConfig, ViTConfig, WhisperConfig
 
-from srlora_dist.cli import main
+from srlora_dist.commands.cli import main
+from srlora_dist.commands.plan.blueprint import pack
+from srlora_dist.commands.plan.communication import Message
+from srlora_dist.commands.plan.roofline import DEVICES, svd_seconds, wire_seconds
 from srlora_dist.config.run import ModelOptions
-from srlora_dist.forecast.blueprint import pack
-from srlora_dist.forecast.roofline import DEVICES, svd_seconds, wire_seconds
-from srlora_dist.forecast.wire import Message
 from tests.ranks.engines import quantised
 from tests.ranks.test_plan_bytes import held, scales_of
 

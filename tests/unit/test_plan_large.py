@@ -17,11 +17,11 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from srlora_dist.commands.plan.blueprint import LLAMAS, build_model, draw_from
+from srlora_dist.commands.plan.communication import start_up, switches
+from srlora_dist.commands.plan.memory import Forecast
 from srlora_dist.config.method import SRLoRAConfig
 from srlora_dist.config.run import LoRAOptions, ModelOptions, RunConfig, TrainOptions
-from srlora_dist.forecast.blueprint import LLAMAS, build_model, draw_from
-from srlora_dist.forecast.held import Forecast
-from srlora_dist.forecast.wire import start_up, switches
 from srlora_dist.layers.discovery import find_sites
 from srlora_dist.method.budget import clamp_target_ranks
 from srlora_dist.method.importance import Importance

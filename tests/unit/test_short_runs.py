@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import Trainer
 
 from srlora_dist import SRLoRACallback, SRLoRAConfig
-from srlora_dist.cli import main
+from srlora_dist.commands.cli import main
 from srlora_dist.config.parse import parse, to_yaml
 from srlora_dist.config.run import RunConfig
 from srlora_dist.reproduce.grid import digest

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict
 
+from srlora_dist.commands.plan.blueprint import draw
+from srlora_dist.commands.plan.communication import Message, start_up, switches
+from srlora_dist.commands.plan.memory import Forecast
+from srlora_dist.commands.plan.roofline import DEVICES, estimate
 from srlora_dist.config.method import SRLoRAConfig
 from srlora_dist.config.run import LoRAOptions, ModelOptions, RunConfig, TrainOptions
-from srlora_dist.forecast.blueprint import draw
-from srlora_dist.forecast.held import Forecast
-from srlora_dist.forecast.roofline import DEVICES, estimate
-from srlora_dist.forecast.wire import Message, start_up, switches
 
 
 def make_plan(

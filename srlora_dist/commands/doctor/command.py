@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
-from srlora_dist.arguments import Arguments
+from srlora_dist.commands.arguments import Arguments
+from srlora_dist.commands.doctor.found import Found
 from srlora_dist.engine.process import prepare_process
-from srlora_dist.health import Found
 
 GROUP_SECONDS = 120
 
@@ -26,7 +26,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="start no processes")
     options = parser.parse(argv)
     if options.config_file is not None:
-        from srlora_dist.health.launch_file import num_launched
+        from srlora_dist.commands.doctor.launch_file import num_launched
 
         num_launched(options.config_file)
     count = {"ok": 0, "warning": 0, "failed": 0}
@@ -41,13 +41,13 @@ def run(argv: list[str]) -> int:
 
 def _findings(file: Path | None, quick: bool) -> Iterator[Found]:
     # The packages come first: what the others import may be missing or of a version that cannot be imported.
-    yield from _tried("packages", lambda: _check("packages", "packages"))
+    yield from _tried("packages", lambda: _packages().check_packages())
     yield from _tried("torch", _prepare)
-    yield from _tried("devices", lambda: _check("machine", "devices"))
-    yield from _tried("compiler", lambda: _check("machine", "compiler"))
-    yield from _tried("DeepSpeed", lambda: _check("machine", "deepspeed_types"))
-    yield from _tried("disks", lambda: _check("machine", "disks", Path.cwd()))
-    yield from _tried("bitsandbytes", lambda: _check("machine", "quantisation"))
+    yield from _tried("devices", lambda: _machine().check_devices())
+    yield from _tried("compiler", lambda: _machine().check_compiler())
+    yield from _tried("DeepSpeed", lambda: _machine().check_deepspeed_types())
+    yield from _tried("disks", lambda: _machine().check_disks(Path.cwd()))
+    yield from _tried("bitsandbytes", lambda: _machine().check_quantisation())
     if not quick:
         yield from _tried("process group", _process_group)
         yield from _tried("three steps", lambda: _three_steps(file))
@@ -65,8 +65,16 @@ def _tried(name: str, check: Callable[[], Iterable[Found]]) -> Iterator[Found]:
         yield Found("failed", f"{name}: {type(error).__name__}: {reason}", remedy)
 
 
-def _check(module: str, name: str, *arguments: object) -> Iterable[Found]:
-    return getattr(import_module(f"srlora_dist.health.{module}"), f"check_{name}")(*arguments)
+def _packages() -> ModuleType:
+    from srlora_dist.commands.doctor import packages
+
+    return packages
+
+
+def _machine() -> ModuleType:
+    from srlora_dist.commands.doctor import machine  # fails where torch cannot be imported, which is a finding
+
+    return machine
 
 
 def _prepare() -> Iterable[Found]:
@@ -96,7 +104,7 @@ def _three_steps(file: Path | None) -> Iterator[Found]:
     """On the given engine, or on ZeRO-2 and ZeRO-3, or where DeepSpeed is not installed on DDP."""
     from importlib.util import find_spec
 
-    from srlora_dist.health.runs import try_run, write_files, write_launch_file
+    from srlora_dist.commands.doctor.runs import try_run, write_files, write_launch_file
 
     num_processes = _num_processes()
     with tempfile.TemporaryDirectory(prefix="srlora-doctor-", ignore_cleanup_errors=True) as name:

@@ -24,11 +24,11 @@ from transformers.pytorch_utils import Conv1D
 
 from srlora_dist.checkpoint.base_label import BaseLabel
 from srlora_dist.checkpoint.files import write_folder
+from srlora_dist.commands.merge.adapter_file import read_config, read_shapes, require_pairs
+from srlora_dist.commands.merge.compare import logits, random_inputs, relative_difference
+from srlora_dist.commands.merge.stored_as import StoredAs
 from srlora_dist.errors import first_sentence, shorten_list
 from srlora_dist.layers.discovery import keep_payloads_
-from srlora_dist.merging.adapter_file import read_config, read_shapes, require_pairs
-from srlora_dist.merging.compare import logits, random_inputs, relative_difference
-from srlora_dist.merging.stored_as import StoredAs
 from srlora_dist.tasks.loading import quiet
 
 logger = logging.getLogger(__name__)

@@ -83,7 +83,7 @@ def run(argv: list[str]) -> None:
         ValueError: An option is unknown or out of its range, or the model is not known.
     """
     options = parse([word for word in argv if word != "--json"])
-    from srlora_dist.forecast.report import as_tables, make_plan  # seconds of imports
+    from srlora_dist.commands.plan.report import as_tables, make_plan  # seconds of imports
 
     plan = make_plan(**asdict(options))
     print(json.dumps(plan, indent=1) if "--json" in argv else as_tables(plan))

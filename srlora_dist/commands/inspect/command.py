@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from srlora_dist.arguments import Arguments
+from srlora_dist.commands.arguments import Arguments
 from srlora_dist.engine.process import prepare_process
 
 
@@ -21,7 +21,7 @@ def run(argv: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse(argv)
     prepare_process()
-    from srlora_dist.inspection import describe_checkpoint, describe_site, open_checkpoint  # seconds of imports
+    from srlora_dist.commands.inspect.describe import describe_checkpoint, describe_site, open_checkpoint
 
     checkpoint = open_checkpoint(options.folder)
     if options.site is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from srlora_dist.forecast.blueprint import Blueprint
+from srlora_dist.commands.plan.blueprint import Blueprint
 from srlora_dist.method.budget import num_to_fuse
 from srlora_dist.method.switch import cut_into_buckets
 

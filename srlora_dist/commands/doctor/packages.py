@@ -8,7 +8,7 @@ from importlib import metadata
 
 from packaging.requirements import Requirement
 
-from srlora_dist.health import Found
+from srlora_dist.commands.doctor.found import Found
 
 NAME = "srlora-dist"
 FOR_WORK_ON_IT = ("dev",)

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from srlora_dist.commands.doctor.found import Found
 from srlora_dist.config.paths import cache_dir, require_writable
-from srlora_dist.health import Found
 from srlora_dist.storage.process_group import deepspeed_types, quantised_error
 
 LEAST_SPACE, LEAST_SHARED = 5e9, 2.5e8

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from srlora_dist.arguments import Arguments
+from srlora_dist.commands.arguments import Arguments
 from srlora_dist.engine.process import prepare_process
 
 LARGE = 0.01
@@ -26,7 +26,7 @@ def run(argv: list[str]) -> None:
     parser.add_argument("--weights", help="the type that the adapter belongs to, where it does not say")
     options = parser.parse(argv)
     prepare_process()
-    from srlora_dist.merging import Merger  # seconds of imports
+    from srlora_dist.commands.merge.merger import Merger  # seconds of imports
 
     try:
         merger = Merger(options.adapter, options.base, options.weights)

@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from srlora_dist.forecast.blueprint import Blueprint, Stored
+from srlora_dist.commands.plan.blueprint import Blueprint, Stored
 from srlora_dist.layers.spans import Span, deal_by_size, fragment, fragment_numel, padded, rows, whole
 from srlora_dist.method.memory import ledger_bytes, switch_bytes
 from srlora_dist.method.switch import cut_into_buckets

@@ -9,8 +9,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from srlora_dist.forecast.held import FLOAT32, Forecast
-from srlora_dist.forecast.wire import Message, restarted_pairs, start_up, switches
+from srlora_dist.commands.plan.communication import Message, restarted_pairs, start_up, switches
+from srlora_dist.commands.plan.memory import FLOAT32, Forecast
 from srlora_dist.method.svd import BLOCK, is_worth_it
 
 

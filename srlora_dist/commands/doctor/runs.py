@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 import yaml
 
-from srlora_dist.health import Found
-from srlora_dist.health.launch_file import num_launched
+from srlora_dist.commands.doctor.found import Found
+from srlora_dist.commands.doctor.launch_file import num_launched
 from srlora_dist.tasks.loading import quiet
 
 LIMIT_SECONDS = 240

@@ -1,0 +1,5 @@
+"""``srlora doctor`` tries on this machine what a run needs."""
+
+from srlora_dist.commands.doctor.command import run
+
+__all__ = ["run"]
