@@ -13,11 +13,11 @@ from pathlib import Path
 LAUNCH = Path(os.path.relpath(Path(__file__).resolve().parent))
 sys.path.insert(0, str(LAUNCH.resolve().parent))  # the package may not be installed
 
+from benchmarks.reproduce.grid import TableGrid, build_grid  # noqa: E402
+from benchmarks.reproduce.report import draw_figures, found_results, write_table  # noqa: E402
+from benchmarks.reproduce.results import Results  # noqa: E402
+from benchmarks.reproduce.running import command, run_grid  # noqa: E402
 from srlora_dist.errors import STOPPED_BY_SIGNAL  # noqa: E402 (after the path is set)
-from srlora_dist.reproduce.grid import TableGrid, build_grid  # noqa: E402
-from srlora_dist.reproduce.report import draw_figures, found_results, write_table  # noqa: E402
-from srlora_dist.reproduce.results import Results  # noqa: E402
-from srlora_dist.reproduce.running import command, run_grid  # noqa: E402
 
 
 def main(argv: list[str]) -> int:

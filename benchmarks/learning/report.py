@@ -34,7 +34,7 @@ from studies import (
     variant_runs,
 )
 
-from srlora_dist.reproduce.results import Results
+from benchmarks.reproduce.results import Results
 
 GOAL = 0.7
 BASELINES, CANDIDATES = ("LoRA", "PiSSA"), ("SRLoRA", "SRLoRA, zero_b", "LoRA, 4 r")

@@ -25,7 +25,7 @@ from studies import (
     variant_runs,
 )
 
-from srlora_dist.reproduce.running import run_grid
+from benchmarks.reproduce.running import run_grid
 
 
 def main() -> int:

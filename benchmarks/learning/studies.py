@@ -12,10 +12,10 @@ from pathlib import Path
 
 from typing_extensions import override
 
+from benchmarks.reproduce.grid import Cell, Grid, digest
+from benchmarks.reproduce.results import Results
 from srlora_dist.config.parse import parse
 from srlora_dist.config.run import RunConfig
-from srlora_dist.reproduce.grid import Cell, Grid, digest
-from srlora_dist.reproduce.results import Results
 from srlora_dist.tasks.sources import MINILM
 from srlora_dist.training.run_log import read_lines
 
@@ -261,5 +261,5 @@ def summarise_switches(lines: list[dict]) -> dict[str, object]:
 
 
 def as_grid(runs: list[Run], folder: Path) -> Study:
-    """For :func:`srlora_dist.reproduce.running.run_grid`."""
+    """For :func:`benchmarks.reproduce.running.run_grid`."""
     return Study([run.cell for run in runs], folder, "study", (sys.executable,))

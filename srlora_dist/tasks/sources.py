@@ -98,3 +98,23 @@ def model_title(name: str | None) -> str:
     # A name on the hub has one slash at most, so that a longer path is one whether or not its folder is here.
     is_path = path.exists() or len(path.parts) > 2
     return next(packaged, path.resolve().name if is_path else name)
+
+
+TASK_TITLES = {
+    "sst2": "SST-2",
+    "mrpc": "MRPC",
+    "cola": "CoLA",
+    "qnli": "QNLI",
+    "rte": "RTE",
+    "stsb": "STS-B",
+    "cifar100": "CIFAR-100",
+    "stl10": "STL-10",
+    "mnist": "MNIST",
+    "fashion_mnist": "Fashion-MNIST",
+}
+"""The names in print of the tasks that have one."""
+
+
+def task_title(name: str) -> str:
+    """The name of a task in print: its own, or our name of it, or that of a user's file."""
+    return TASK_TITLES.get(name, Path(name).stem if name.endswith(".py") else name)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from srlora_dist.reproduce.grid import build_grid
-from srlora_dist.reproduce.running import START, run_grid
+from benchmarks.reproduce.grid import build_grid
+from benchmarks.reproduce.running import START, run_grid
 from tests.launch.conftest import ROOT, Bench
 
 pytestmark = pytest.mark.slow

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.reproduce.grid import Grid, build_grid, digest
+from benchmarks.reproduce.paper import TABLES, differs
+from benchmarks.reproduce.report import draw_figures, found_results, write_table
+from benchmarks.reproduce.results import Results, finished_summary
+from benchmarks.reproduce.running import _wait_for_the_run_before, run_grid  # noqa: F401 (another process calls it)
 from srlora_dist.checkpoint.folder_lock import FolderLock
 from srlora_dist.config.parse import parse, to_yaml
 from srlora_dist.config.run import TrainOptions
-from srlora_dist.paper import TABLES
-from srlora_dist.reproduce.grid import Grid, build_grid, digest
-from srlora_dist.reproduce.report import draw_figures, found_results, write_table
-from srlora_dist.reproduce.results import Results, finished_summary
-from srlora_dist.reproduce.running import _wait_for_the_run_before, run_grid  # noqa: F401 (another process calls it)
 from srlora_dist.tasks.glue import GLUE
 from srlora_dist.tasks.registry import TASKS
 
@@ -232,3 +232,9 @@ def test_a_grid_names_the_one_that_runs_and_waits_for_a_run_that_a_killed_one_le
         assert run.stdout.readline() == b"held\n"
         _wait_for_the_run_before(one.cells[0])
         assert run.wait(1) == 0
+
+
+def test_what_differs_from_the_paper_is_said() -> None:
+    assert "its model is DeBERTa-v3-base" in differs(["rte"], ["org/a-model"])
+    assert "Model and task as in the paper" in differs(["rte"], ["microsoft/deberta-v3-base"])
+    assert "has no such task" in differs(["demo"], ["org/a-model"])

@@ -12,11 +12,11 @@ import yaml
 from peft import PeftModel
 from transformers import Trainer
 
+from benchmarks.reproduce.grid import digest
 from srlora_dist import SRLoRACallback, SRLoRAConfig
 from srlora_dist.commands.cli import main
 from srlora_dist.config.parse import parse, to_yaml
 from srlora_dist.config.run import RunConfig
-from srlora_dist.reproduce.grid import digest
 from srlora_dist.training.resume import first_difference
 from tests.ranks.engines import Net, make_batch
 from tests.ranks.hf_trainer import make_arguments, make_model, samples, switches

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from srlora_dist.paper import task_title
+from srlora_dist.tasks.sources import task_title
 from srlora_dist.training.figures.intervals import draw_lengths, draw_site, find_site, why_no_intervals
 from srlora_dist.training.figures.loss import compare_losses, draw_loss
 from srlora_dist.training.figures.runs import Run

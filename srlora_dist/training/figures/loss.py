@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 
-from srlora_dist.paper import task_title
+from srlora_dist.tasks.sources import task_title
 from srlora_dist.training.figures.runs import Run, about
 from srlora_dist.training.figures.style import EVAL, TITLES, TRAIN, legend_above, line_styles, mark_switches, plt, save
 

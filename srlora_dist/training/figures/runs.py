@@ -10,8 +10,7 @@ from pathlib import Path
 import yaml
 
 from srlora_dist.config.method import DEFAULT_TARGET_RANK
-from srlora_dist.paper import differs, task_title
-from srlora_dist.tasks.sources import model_title
+from srlora_dist.tasks.sources import model_title, task_title
 from srlora_dist.training.run_log import read_lines
 
 OF_NO_INTEREST = ("method", "seed", "output_dir", "engine", "task.name", "model.name_or_path", "task.data_dir")
@@ -30,6 +29,7 @@ class Run:
         switches: Those of ``switches.jsonl``.
         summary: ``summary.json``; empty if the run has not ended.
         label: What it is called in a legend; runs of one label and task are drawn as one, with a band.
+        note: A sentence to put below its figures.
     """
 
     folder: Path
@@ -38,6 +38,7 @@ class Run:
     switches: list[dict]
     summary: dict[str, object] = field(default_factory=dict)
     label: str = ""
+    note: str = ""
 
     @classmethod
     def read(cls, folder: str | Path, summary: dict[str, object] | None = None) -> Run:
@@ -138,7 +139,7 @@ def _tell_apart(runs: list[Run], tell: Callable[[Run], str]) -> None:
 
 
 def about(runs: list[Run]) -> str:
-    """What was run, in a line or two: model, data, steps, seeds, engine, and what differs from the paper."""
+    """What was run, in a line or two: model, data, steps, seeds, engine, and the note of the first run."""
     tasks, models = _each(run.task for run in runs), _each(run.model for run in runs)
     ended = all(run.summary for run in runs)
     epochs = _each(f"{run.metrics[-1]['epoch']:.3g}" for run in runs)
@@ -158,7 +159,7 @@ def about(runs: list[Run]) -> str:
         f"seed {_list(sorted({int(run.config['seed']) for run in runs}))}",
         *(f"{each}" for each in [_list(_engines(runs))] if each),
     ]
-    return ", ".join(parts) + ("" if ended else ", not ended yet") + ". " + differs(tasks, models)
+    return ", ".join(parts) + ("" if ended else ", not ended yet") + ". " + runs[0].note
 
 
 def flat(config: dict[str, object], prefix: str = "") -> dict[str, object]:

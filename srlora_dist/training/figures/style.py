@@ -75,7 +75,7 @@ def save(figure: plt.Figure, path: Path, about: str, above: float = 0.0) -> Path
     Args:
         figure: Laid out here.
         path: A PNG file; its folder is made.
-        about: What was run, on what, and how that differs from the paper.
+        about: What was run, on what, and what else is to be said.
         above: Inches that are left free at the top, for a legend of the whole figure.
     """
     size, width = 7.0, figure.get_figwidth()

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from benchmarks.reproduce.grid import Cell, Grid
+from benchmarks.reproduce.results import Results, finished_summary
 from srlora_dist.checkpoint.folder_lock import FolderInUseError, FolderLock
-from srlora_dist.reproduce.grid import Cell, Grid
-from srlora_dist.reproduce.results import Results, finished_summary
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 SECONDS_TO_STOP = 120

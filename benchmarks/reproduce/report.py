@@ -5,14 +5,15 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
+from benchmarks.reproduce.grid import Cell, TableGrid
+from benchmarks.reproduce.paper import METRICS, PaperTable, differs
+from benchmarks.reproduce.results import Results
+from benchmarks.reproduce.table import Column, draw_table
 from srlora_dist.checkpoint.files import write_whole
-from srlora_dist.paper import METRICS, PaperTable, differs
-from srlora_dist.reproduce.grid import Cell, TableGrid
-from srlora_dist.reproduce.results import Results
+from srlora_dist.tasks.sources import task_title
 from srlora_dist.training.figures.drawing import compare
 from srlora_dist.training.figures.runs import Run, name_runs
 from srlora_dist.training.figures.style import TITLES
-from srlora_dist.training.figures.table import Column, draw_table
 from srlora_dist.training.run_log import read_lines
 
 Found = dict[tuple[str, str], list[tuple[Cell, dict]]]
@@ -34,9 +35,7 @@ def write_table(grid: TableGrid, found: Found, failed: list[str], path: Path) ->
     tasks, methods = _tasks(grid), _methods(grid)
     columns = [(name, metric) for name in tasks for metric in grid.table.tasks[name].metrics]
     lines = [f"## Table {grid.table.number}, {grid.table.title}", "", _caption(grid, found), ""]
-    lines += [
-        "| method | figures | " + " | ".join(f"{grid.table.tasks[n].title} {METRICS[m]}" for n, m in columns) + " |"
-    ]
+    lines += ["| method | figures | " + " | ".join(f"{task_title(n)} {METRICS[m]}" for n, m in columns) + " |"]
     lines += ["|---|---|" + "---|" * len(columns)]
     for method in methods:
         for which, title in (("final", "here, last step"), ("best", "here, lowest validation loss")):
@@ -54,7 +53,7 @@ def draw_figures(grid: TableGrid, found: Found, folder: Path) -> list[Path]:
     """The table as points with their deviation, and Figures 3, 4 and 5 of the runs."""
     columns = [
         Column(
-            title=grid.table.tasks[name].title,
+            title=task_title(name),
             unit=_unit(grid.table.tasks[name].metrics[0]),
             here={m: [100 * v for v in _main(grid, found, name, m) if v is not None] for m in _methods(grid)},
             paper={m: figures[0] for m, figures in grid.table.tasks[name].figures.items()},
@@ -69,6 +68,8 @@ def draw_figures(grid: TableGrid, found: Found, folder: Path) -> list[Path]:
     runs = [Run.read(cell.folder) for cell in cells if read_lines(cell.folder / "metrics.jsonl")]
     if runs:
         name_runs(runs, None)
+        for run in runs:
+            run.note = differs([run.task], [run.model])
         paths += compare(runs, folder)[0]
     return paths
 
@@ -127,7 +128,7 @@ def _settings(grid: TableGrid, found: Found) -> list[str]:
             epochs = "" if line["epochs"] is None else f" ({line['epochs']:.3g} epochs)"
             mixed = f", mixed precision {cell.mixed_precision}" * (cell.mixed_precision != "no")
             lines.append(
-                f"- {grid.table.tasks[name].title}: {line['steps']} steps of {train.batch_size} samples"
+                f"- {task_title(name)}: {line['steps']} steps of {train.batch_size} samples"
                 f"{epochs}, rate {train.learning_rate:g}, inputs of up to "
                 f"{cell.config.task.max_length} tokens, rank {rank}, target rank {cell.config.srlora.num_directions}, "
                 f"{' / '.join(engines)}, {cell.config.model.stored_as}{mixed}."

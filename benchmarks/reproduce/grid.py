@@ -13,10 +13,10 @@ from pathlib import Path
 import yaml
 from typing_extensions import override
 
+from benchmarks.reproduce.paper import TABLES, PaperTable
 from srlora_dist.config.method import DEFAULT_TARGET_RANK
 from srlora_dist.config.parse import parse
 from srlora_dist.config.run import RunConfig
-from srlora_dist.paper import TABLES, PaperTable
 from srlora_dist.tasks.registry import check_task
 from srlora_dist.tasks.sources import MINILM, model_title
 from srlora_dist.training.figures.runs import flat

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import yaml
 
+from benchmarks.reproduce.grid import PLACES, Cell, digest
 from srlora_dist.checkpoint.files import write_whole
 from srlora_dist.config.run import RunConfig
-from srlora_dist.reproduce.grid import PLACES, Cell, digest
 from srlora_dist.tasks.sources import model_title
 from srlora_dist.training.figures.runs import flat
 from srlora_dist.training.run_log import read_lines

@@ -8,7 +8,6 @@ of each task) is in neither, so it is not here either.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 CITATION = "arXiv 2505.12433"
 METRICS = {"accuracy": "accuracy", "f1": "F1", "matthews": "Matthews", "pearson": "Pearson", "spearman": "Spearman"}
@@ -20,12 +19,10 @@ class PaperTask:
     """One task of a table.
 
     Args:
-        title: Its name in print.
         metrics: Our names of what the paper reports, in its order; the first is the one to plot.
         figures: For each method of the paper one figure a metric, in percent.
     """
 
-    title: str
     metrics: tuple[str, ...]
     figures: dict[str, tuple[float, ...]]
 
@@ -60,8 +57,8 @@ class PaperTable:
         return f"{CITATION}, Table {self.number}"
 
 
-def _task(title: str, metrics: tuple[str, ...], **figures: tuple[float, ...]) -> PaperTask:
-    return PaperTask(title, metrics, figures)
+def _task(metrics: tuple[str, ...], **figures: tuple[float, ...]) -> PaperTask:
+    return PaperTask(metrics, figures)
 
 
 _ACCURACY = ("accuracy",)
@@ -75,13 +72,13 @@ TABLES = {
         methods=("lora", "pissa", "srlora"),
         decimals=1,
         tasks={
-            "sst2": _task("SST-2", _ACCURACY, lora=(95.9,), pissa=(95.7,), srlora=(96.1,)),
-            "mrpc": _task("MRPC", ("f1", "accuracy"), lora=(90.8, 87.5), pissa=(90.5, 87.2), srlora=(90.3, 86.6)),
-            "cola": _task("CoLA", ("matthews",), lora=(65.4,), pissa=(64.7,), srlora=(65.1,)),
-            "qnli": _task("QNLI", _ACCURACY, lora=(94.0,), pissa=(94.4,), srlora=(93.4,)),
-            "rte": _task("RTE", _ACCURACY, lora=(80.4,), pissa=(82.0,), srlora=(82.1,)),
+            "sst2": _task(_ACCURACY, lora=(95.9,), pissa=(95.7,), srlora=(96.1,)),
+            "mrpc": _task(("f1", "accuracy"), lora=(90.8, 87.5), pissa=(90.5, 87.2), srlora=(90.3, 86.6)),
+            "cola": _task(("matthews",), lora=(65.4,), pissa=(64.7,), srlora=(65.1,)),
+            "qnli": _task(_ACCURACY, lora=(94.0,), pissa=(94.4,), srlora=(93.4,)),
+            "rte": _task(_ACCURACY, lora=(80.4,), pissa=(82.0,), srlora=(82.1,)),
             # The summaries give two figures without names; GLUE reports these two, in this order.
-            "stsb": _task("STS-B", ("pearson", "spearman"), lora=(90.5, 89.8), pissa=(89.6, 89.0), srlora=(90.4, 90.2)),
+            "stsb": _task(("pearson", "spearman"), lora=(90.5, 89.8), pissa=(89.6, 89.0), srlora=(90.4, 90.2)),
         },
     ),
     4: PaperTable(
@@ -93,21 +90,15 @@ TABLES = {
         methods=("lora", "srlora"),
         decimals=2,
         tasks={
-            "cifar100": _task("CIFAR-100", _ACCURACY, lora=(90.06,), srlora=(92.51,)),
-            "stl10": _task("STL-10", _ACCURACY, lora=(99.62,), srlora=(99.54,)),
-            "mnist": _task("MNIST", _ACCURACY, lora=(98.89,), srlora=(94.83,)),
+            "cifar100": _task(_ACCURACY, lora=(90.06,), srlora=(92.51,)),
+            "stl10": _task(_ACCURACY, lora=(99.62,), srlora=(99.54,)),
+            "mnist": _task(_ACCURACY, lora=(98.89,), srlora=(94.83,)),
             # Not in the paper; with the presets because it can be had without a hub.
-            "fashion_mnist": _task("Fashion-MNIST", _ACCURACY),
+            "fashion_mnist": _task(_ACCURACY),
         },
     ),
 }
 """The paper's tables of results by their numbers."""
-
-
-def task_title(name: str) -> str:
-    """The name of a task in print; of a task that the paper does not have, our own, or that of its file."""
-    own = Path(name).stem if name.endswith(".py") else name
-    return next((table.tasks[name].title for table in TABLES.values() if name in table.tasks), own)
 
 
 def differs(tasks: list[str], models: list[str]) -> str:
