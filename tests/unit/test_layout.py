@@ -1,78 +1,138 @@
-"""The shape of the code base: imports point one way, and only storage/ knows about ranks and engines."""
+"""The shape of the house: rooms import one way, none in a circle, and only storage/ knows ranks and engines."""
 
 from __future__ import annotations
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+
+import pytest
 
 PACKAGE = Path(__file__).parents[2] / "srlora_dist"
 
-# A room may import from its own line and from the lines below it.
-LAYERS = [
-    ["__main__"],
-    ["cli"],
-    ["commands"],
-    ["reproduce"],
-    ["trainer", "callback"],
-    ["keeper", "best_adapter"],
-    ["forecast"],
-    ["inspection", "merging", "health"],
-    ["figures", "runlog", "methods", "engine", "plan", "tasks", "precision", "resuming", "preemption", "earlier"]
-    + ["evaluation", "summary", "outcome", "optimizers", "token_mean", "deepspeed_file"]
-    + ["launched"],
-    ["switcher"],
-    ["first_batch"],
-    ["first_switch"],
-    ["memory", "diagnostics", "exchange", "output_check", "saving", "observer"],
-    ["watch", "agreement", "rehearsal"],
-    ["export"],
-    ["agenda"],
-    ["targets"],
-    ["svd", "importance", "changes", "pair_steps", "fused", "training_state", "checkpoint"]
-    + ["export_parts", "adapter_files"],
-    ["tracked"],
-    ["ledger", "postponed", "schedule", "original", "krylov", "settling", "direction_file", "base_label", "base_parts"],
-    ["storage"],
-    ["pairs", "sites", "digest", "spans"],
-    ["bypassed", "random_state"],
-    ["adapters"],
-    ["config"],
-    ["srlora_config"],
-    ["options_file", "ranges", "safefiles", "cache", "errors", "compiling", "paper", "process", "arguments"]
-    + ["live_pairs", "trainer_arguments", "matmul", "folder_lock", "alone"],
-]
+ROOMS = {
+    "commands": {"training", "tasks", "method", "checkpoint", "engine", "storage", "layers"},
+    "training": {"tasks", "method", "checkpoint", "engine", "storage", "layers"},
+    "method": {"checkpoint", "storage", "layers"},
+    "checkpoint": {"storage", "layers"},
+    "engine": {"storage", "layers"},
+    "storage": {"layers"},
+    "layers": set(),
+    "tasks": set(),
+    "config": set(),
+}
+"""What each room may import beside itself and the ground floor, ``config`` and ``errors``."""
+
+GROUND = {"config", "errors"}
+DOORS = {"__init__", "__main__"}
+MOST_LINES, MOST_LINES_OF_A_FUNCTION = 300, 50
 
 
-def imports(path: Path) -> set[str]:
+def room_of(module: str) -> str:
+    return module.split(".")[0]
+
+
+def read_modules(package: Path) -> dict[str, ast.Module]:
+    """Every module by its name below the package; a package goes by its folder's."""
+    found = {}
+    for path in sorted(package.rglob("*.py")):
+        parts = path.relative_to(package).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" and parts[1:] else parts)
+        found[name] = ast.parse(path.read_text())
+    return found
+
+
+def imported_names(tree: ast.Module) -> set[str]:
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
 
-def room_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def arrows(modules: dict[str, ast.Module]) -> dict[str, set[str]]:
+    """For each module the other modules of the package that it imports, or out of which it imports a name."""
+    found = {}
+    for name, tree in modules.items():
+        inner = {full.removeprefix("srlora_dist.") for full in imported_names(tree) if full.startswith("srlora_dist.")}
+        found[name] = {each if each in modules else each.rpartition(".")[0] for each in inner} & modules.keys() - {name}
+    return found
 
 
-def test_imports_point_one_way() -> None:
-    level = {room: i for i, rooms in enumerate(LAYERS) for room in rooms}
-    for path in PACKAGE.rglob("*.py"):
-        room = room_of(path)
-        if room == "__init__":
+def wrong_arrows(modules: dict[str, ast.Module]) -> list[str]:
+    wrong = []
+    for name, others in arrows(modules).items():
+        room = room_of(name)
+        if room in DOORS:
             continue
-        assert room in level, f"{room} has no place in LAYERS"
-        for name in imports(path):
-            parts = name.split(".")
-            if parts[0] == "srlora_dist" and len(parts) > 1 and parts[1] in level and parts[1] != room:
-                assert level[parts[1]] >= level[room], f"{room} imports {parts[1]}, against the order"
+        allowed = {room} | (GROUND | ROOMS[room] if room not in GROUND else set())
+        wrong += [f"{name} imports {other}" for other in sorted(others) if room_of(other) not in allowed]
+    return wrong
+
+
+def find_circle(modules: dict[str, ast.Module]) -> list[str]:
+    try:
+        TopologicalSorter(arrows(modules)).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_the_package_has_nine_rooms() -> None:
+    there = {path.name for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert there == {*ROOMS, "errors.py", "__init__.py", "__main__.py"}
+
+
+def test_rooms_import_one_way() -> None:
+    assert wrong_arrows(read_modules(PACKAGE)) == []
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    assert find_circle(read_modules(PACKAGE)) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "complaint"),
+    [
+        ("layers.spans", "from srlora_dist.storage.base import Storage", "layers.spans imports storage.base"),
+        ("tasks.text", "from srlora_dist.training import trainer", "tasks.text imports training.trainer"),
+        ("config.run", "import srlora_dist.errors", "config.run imports errors"),
+        (
+            "engine.process",
+            "def f():\n    from srlora_dist.method.svd import BLOCK",
+            "engine.process imports method.svd",
+        ),
+    ],
+)
+def test_a_wrong_arrow_is_seen(module: str, line: str, complaint: str) -> None:
+    modules = read_modules(PACKAGE)
+    modules[module] = ast.parse(ast.unparse(modules[module]) + "\n" + line)
+    assert [each for each in wrong_arrows(modules) if each == complaint]
+
+
+def test_a_circle_inside_a_room_is_seen() -> None:
+    modules = read_modules(PACKAGE)
+    assert "layers.matmul" in arrows(modules)["layers.pairs"]
+    modules["layers.matmul"] = ast.parse("from srlora_dist.layers.pairs import add_pairs_")
+    assert {"layers.matmul", "layers.pairs"} <= set(find_circle(modules))
 
 
 def test_only_the_seam_knows_ranks_and_engines() -> None:
-    for path in PACKAGE.rglob("*.py"):
-        if room_of(path) != "storage":
-            for name in imports(path):
-                foreign = name.split(".")[0] in ("deepspeed", "bitsandbytes") or name.startswith("torch.distributed")
-                assert not foreign, f"{path.name} imports {name}"
+    for name, tree in read_modules(PACKAGE).items():
+        if room_of(name) != "storage":
+            for imported in imported_names(tree):
+                foreign = imported.split(".")[0] in ("deepspeed", "bitsandbytes")
+                assert not foreign and not imported.startswith("torch.distributed"), f"{name} imports {imported}"
+
+
+def test_files_and_functions_are_short() -> None:
+    for folder in (PACKAGE, PACKAGE.parent / "launch"):
+        for path in folder.rglob("*.py"):
+            lines = path.read_text().count("\n")
+            assert lines <= MOST_LINES, f"{path} has {lines} lines"
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.FunctionDef):
+                    length = node.end_lineno - node.lineno + 1
+                    assert length <= MOST_LINES_OF_A_FUNCTION, f"{node.name} of {path} has {length} lines"

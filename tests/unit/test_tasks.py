@@ -420,9 +420,13 @@ def test_the_package_with_the_decoder_is_asked_for(monkeypatch):
     ("package", "options"), [("gguf", {"gguf_file": "x.gguf"}), ("bitsandbytes", {"quantization": "nf4"})]
 )
 def test_a_missing_package_is_named(monkeypatch, tiny_llama, text_dir, package, options):
-    from srlora_dist.tasks import loading
+    from srlora_dist.tasks import loading, model_files
 
-    monkeypatch.setattr(loading, "find_spec", lambda name: None if name == package else find_spec(name))
+    monkeypatch.setattr(
+        model_files if package == "gguf" else loading,
+        "find_spec",
+        lambda name: None if name == package else find_spec(name),
+    )
     config = run_config(tiny_llama, text_dir, name="lm")
     with pytest.raises(ValueError, match=f"needs the package {package}: pip install {package}"):
         load_task(replace(config, model=replace(config.model, **options)))

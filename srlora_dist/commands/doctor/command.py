@@ -43,6 +43,7 @@ def _findings(file: Path | None, quick: bool) -> Iterator[Found]:
     # The packages come first: what the others import may be missing or of a version that cannot be imported.
     yield from _tried("packages", lambda: _packages().check_packages())
     yield from _tried("torch", _prepare)
+    yield from _tried("libraries", _import_libraries)
     yield from _tried("devices", lambda: _machine().check_devices())
     yield from _tried("compiler", lambda: _machine().check_compiler())
     yield from _tried("DeepSpeed", lambda: _machine().check_deepspeed_types())
@@ -79,6 +80,14 @@ def _machine() -> ModuleType:
 
 def _prepare() -> Iterable[Found]:
     prepare_process()
+    return ()
+
+
+def _import_libraries() -> Iterable[Found]:
+    import accelerate  # noqa: F401 (whether it can be imported)
+    import peft  # noqa: F401
+    import transformers  # noqa: F401
+
     return ()
 
 
