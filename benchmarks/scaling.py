@@ -47,7 +47,7 @@ def measure(_rank: int, _num_ranks: int, engine_name: str, layers: int, width: i
         switcher._switch_now()
     sent = traffic.take()
     storage = switcher.storage
-    storage.settle()
+    storage.to_rest_layout_()
     return {
         "tracking_bytes": switcher._importance.num_bytes,
         "whole_tracking_bytes": sum(8 * site.rank * sum(site.shape) for site in switcher.sites),

@@ -60,7 +60,7 @@ def measure(_rank: int, _num_ranks: int, num_layers: int, width: int, rounds: in
     with torch.enable_grad():
         train_step(engine, width)
     switcher.step()
-    switcher.storage.settle()
+    switcher.storage.to_rest_layout_()
     torch.manual_seed(1)
     pairs = [(torch.randn(width, 2 * fused) / width, torch.randn(2 * fused, width)) for _ in range(num_layers)]
     contenders = {
@@ -69,7 +69,7 @@ def measure(_rank: int, _num_ranks: int, num_layers: int, width: int, rounds: in
         "switch": switcher._switch_now,
     }
     bytes_sent, largest = {}, 0.0
-    runs = [switcher.storage.parameter_run(site.weight)[0] for site in switcher.sites]
+    runs = [switcher.storage.local_span(site.weight)[0] for site in switcher.sites]
     before, made = [run.clone() for run in runs], {}
     for name, contender in contenders.items():
         with Traffic() as traffic:
@@ -90,7 +90,7 @@ def measure(_rank: int, _num_ranks: int, num_layers: int, width: int, rounds: in
 def small_bytes(switcher: Switcher, fused: int) -> int:
     """What a switch may send: scores, directions, factors, digests, and whether the ledger was written."""
     sizes = [sum(site.shape) for site in switcher.sites]
-    directions = sum(4 * fused * (size + 1) for size in sizes) + 4 * len(list(switcher._exchange.buckets()))
+    directions = sum(4 * fused * (size + 1) for size in sizes) + 4 * len(list(switcher._executor.buckets()))
     return sum(8 * RANK + 4 * RANK * size + 16 for size in sizes) + directions + 8
 
 

@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from torch import nn
 
-from srlora_dist.layers.digest import digest_run
+from srlora_dist.layers.digest import digest_span
 from srlora_dist.layers.site import Site, describe_base, quantisation
 from srlora_dist.storage.quantized import digest_layer_scales, digest_scales
 
@@ -100,7 +100,7 @@ class BaseLabel:
             layer = layers[name].get_base_layer() if isinstance(layers[name], LoraLayer) else layers[name]
             kind = quantisation(layer)
             num_quantised += bool(kind)
-            now = digest_layer_scales(layer, kind) if kind else digest_run(layer.weight)
+            now = digest_layer_scales(layer, kind) if kind else digest_span(layer.weight)
             if f"{now:016x}" != digest:
                 found[bool(kind)].append(name)
         return found[False] + (found[True] if len(found[True]) * 2 > num_quantised else [])

@@ -63,7 +63,7 @@ def export_adapter(
     peft_model = find_peft_model(model)
     _require_rank(max_rank)
     parts.require_alone(model, sites)
-    storage.settle()
+    storage.to_rest_layout_()
     parameters = parts.parameters(model)
     trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
     tensors = dict(zip(trained, storage.gather_parameters(list(trained.values())), strict=True))

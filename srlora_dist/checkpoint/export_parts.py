@@ -31,7 +31,7 @@ from srlora_dist.checkpoint.base_parts import (
 )
 from srlora_dist.errors import shorten_list
 from srlora_dist.layers.adapter import find_peft_model
-from srlora_dist.layers.digest import digest_run
+from srlora_dist.layers.digest import digest_span
 from srlora_dist.layers.site import FUSED, Site
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class ExportParts:
         """
         peft_model = find_peft_model(model)
         self.require_alone(model, sites)
-        self._digests = {name: digest_run(buffer) for name, buffer in peft_model.named_buffers()}
+        self._digests = {name: digest_span(buffer) for name, buffer in peft_model.named_buffers()}
         self.base = BaseLabel.of(sites, digests, leave_out=self.own_weights, vocab_size=self._vocab_size)
         self.other_layers = dict(_other_layers(peft_model, sites, self.adapter_name))
         self.names = self._named_by_peft(peft_model)
@@ -112,7 +112,7 @@ class ExportParts:
         """The buffers that the export holds: of modules that are trained whole, and others that have moved."""
         peft_model = find_peft_model(model)
         found, lasting = dict(peft_model.named_buffers()), lasting_buffers(peft_model)
-        moved = [name for name, buffer in found.items() if self._digests.get(name) != digest_run(buffer)]
+        moved = [name for name, buffer in found.items() if self._digests.get(name) != digest_span(buffer)]
         lost = [name for name in moved if name not in lasting]
         if lost and not self._named_lost:
             self._named_lost = True

@@ -55,7 +55,7 @@ def save_run(
         ValueError: Rank 0 could not write, the optimizer's state cannot be saved, or another adapter is trained, too;
             raised on every rank.
     """
-    storage.settle()
+    storage.to_rest_layout_()
     parts.require_alone(model, storage.sites)
     trained, about_training = gather_training_state(model, storage, parts.buffers(model))
     about_export, not_trained, adapter_config = exported_parts(model, storage, parts)

@@ -1,6 +1,6 @@
 """The trained parameters and their optimizer's moments as whole tensors by name, the same on any engine and world size.
 
-Each rank's optimizer holds a piece of a parameter: all of it, some rows, or a run of a flat fragment. The fp32 weights
+Each rank's optimizer holds a piece of a parameter: all of it, some rows, or a span of a flat fragment. The fp32 weights
 and each of the moments are put together on rank 0 to be saved, and cut again, perhaps otherwise, to be restored.
 """
 
@@ -45,7 +45,7 @@ def gather_training_state(
     Returns:
         Whole tensors in float32 by file and name, on rank 0 (empty files elsewhere), and a part of ``state.json``.
 
-    Collective: every rank must call it; the weights and each moment are collected, see ``Ranks.collect``.
+    Collective: every rank must call it; the weights and each moment are collected, see ``Collectives.gather_to_0``.
 
     Raises:
         ValueError: The optimizer's state cannot be cut by elements.
@@ -59,7 +59,7 @@ def gather_training_state(
     def collect(read: Callable[[Tensor], Tensor | None]) -> dict[str, Tensor]:
         held = [(j, piece, read(piece.owner)) for j, piece in enumerate(pieces) if piece.numel]
         parts = [(j, piece.start, piece.of(tensor)) for j, piece, tensor in held if tensor is not None]
-        wholes = storage.collect(sizes, parts, storage.cuts_optimizer)
+        wholes = storage.gather_to_0(sizes, parts, storage.cuts_optimizer)
         return {name: whole.view(shape) for name, whole, shape in zip(names, wholes, shapes, strict=bool(wholes))}
 
     moments = {}
@@ -117,7 +117,7 @@ def restore_training_state_(
         state: The part of ``state.json``, on every rank.
         read: Gives a tensor by file and name; called on rank 0 alone.
 
-    Collective: every rank must call it; the weights and each moment are spread, see ``Ranks.spread``.
+    Collective: every rank must call it; the weights and each moment are spread, see ``Collectives.scatter_from_0``.
 
     Raises:
         ValueError: A tensor cannot be read.
@@ -126,10 +126,10 @@ def restore_training_state_(
     names = list(parameters)
     sizes = [storage.whole_shape(parameter).numel() for parameter in parameters.values()]
     pieces = {name: storage.stepped(parameter) for name, parameter in parameters.items()}
-    for number, whole in storage.spread(sizes, lambda j: read(WEIGHTS, names[j])):
+    for number, whole in storage.scatter_from_0(sizes, lambda j: read(WEIGHTS, names[j])):
         parameter, piece = parameters[names[number]], pieces[names[number]]
-        for run, start in [(piece.of(piece.owner), piece.start), *storage.copies_to_write(parameter)]:
-            run.copy_(whole[start : start + run.numel()])
+        for span, start in [(piece.of(piece.owner), piece.start), *storage.writable_copies_(parameter)]:
+            span.copy_(whole[start : start + span.numel()])
     buffers = dict(find_peft_model(model).named_buffers())
     for name in state["buffers"]:
         saved_buffer = storage.on_rank_0(f"read {name}", lambda name=name: read(BUFFERS, name))
@@ -140,7 +140,7 @@ def restore_training_state_(
     for piece in pieces.values():  # not by the groups, which ZeRO-3 fills for the moment of a step
         optimizer.state[piece.owner] = {}
     for kind in saved["moments"]:
-        for number, whole in storage.spread(sizes, lambda j, kind=kind: read(MOMENTS, f"{kind}.{stepped[j]}")):
+        for number, whole in storage.scatter_from_0(sizes, lambda j, kind=kind: read(MOMENTS, f"{kind}.{stepped[j]}")):
             piece = pieces[stepped[number]]
             if piece.numel:
                 moment = optimizer.state[piece.owner].setdefault(kind, torch.zeros_like(piece.owner.detach()))

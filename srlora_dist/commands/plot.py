@@ -15,9 +15,9 @@ def run(argv: list[str]) -> None:
     """
     options = _parse(argv)
     from srlora_dist.training.figures.drawing import compare  # a second of imports
-    from srlora_dist.training.figures.runs import Run, name_runs
+    from srlora_dist.training.figures.runs import RunFiles, name_runs
 
-    runs = [Run.read(folder) for folder in options.runs]
+    runs = [RunFiles.read(folder) for folder in options.runs]
     name_runs(runs, options.labels)
     alone = runs[0].folder / "figures" if len(runs) == 1 else Path("figures")
     paths, left_out = compare(runs, Path(options.output).expanduser() if options.output else alone, options.site)

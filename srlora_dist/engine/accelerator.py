@@ -23,7 +23,7 @@ from accelerate.utils import (
 from torch import nn
 
 from srlora_dist.config.run import RunConfig
-from srlora_dist.engine.deepspeed import compiled_operators, fill, read_settings, require_nvme, wait_for_locks
+from srlora_dist.engine.deepspeed import compiled_operators, fill_auto, read_settings, require_nvme, wait_for_locks
 from srlora_dist.engine.launched import flag, launched_engine, world_size
 from srlora_dist.engine.precision import mixed_precision
 from srlora_dist.storage.process_group import rejoin
@@ -83,7 +83,7 @@ def build_accelerator(config: RunConfig) -> tuple[Accelerator, str]:
     _require_divisible(config, accelerator.num_processes)
     if asked.startswith("zero"):
         made = accelerator.state.deepspeed_plugin.deepspeed_config
-        made.update(fill(made, config, accelerator.num_processes))
+        made.update(fill_auto(made, config, accelerator.num_processes))
     return accelerator, asked
 
 
@@ -94,7 +94,7 @@ def _deepspeed_plugin(settings: dict[str, object], config: RunConfig, num_proces
     """
     plugin = None
     if settings:
-        filled = fill(settings, config, num_processes)
+        filled = fill_auto(settings, config, num_processes)
         require_nvme(filled)
         plugin = DeepSpeedPlugin(hf_ds_config=filled)
     wait_for_locks(compiled_operators(settings))

@@ -59,7 +59,7 @@ def zero_stage(settings: dict[str, object]) -> int:
     return int(stage)
 
 
-def fill(settings: dict[str, object], config: RunConfig, num_processes: int) -> dict[str, object]:
+def fill_auto(settings: dict[str, object], config: RunConfig, num_processes: int) -> dict[str, object]:
     """The settings with our batch size, accumulation and clipping, and what depends on the machine.
 
     Accelerate would clip at 1.0 whatever we ask for.

@@ -6,7 +6,7 @@ import os
 
 from srlora_dist.engine.deepspeed import read_settings, zero_stage
 from srlora_dist.engine.process import launched_by_deepspeed
-from srlora_dist.storage.unconnected import require_company
+from srlora_dist.storage.unconnected import require_connected
 
 PARALLELISM = {
     "DP_REPLICATE": "HSDP (copies of an FSDP2 model, on a mesh of two dimensions)",
@@ -109,4 +109,4 @@ def _require_a_launcher_of_all() -> None:
             "accelerate launch was asked for several processes, but with this file it starts one alone on each node: "
             "use --config_file launch/accelerate/ddp.yaml, or cpu2.yaml on the CPU"
         )
-    require_company()
+    require_connected()

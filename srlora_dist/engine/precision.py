@@ -98,7 +98,7 @@ def require_precision(model: nn.Module, options: ModelOptions) -> None:
         )
 
 
-def train_in_(model: nn.Module, dtype: str) -> None:
+def cast_trainable_(model: nn.Module, dtype: str) -> None:
     """Hold all that is trained in one type, a new head too, which comes in that of the pretrained weights.
 
     It is float32 where the optimizer steps these tensors themselves: it would lose most of its small steps in 16 bits.

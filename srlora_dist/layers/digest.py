@@ -1,8 +1,8 @@
-"""A 64-bit digest of numbers that does not depend on how a matrix is cut into runs.
+"""A 64-bit digest of numbers that does not depend on how a matrix is cut into spans.
 
 Each element's bits are multiplied by an odd number made from its position and the products are added modulo 2^64. An
 odd factor can be undone, so a change of any one element of up to 4 bytes changes the digest; the digests of a matrix's
-runs add up to the digest of the matrix. It finds damage and divergence; it is no protection against a forger.
+spans add up to the digest of the matrix. It finds damage and divergence; it is no protection against a forger.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ _CHUNK = 1 << 20
 _ROW = 1 << 10  # sums over so many products of 32-bit numbers with positions in the row are exact in float64
 
 
-def digest_run(run: Tensor, start: int = 0) -> int:
-    """Digest of a run that starts at an element offset, in [0, 2^64).
+def digest_span(span: Tensor, start: int = 0) -> int:
+    """Digest of a span that starts at an element offset, in [0, 2^64).
 
     Args:
-        run: Any dtype of 1, 2, 4 or 8 bytes an element, those of 8 as two halves; read in row-major order.
+        span: Any dtype of 1, 2, 4 or 8 bytes an element, those of 8 as two halves; read in row-major order.
         start: Offset of its first element in the whole.
     """
-    bits = run.detach().contiguous().flatten()
+    bits = span.detach().contiguous().flatten()
     start *= max(1, bits.element_size() // 4)
     bits = bits.view({1: torch.int8, 2: torch.int16}.get(bits.element_size(), torch.int32))
     total = torch.zeros((), dtype=torch.int64, device=bits.device)

@@ -1,7 +1,7 @@
-"""The algebra on spans: add a sum of rank-1 pairs to a run of a matrix, sum and fill a run by pair.
+"""The algebra on spans: add a sum of rank-1 pairs to a span of a matrix, sum and fill a span by pair.
 
-Every storage gives a rank one contiguous run of the row-major flattened matrix, so fusing, scoring and resetting are
-written once, here, for a run; the whole matrix is the run that starts at 0.
+Every storage gives a rank one contiguous span of the row-major flattened matrix, so fusing, scoring and resetting are
+written once, here, for a span; the whole matrix is the span that starts at 0.
 """
 
 from __future__ import annotations
@@ -15,37 +15,37 @@ from srlora_dist.layers.matmul import exact_matmul
 
 
 @exact_matmul()
-def add_pairs_(run: Tensor, start: int, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
-    """Add ``scale * left @ right`` to a run of an (m, n) matrix: one GEMM for its whole rows, one short product an end.
+def add_pairs_(span: Tensor, start: int, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
+    """Add ``scale * left @ right`` to a span of an (m, n) matrix: one GEMM for its whole rows, one short product an end.
 
     Args:
-        run: 1-D contiguous float32, the elements ``start`` to ``start + run.numel()`` of the flattened matrix, row by
+        span: 1-D contiguous float32, the elements ``start`` to ``start + span.numel()`` of the flattened matrix, row by
             row.
-        start: Offset of the run in the flattened matrix, in elements.
+        start: Offset of the span in the flattened matrix, in elements.
         left: Columns, (m, k).
         right: Rows, (k, n).
         scale: Factor of the product.
     """
     num_columns = right.shape[1]
-    stop = start + run.numel()
-    if right.shape[0] == 0 or run.numel() == 0:
+    stop = start + span.numel()
+    if right.shape[0] == 0 or span.numel() == 0:
         return
     first_whole, last_whole = -(-start // num_columns), stop // num_columns
-    if first_whole > last_whole:  # the run lies inside one row
+    if first_whole > last_whole:  # the span lies inside one row
         row = start // num_columns
         part = right[:, start - row * num_columns : stop - row * num_columns]
-        run.addmv_(part.T, left[row], alpha=scale)
+        span.addmv_(part.T, left[row], alpha=scale)
         return
     num_head = first_whole * num_columns - start
     num_whole = (last_whole - first_whole) * num_columns
     if num_head:
-        run[:num_head].addmv_(right[:, -num_head:].T, left[first_whole - 1], alpha=scale)
+        span[:num_head].addmv_(right[:, -num_head:].T, left[first_whole - 1], alpha=scale)
     if num_whole:
-        rows = run[num_head : num_head + num_whole].view(-1, num_columns)
+        rows = span[num_head : num_head + num_whole].view(-1, num_columns)
         rows.addmm_(left[first_whole:last_whole], right, alpha=scale)
-    num_tail = run.numel() - num_head - num_whole
+    num_tail = span.numel() - num_head - num_whole
     if num_tail:
-        run[num_head + num_whole :].addmv_(right[:, :num_tail].T, left[last_whole], alpha=scale)
+        span[num_head + num_whole :].addmv_(right[:, :num_tail].T, left[last_whole], alpha=scale)
 
 
 SUM_CHUNK = {"cpu": 1 << 20, "other": 1 << 24}
@@ -53,15 +53,15 @@ SUM_CHUNK = {"cpu": 1 << 20, "other": 1 << 24}
 
 
 def add_pairs_to_sum_(high: Tensor, low: Tensor, start: int, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
-    """Add ``scale * left @ right`` to a run of an (m, n) matrix that is kept as the sum of two 16-bit terms.
+    """Add ``scale * left @ right`` to a span of an (m, n) matrix that is kept as the sum of two 16-bit terms.
 
     Afterwards ``high`` is the sum rounded to 16 bits and ``low`` what that rounding left, so that additions to follow
     start from the sum and not from its rounding: the error does not grow with their number.
 
     Args:
-        high: 1-D contiguous, the run as the model computes with it.
-        low: 1-D contiguous, what the run lacks, of the same length; may lie in host memory.
-        start: Offset of the run in the flattened matrix, in elements.
+        high: 1-D contiguous, the span as the model computes with it.
+        low: 1-D contiguous, what the span lacks, of the same length; may lie in host memory.
+        start: Offset of the span in the flattened matrix, in elements.
         left: Columns, (m, k).
         right: Rows, (k, n).
         scale: Factor of the product.
@@ -75,50 +75,50 @@ def add_pairs_to_sum_(high: Tensor, low: Tensor, start: int, left: Tensor, right
         low_part.copy_(total.sub_(high_part))
 
 
-def mean_by_pair(run: Tensor, start: int, shape: torch.Size, pair_dim: int) -> Tensor:
-    """This run's part of the mean over each pair's elements (Eq. 7); the parts of all runs add up to the mean.
+def mean_by_pair(span: Tensor, start: int, shape: torch.Size, pair_dim: int) -> Tensor:
+    """This span's part of the mean over each pair's elements (Eq. 7); the parts of all spans add up to the mean.
 
     Args:
-        run: 1-D, a run of a factor of ``shape``.
-        start: Offset of the run in the flattened factor.
+        span: 1-D, a span of a factor of ``shape``.
+        start: Offset of the span in the flattened factor.
         shape: Of the whole factor: (r, n) for A, (m, r) for B.
         pair_dim: The dimension that counts pairs: 0 for A, 1 for B.
 
     Returns:
         (r,) in float64, so that the way a factor is cut hardly matters.
     """
-    whole = torch.zeros(shape.numel(), dtype=torch.float64, device=run.device)
-    whole[start : start + run.numel()] = run
+    whole = torch.zeros(shape.numel(), dtype=torch.float64, device=span.device)
+    whole[start : start + span.numel()] = span
     return whole.view(shape).mean(1 - pair_dim)
 
 
-def fill_pairs_(run: Tensor, start: int, pair_dim: int, slots: Tensor, whole: Tensor) -> None:
-    """Copy the given pairs of a whole factor into a run of it; the other pairs are left alone.
+def fill_pairs_(span: Tensor, start: int, pair_dim: int, slots: Tensor, whole: Tensor) -> None:
+    """Copy the given pairs of a whole factor into a span of it; the other pairs are left alone.
 
     Args:
-        run: 1-D, a run of the factor (or of an optimizer moment of it).
-        start: Offset of the run in the flattened factor.
+        span: 1-D, a span of the factor (or of an optimizer moment of it).
+        start: Offset of the span in the flattened factor.
         pair_dim: The dimension that counts pairs: 0 for A, 1 for B.
         slots: (k,) int64, the pairs to fill.
         whole: The factor to copy from, (r, n) for A, (m, r) for B; any device.
     """
-    at = places_of_pairs(start, run.numel(), whole.shape, pair_dim, slots)
+    at = places_of_pairs(start, span.numel(), whole.shape, pair_dim, slots)
     source = whole.flatten()[(at + start).to(whole.device)]
-    run.index_copy_(0, at.to(run.device), source.to(run.device, run.dtype))
+    span.index_copy_(0, at.to(span.device), source.to(span.device, span.dtype))
 
 
 def places_of_pairs(start: int, numel: int, shape: torch.Size, pair_dim: int, slots: Tensor) -> Tensor:
-    """Where in a run of a factor the elements of the given pairs lie, found on the CPU so that no device is waited for.
+    """Where in a span of a factor the elements of the given pairs lie, found on the CPU so that no device is waited for.
 
     Args:
-        start: Offset of the run in the flattened factor.
+        start: Offset of the span in the flattened factor.
         numel: Its length.
         shape: Of the whole factor: (r, n) for A, (m, r) for B.
         pair_dim: The dimension that counts pairs: 0 for A, 1 for B.
         slots: (k,) int64 on the CPU, the pairs.
 
     Returns:
-        Offsets in the run, int64 on the CPU, each once.
+        Offsets in the span, int64 on the CPU, each once.
     """
     others = torch.arange(shape[1 - pair_dim])
     rows, columns = (slots, others) if pair_dim == 0 else (others, slots)

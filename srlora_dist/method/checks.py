@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from srlora_dist.checkpoint.training_state import trained_parameters
 from srlora_dist.errors import RunStoppedError
 from srlora_dist.layers.adapter import find_peft_model
-from srlora_dist.layers.digest import digest_run
+from srlora_dist.layers.digest import digest_span
 from srlora_dist.storage.base import Storage
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -153,14 +153,14 @@ def require_agreement(model: nn.Module, storage: Storage, num_steps: int) -> boo
     Returns:
         Whether there are copies at all.
 
-    Collective: see ``Storage.settle``; one all-reduce of 16 bytes per tensor.
+    Collective: see ``Storage.to_rest_layout_``; one all-reduce of 16 bytes per tensor.
 
     Raises:
         RunStoppedError: Some rank holds something else; the message names the first such tensor.
     """
-    storage.settle()
+    storage.to_rest_layout_()
     named = list(_copies(model, storage))
-    number = storage.find_difference([digest_run(copy) for _, copy in named])
+    number = storage.find_difference([digest_span(copy) for _, copy in named])
     if number is not None:
         raise RunStoppedError(
             f"after step {num_steps} the ranks hold different values of {named[number][0]}; they have drifted "

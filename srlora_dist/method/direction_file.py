@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from srlora_dist.checkpoint.files import remove_abandoned, write_whole
-from srlora_dist.layers.digest import combine, digest_run
+from srlora_dist.layers.digest import combine, digest_span
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class DirectionFile:
                 self._in_memory = {name: tensor.clone() for name, tensor in load_file(self.path).items()}
             with self._opened() as file:
                 names = sorted(file.keys())
-                digest = combine(*(digest_run(file.get_tensor(name)) for name in names))
+                digest = combine(*(digest_span(file.get_tensor(name)) for name in names))
                 return file.metadata().get("digest") == str(digest)
         except (SafetensorError, AttributeError):
             return False
@@ -68,7 +68,7 @@ class DirectionFile:
         Raises:
             OSError: It could not be written, or does not hold what was written.
         """
-        digest = combine(*(digest_run(tensors[name]) for name in sorted(tensors)))
+        digest = combine(*(digest_span(tensors[name]) for name in sorted(tensors)))
         metadata = {"method": method, "digest": str(digest)}
         write_whole(self.path, lambda path: save_file(tensors, path, metadata=metadata))
         if not self.open():

@@ -205,7 +205,7 @@ class Directions:
             for numbers in [*self._rounds(), []]:
                 stored = self._gather(numbers)
                 if before:
-                    made |= storage.attempt("factor a site", running and running.result) or {}
+                    made |= storage.run_on_ranks("factor a site", running and running.result) or {}
                     bar.update(len(before))
                 mine = numbers[storage.rank : storage.rank + 1]
                 before, running = numbers, pool.submit(self._factor, mine[0], stored) if mine else None
@@ -253,7 +253,7 @@ class Directions:
         shapes = [shape for k, m, n in ranks for shape in ((k, m), (k,), (k, n))]
         mine = ((3 * number + j, part) for number, triplet in made.items() for j, part in enumerate(triplet))
         parts = [(number, 0, part.flatten()) for number, part in mine]
-        wholes = self.storage.collect([math.prod(shape) for shape in shapes], parts)
+        wholes = self.storage.gather_to_0([math.prod(shape) for shape in shapes], parts)
         if self.storage.rank != 0:
             return {}
         return {name: whole.view(shape) for name, whole, shape in zip(names, wholes, shapes, strict=True)}

@@ -40,7 +40,7 @@ def edited_back(storage: Storage, numbers: list[int], moves: bool = False) -> It
     try:
         yield
     finally:
-        storage.settle()
+        storage.to_rest_layout_()
         for number, weight, residual in kept:
             _put_weight_back_(storage, number, weight, residual)
 
@@ -107,14 +107,14 @@ def _edit_back_(storage: Storage, numbers: list[int], moves: bool = False) -> No
         numbers: Of the sites.
         moves: The pairs are nothing yet, so move W along their rows by any amount that shows.
     """
-    storage.settle()
+    storage.to_rest_layout_()
     for number in numbers:
         a, b = storage.gather_parameters([storage.sites[number].lora_a, storage.sites[number].lora_b])
         storage.edit_weight_(number, torch.ones_like(b.float()) if moves else b.float(), a.float())
 
 
 def _copy_weight(storage: Storage, number: int) -> tuple[Tensor, Tensor | None]:
-    storage.settle()
+    storage.to_rest_layout_()
     with storage.in_memory(number):
         residual = storage.residuals.get(number)
         return storage.weight_to_edit(number)[0].to("cpu", copy=True), None if residual is None else residual.clone()

@@ -1,4 +1,4 @@
-"""The moving averages of Eq. 3-6, on the runs that a rank tracks, and the pair scores of Eq. 7."""
+"""The moving averages of Eq. 3-6, on the spans that a rank tracks, and the pair scores of Eq. 7."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from srlora_dist.method.statistics import Tracked, sum_by_pair
+from srlora_dist.method.statistics import PairStatistics, sum_by_pair
 from srlora_dist.storage.base import Storage
-from srlora_dist.storage.factor_spans import Piece, Run, local_part
+from srlora_dist.storage.factor_spans import FactorSpan, OwnedSpan, local_part
 
 GROUP_ELEMENTS = {"cpu": 1 << 16, "other": 1 << 24}
 """Elements that are updated together: on a CPU few enough for its cache, elsewhere enough to need few kernels."""
@@ -31,7 +31,7 @@ class Group:
         deviation: Those of its deviation (Eq. 5), flat.
     """
 
-    pieces: list[Piece]
+    pieces: list[OwnedSpan]
     mean: Tensor
     deviation: Tensor
 
@@ -52,10 +52,10 @@ class Group:
         return torch._utils._flatten_dense_tensors(torch._foreach_mul(weights, grads)).abs_()
 
 
-class Importance(Tracked):
+class Importance(PairStatistics):
     """How sensitive the loss is to each element of the factors, and how much that varies.
 
-    Between switches nothing is sent: each rank updates the statistics of its own runs, from the gradient that the
+    Between switches nothing is sent: each rank updates the statistics of its own spans, from the gradient that the
     optimizer is about to apply. When a switch is due, one all-reduce adds up the ranks' parts of the pair scores.
 
     Args:
@@ -101,9 +101,9 @@ class Importance(Tracked):
     def pair_scores(self) -> list[Tensor]:
         """Eq. 6-7. Collective: one all-reduce of 8 bytes a pair, or of 32 if they are relative."""
 
-        def score(run: Run) -> Tensor:
+        def score(span: FactorSpan) -> Tensor:
             # In float32 the product of two averages of 1e-20 would be 0.
-            return self.of(run, "mean").double() * self.of(run, "deviation").double()
+            return self.of(span, "mean").double() * self.of(span, "deviation").double()
 
         if not self.relative:
             return self.by_site(self.storage.all_reduce_(sum_by_pair(self.storage, score)))
@@ -118,21 +118,21 @@ class Importance(Tracked):
 
     @override
     def reset_(self, number: int, slots: Tensor) -> None:
-        for run in self.runs_of(number):
+        for span in self.spans_of(number):
             for kind in self.kinds:
                 if self.resets_all:
-                    self.of(run, kind).zero_()
+                    self.of(span, kind).zero_()
                 else:
-                    at = self.places(run, slots)
-                    self.of(run, kind).index_fill_(0, at, 0)
+                    at = self.places(span, slots)
+                    self.of(span, kind).index_fill_(0, at, 0)
 
     def _make_groups(self, present: set[int]) -> Iterator[Group]:
         """All that is tracked of the owners with these ids, in groups."""
-        for (mean, deviation), runs in self._buffers:
+        for (mean, deviation), spans in self._buffers:
             most = GROUP_ELEMENTS.get(mean.device.type, GROUP_ELEMENTS["other"])
-            spans: list[tuple[int, list[Piece]]] = []  # (where its statistics begin, pieces)
+            spans: list[tuple[int, list[OwnedSpan]]] = []  # (where its statistics begin, pieces)
             stop = 0
-            for start, piece in _cut(_joined(runs, present), most):
+            for start, piece in _cut(_joined(spans, present), most):
                 first, pieces = spans[-1] if spans else (0, [])
                 fits = pieces and start == stop and start + piece.numel - first <= most
                 if fits and pieces[0].owner.dtype == piece.owner.dtype:
@@ -145,9 +145,9 @@ class Importance(Tracked):
                 yield Group(pieces, mean[first:last], deviation[first:last])
 
 
-def mean_square(run: Run) -> Tensor:
+def mean_square(span: FactorSpan) -> Tensor:
     """What is averaged over a pair's elements to tell how large it is."""
-    return run.of(run.owner).double().square()
+    return span.of(span.owner).double().square()
 
 
 def _quotient(part: Tensor, size: Tensor) -> Tensor:
@@ -155,33 +155,33 @@ def _quotient(part: Tensor, size: Tensor) -> Tensor:
     return torch.where(size > 0, part / size.where(size > 0, 1), 0)
 
 
-def _joined(runs: list[Run], present: set[int]) -> list[tuple[int, Piece]]:
+def _joined(spans: list[FactorSpan], present: set[int]) -> list[tuple[int, OwnedSpan]]:
     """Runs of these owners as (where its statistics begin, piece), neighbours made one."""
-    found: list[tuple[int, Piece]] = []
+    found: list[tuple[int, OwnedSpan]] = []
     start = 0
-    for run in runs:
-        if id(run.owner) in present and run.numel:
+    for span in spans:
+        if id(span.owner) in present and span.numel:
             begin, last = found[-1] if found else (0, None)
-            is_next = last is not None and begin + last.numel == start and last.offset + last.numel == run.offset
-            if is_next and last.owner is run.owner:
-                last.numel += run.numel
+            is_next = last is not None and begin + last.numel == start and last.offset + last.numel == span.offset
+            if is_next and last.owner is span.owner:
+                last.numel += span.numel
             else:
-                found.append((start, Piece(run.owner, run.offset, run.start, run.numel)))
-        start += run.numel
+                found.append((start, OwnedSpan(span.owner, span.offset, span.start, span.numel)))
+        start += span.numel
     return found
 
 
-def _cut(pieces: list[tuple[int, Piece]], most: int) -> Iterator[tuple[int, Piece]]:
+def _cut(pieces: list[tuple[int, OwnedSpan]], most: int) -> Iterator[tuple[int, OwnedSpan]]:
     """The same in pieces of at most so many elements."""
     for begin, piece in pieces:
         for k in range(0, piece.numel, most):
-            yield begin + k, Piece(piece.owner, piece.offset + k, piece.start + k, min(most, piece.numel - k))
+            yield begin + k, OwnedSpan(piece.owner, piece.offset + k, piece.start + k, min(most, piece.numel - k))
 
 
-class Changes(Tracked):
+class ChangeScore(PairStatistics):
     """The mean square of a pair's change since its start, over its column of B plus over its row of A.
 
-    Each rank keeps what its runs were started as, and no step has to be observed.
+    Each rank keeps what its spans were started as, and no step has to be observed.
     """
 
     kinds = ("start",)
@@ -192,13 +192,13 @@ class Changes(Tracked):
     def pair_scores(self) -> list[Tensor]:
         """Collective: one all-reduce of 8 bytes a pair."""
 
-        def square(run: Run) -> Tensor:
-            return (run.of(run.owner).float() - self.of(run, "start")).double().square()
+        def square(span: FactorSpan) -> Tensor:
+            return (span.of(span.owner).float() - self.of(span, "start")).double().square()
 
         return self.by_site(self.storage.all_reduce_(sum_by_pair(self.storage, square)))
 
     @override
     def reset_(self, number: int, slots: Tensor) -> None:
-        for run in self.runs_of(number):
-            at = self.places(run, slots)
-            self.of(run, "start").index_copy_(0, at, run.of(run.owner)[at].float())
+        for span in self.spans_of(number):
+            at = self.places(span, slots)
+            self.of(span, "start").index_copy_(0, at, span.of(span.owner)[at].float())

@@ -8,7 +8,7 @@ from srlora_dist.checkpoint.ledger import Ledger
 from srlora_dist.config.method import SRLoRAConfig
 from srlora_dist.layers.site import Site
 from srlora_dist.method.budget import num_fused
-from srlora_dist.method.statistics import Tracked
+from srlora_dist.method.statistics import PairStatistics
 from srlora_dist.storage.base import Storage
 
 
@@ -42,7 +42,7 @@ class ExtraMemory:
 
 def count_extra_memory(
     storage: Storage,
-    importance: Tracked | None,
+    importance: PairStatistics | None,
     ledger: Ledger | None,
     num_switches: int,
     config: SRLoRAConfig,

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from srlora_dist.config.method import SRLoRAConfig
 from srlora_dist.errors import RunStoppedError
-from srlora_dist.method.importance import Changes, Importance
+from srlora_dist.method.importance import ChangeScore, Importance
 from srlora_dist.method.pair_steps import PairSteps
-from srlora_dist.method.schedule import Agenda
-from srlora_dist.method.statistics import Tracked
+from srlora_dist.method.schedule import SwitchSchedule
+from srlora_dist.method.statistics import PairStatistics
 from srlora_dist.method.watch import Watch
 from srlora_dist.storage.base import Storage
 
@@ -20,10 +20,10 @@ IDLE_CALLS = {4 << k for k in range(30)}
 micro-batches or overflows are rare, and pairs that move then are moved by an optimizer that ``bind`` did not get."""
 
 
-def make_scores(storage: Storage, config: SRLoRAConfig) -> Tracked:
+def make_scores(storage: Storage, config: SRLoRAConfig) -> PairStatistics:
     """The statistics of ``srlora.score``."""
     if config.score == "change":
-        return Changes(storage)
+        return ChangeScore(storage)
     relative, resets_all = config.score == "relative", config.score_reset == "all"
     return Importance(storage, config.beta1, config.beta2, relative, resets_all)
 
@@ -44,10 +44,10 @@ class Observer:
 
     def __init__(
         self,
-        scores: Tracked | None,
+        scores: PairStatistics | None,
         pair_steps: PairSteps | None,
         watch: Watch,
-        agenda: Agenda,
+        agenda: SwitchSchedule,
         num_steps: Callable[[], int],
     ) -> None:
         self.scores, self.pair_steps, self.watch, self.agenda = scores, pair_steps, watch, agenda

@@ -8,7 +8,7 @@ from torch import Tensor
 from srlora_dist.layers.pairs import places_of_pairs
 from srlora_dist.layers.site import PAIR_DIM
 from srlora_dist.storage.base import Storage
-from srlora_dist.storage.factor_spans import Run
+from srlora_dist.storage.factor_spans import FactorSpan
 
 
 class PairSteps:
@@ -24,44 +24,44 @@ class PairSteps:
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
-        self._born: dict[Run, tuple[int, ...]] = {}  # of its site, when its places were found
-        self._places: dict[Run, tuple[Tensor, Tensor]] = {}  # of restarted pairs in a run, and the slot of each
-        self._before: dict[Run, Tensor] = {}
+        self._born: dict[FactorSpan, tuple[int, ...]] = {}  # of its site, when its places were found
+        self._places: dict[FactorSpan, tuple[Tensor, Tensor]] = {}  # of restarted pairs in a span, and the slot of each
+        self._before: dict[FactorSpan, Tensor] = {}
 
     @torch.no_grad()
     def before_(self, owners: set[int]) -> None:
         """The optimizer is about to step the tensors with these ids."""
-        for run in self._restarted(owners):
-            self._before[run] = run.of(run.owner)[self._places[run][0]]
+        for span in self._restarted(owners):
+            self._before[span] = span.of(span.owner)[self._places[span][0]]
 
     @torch.no_grad()
     def after_(self, owners: set[int], step: int) -> None:
         """It has taken this step, counted from 1."""
         betas = {id(owner): g["betas"] for g in self.storage.optimizer.param_groups for owner in g["params"]}
-        for run in self._restarted(owners):
-            at, slots = self._places[run]
-            beta1, beta2 = betas[id(run.owner)]
-            born = self.storage.sites[run.site].born
+        for span in self._restarted(owners):
+            at, slots = self._places[span]
+            beta1, beta2 = betas[id(span.owner)]
+            born = self.storage.sites[span.site].born
             ratios = [_correction(step - k, beta1, beta2) / _correction(step, beta1, beta2) for k in born]
-            before, weight = self._before.pop(run), run.of(run.owner)
+            before, weight = self._before.pop(span), span.of(span.owner)
             ratio = torch.tensor(ratios, dtype=weight.dtype, device=weight.device)[slots]
             weight.index_copy_(0, at, before + (weight[at] - before) * ratio)
 
-    def _restarted(self, owners: set[int]) -> list[Run]:
-        """The runs of these tensors that hold restarted pairs."""
-        return [run for run in self.storage.held if id(run.owner) in owners and self._find_places(run)]
+    def _restarted(self, owners: set[int]) -> list[FactorSpan]:
+        """The spans of these tensors that hold restarted pairs."""
+        return [span for span in self.storage.held if id(span.owner) in owners and self._find_places(span)]
 
-    def _find_places(self, run: Run) -> bool:
-        site = self.storage.sites[run.site]
-        if self._born.get(run) != tuple(site.born):
-            self._born[run] = tuple(site.born)
+    def _find_places(self, span: FactorSpan) -> bool:
+        site = self.storage.sites[span.site]
+        if self._born.get(span) != tuple(site.born):
+            self._born[span] = tuple(site.born)
             slots = torch.tensor([slot for slot, born in enumerate(site.born) if born > 0], dtype=torch.int64)
-            shape, pair_dim = site.factor_shape(run.factor), PAIR_DIM[run.factor]
-            at = places_of_pairs(run.start, run.numel, shape, pair_dim, slots)
-            whole = at + run.start
+            shape, pair_dim = site.factor_shape(span.factor), PAIR_DIM[span.factor]
+            at = places_of_pairs(span.start, span.numel, shape, pair_dim, slots)
+            whole = at + span.start
             of = whole // shape[1] if pair_dim == 0 else whole % shape[1]
-            self._places[run] = at.to(run.owner.device), of.to(run.owner.device)
-        return self._places[run][0].numel() > 0
+            self._places[span] = at.to(span.owner.device), of.to(span.owner.device)
+        return self._places[span][0].numel() > 0
 
 
 def _correction(num_steps: int, beta1: float, beta2: float) -> float:

@@ -12,7 +12,7 @@ from srlora_dist.layers.site import Site
 from srlora_dist.method.budget import choose_slots, num_next, plan_switches, window_length
 
 
-class Agenda:
+class SwitchSchedule:
     """The switches after switch 0: a list of steps, brought forward with ``switch_when: settled``.
 
     Args:
@@ -27,10 +27,10 @@ class Agenda:
     def __init__(self, sites: list[Site], config: SRLoRAConfig, num_training_steps: int) -> None:
         self.config, self.num_training_steps = config, num_training_steps
         self.due_steps = plan_switches(sites, config, num_training_steps)
-        self.settling: Settling | None = None
+        self.settling: EarlySwitch | None = None
         self.window = window_length(config.importance_window, config.beta1, config.beta2)
         if config.switch_when == "settled":
-            self.settling = Settling(self.due_steps[0] if self.due_steps else 0)
+            self.settling = EarlySwitch(self.due_steps[0] if self.due_steps else 0)
             self.window = None  # any step may come just before a switch
 
     def steps_to_next(self, num_steps: int) -> int | None:
@@ -125,7 +125,7 @@ EARLIEST = 0.5
 SAME_SHARE = 0.9
 
 
-class Settling:
+class EarlySwitch:
     """Looks at what a switch would choose, some times in each interval, and compares it with the look before.
 
     Args:

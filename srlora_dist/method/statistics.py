@@ -11,11 +11,11 @@ from torch import Tensor
 from srlora_dist.layers.pairs import mean_by_pair, places_of_pairs
 from srlora_dist.layers.site import PAIR_DIM
 from srlora_dist.storage.base import Storage
-from srlora_dist.storage.factor_spans import Run, by_site
+from srlora_dist.storage.factor_spans import FactorSpan, by_site
 
 
-class Tracked(ABC):
-    """Statistics of the runs that a rank tracks; over all ranks each element is tracked once.
+class PairStatistics(ABC):
+    """Statistics of the spans that a rank tracks; over all ranks each element is tracked once.
 
     Args:
         storage: How the ranks hold the factors.
@@ -34,13 +34,13 @@ class Tracked(ABC):
         self.seconds = 0.0
         self._of_site = by_site(storage.tracked)
         # By their place in the owner, so that neighbours can be joined.
-        owners = {id(run.owner): number for number, run in enumerate(storage.tracked)}
-        runs = sorted(storage.tracked, key=lambda run: (str(run.owner.device), owners[id(run.owner)], run.offset))
-        self._statistics: dict[Run, tuple[Tensor, ...]] = {}
-        self._buffers: list[tuple[Tensor, list[Run]]] = []  # (kinds, elements) and whose they are
-        for device in dict.fromkeys(run.owner.device for run in runs):
-            there = [run for run in runs if run.owner.device == device]
-            lengths = [run.numel for run in there]
+        owners = {id(span.owner): number for number, span in enumerate(storage.tracked)}
+        spans = sorted(storage.tracked, key=lambda span: (str(span.owner.device), owners[id(span.owner)], span.offset))
+        self._statistics: dict[FactorSpan, tuple[Tensor, ...]] = {}
+        self._buffers: list[tuple[Tensor, list[FactorSpan]]] = []  # (kinds, elements) and whose they are
+        for device in dict.fromkeys(span.owner.device for span in spans):
+            there = [span for span in spans if span.owner.device == device]
+            lengths = [span.numel for span in there]
             buffers = torch.zeros(len(self.kinds), sum(lengths), device=device)
             self._buffers.append((buffers, there))
             parts = [buffer.split(lengths) for buffer in buffers]
@@ -68,23 +68,23 @@ class Tracked(ABC):
         """Memory that this rank holds for the statistics."""
         return sum(buffers.nbytes for buffers, _ in self._buffers)
 
-    def of(self, run: Run, kind: str) -> Tensor:
-        """A statistic of a run, flat, a view."""
-        return self._statistics[run][self.kinds.index(kind)]
+    def of(self, span: FactorSpan, kind: str) -> Tensor:
+        """A statistic of a span, flat, a view."""
+        return self._statistics[span][self.kinds.index(kind)]
 
-    def runs_of(self, number: int) -> list[Run]:
+    def spans_of(self, number: int) -> list[FactorSpan]:
         """What this rank tracks of a site."""
         return self._of_site[number]
 
     def of_site(self, number: int) -> list[Tensor]:
         """The statistics that this rank holds of a site, to be kept or put back."""
-        return [statistic for run in self._of_site[number] for statistic in self._statistics[run]]
+        return [statistic for span in self._of_site[number] for statistic in self._statistics[span]]
 
-    def places(self, run: Run, slots: Tensor) -> Tensor:
-        """Where the elements of the given pairs lie in a statistic of a run."""
-        shape = self.storage.sites[run.site].factor_shape(run.factor)
-        at = places_of_pairs(run.start, run.numel, shape, PAIR_DIM[run.factor], slots)
-        return at.to(run.owner.device)
+    def places(self, span: FactorSpan, slots: Tensor) -> Tensor:
+        """Where the elements of the given pairs lie in a statistic of a span."""
+        shape = self.storage.sites[span.site].factor_shape(span.factor)
+        at = places_of_pairs(span.start, span.numel, shape, PAIR_DIM[span.factor], slots)
+        return at.to(span.owner.device)
 
     def by_site(self, packed: Tensor) -> list[Tensor]:
         """One number a pair, of all sites in a row, cut into (r,) a site, on the CPU."""
@@ -93,10 +93,10 @@ class Tracked(ABC):
     def gather(self) -> dict[str, Tensor]:
         """The statistics of whole factors, flat, by ``site.factor.statistic``, on rank 0; nothing elsewhere.
 
-        Collective: they are collected, see ``Ranks.collect``.
+        Collective: they are collected, see ``Collectives.gather_to_0``.
         """
         names, sizes = self._names_and_sizes()
-        return dict(zip(names, self.storage.collect(sizes, self._parts()), strict=self.storage.rank == 0))
+        return dict(zip(names, self.storage.gather_to_0(sizes, self._parts()), strict=self.storage.rank == 0))
 
     def restore_(self, read: Callable[[str], Tensor]) -> None:
         """Put back what :meth:`gather` gave.
@@ -104,14 +104,14 @@ class Tracked(ABC):
         Args:
             read: Gives a statistic by its name; called on rank 0 alone.
 
-        Collective: they are spread, see ``Ranks.spread``.
+        Collective: they are spread, see ``Collectives.scatter_from_0``.
         """
         names, sizes = self._names_and_sizes()
-        parts = {number: (start, run) for number, start, run in self._parts()}
-        for number, whole in self.storage.spread(sizes, lambda j: read(names[j])):
+        parts = {number: (start, span) for number, start, span in self._parts()}
+        for number, whole in self.storage.scatter_from_0(sizes, lambda j: read(names[j])):
             if number in parts:
-                start, run = parts[number]
-                run.copy_(whole[start : start + run.numel()])
+                start, span = parts[number]
+                span.copy_(whole[start : start + span.numel()])
 
     def _names_and_sizes(self) -> tuple[list[str], list[int]]:
         factors = [(site, factor) for site in self.storage.sites for factor in ("A", "B")]
@@ -119,20 +119,20 @@ class Tracked(ABC):
         return names, [site.factor_shape(factor).numel() for site, factor in factors for _ in self.kinds]
 
     def _parts(self) -> list[tuple[int, int, Tensor]]:
-        """(number of the name, start, run) of all that this rank tracks."""
+        """(number of the name, start, span) of all that this rank tracks."""
         return [
-            (len(self.kinds) * (2 * run.site + "AB".index(run.factor)) + kind, run.start, statistic)
-            for run in self.storage.tracked
-            for kind, statistic in enumerate(self._statistics[run])
+            (len(self.kinds) * (2 * span.site + "AB".index(span.factor)) + kind, span.start, statistic)
+            for span in self.storage.tracked
+            for kind, statistic in enumerate(self._statistics[span])
         ]
 
 
-def sum_by_pair(storage: Storage, of_run: Callable[[Run], Tensor], factors: str = "AB") -> Tensor:
+def sum_by_pair(storage: Storage, of_span: Callable[[FactorSpan], Tensor], factors: str = "AB") -> Tensor:
     """This rank's part of the mean over each pair's elements in a factor, one number a pair, of all sites in a row.
 
     Args:
         storage: The parts of all its ranks add up to the mean.
-        of_run: What is averaged, flat, for each element of a tracked run.
+        of_span: What is averaged, flat, for each element of a tracked span.
         factors: Those whose means are added up.
 
     Returns:
@@ -141,8 +141,10 @@ def sum_by_pair(storage: Storage, of_run: Callable[[Run], Tensor], factors: str 
     ranks = [site.rank for site in storage.sites]
     packed = torch.zeros(sum(ranks), dtype=torch.float64, device=storage.device)
     parts = packed.split(ranks)
-    for run in storage.tracked:
-        if run.factor in factors:
-            shape = storage.sites[run.site].factor_shape(run.factor)
-            parts[run.site].add_(mean_by_pair(of_run(run).to(packed.device), run.start, shape, PAIR_DIM[run.factor]))
+    for span in storage.tracked:
+        if span.factor in factors:
+            shape = storage.sites[span.site].factor_shape(span.factor)
+            parts[span.site].add_(
+                mean_by_pair(of_span(span).to(packed.device), span.start, shape, PAIR_DIM[span.factor])
+            )
     return packed

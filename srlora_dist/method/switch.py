@@ -12,13 +12,13 @@ from torch import Tensor
 from srlora_dist.checkpoint.ledger import Ledger, SiteSwitch, SwitchReport, read_entries
 from srlora_dist.config.method import SRLoRAConfig
 from srlora_dist.errors import RunStoppedError
-from srlora_dist.layers.digest import combine, digest_run
+from srlora_dist.layers.digest import combine, digest_span
 from srlora_dist.layers.matmul import exact_matmul
 from srlora_dist.layers.site import PAIR_DIM, Site
 from srlora_dist.method.budget import next_directions
 from srlora_dist.method.directions import Directions
 from srlora_dist.method.second_adapter import append_pairs_
-from srlora_dist.method.statistics import Tracked, sum_by_pair
+from srlora_dist.method.statistics import PairStatistics, sum_by_pair
 from srlora_dist.method.svd import Triplet, compute_directions
 from srlora_dist.storage.base import Storage
 
@@ -41,7 +41,7 @@ def cut_into_buckets(sites: list[Site]) -> Iterator[list[int]]:
         yield bucket
 
 
-class Exchange:
+class SwitchExecutor:
     """Phases 2 to 4 of a switch (see :class:`~.switcher.Switcher`), and how they are undone or made again.
 
     Args:
@@ -57,7 +57,7 @@ class Exchange:
         storage: Storage,
         directions: Directions,
         ledger: Ledger | None,
-        importance: Tracked | None,
+        importance: PairStatistics | None,
         config: SRLoRAConfig,
     ) -> None:
         self.storage, self.sites = storage, storage.sites
@@ -81,7 +81,7 @@ class Exchange:
             RunStoppedError: The ranks have fused, taken or written different things.
             ValueError: Rank 0 cannot read its directions any more, or cannot factor a weight anew.
         """
-        self.storage.settle()
+        self.storage.to_rest_layout_()
         self._compression, digests = [], []
         seconds = self._surviving_moments(slots) if scores is not None else {}
         for bucket in self.buckets():
@@ -151,7 +151,7 @@ class Exchange:
             self.importance.reset_(number, chosen)
         part = SiteSwitch(site.name, slots, [site.held[slot] for slot in slots] if fuses else [], directions, scores)
         written = torch.cat([tensor.flatten().float() for tensor in (lefts, rights, whole_a, whole_b)])
-        return part, combine(*slots, *directions, digest_run(written))
+        return part, combine(*slots, *directions, digest_span(written))
 
     def _renew(self, number: int, slots: list[int], a: Tensor, b: Tensor) -> Triplet | None:
         """The first directions of a site's W as it will be once these pairs are fused, on rank 0; None elsewhere.
@@ -202,19 +202,19 @@ class Exchange:
             self._compression.append(append_pairs_(self.storage, number, left, right))
 
     @torch.no_grad()
-    def repeat(self, paths: list[Path]) -> None:
+    def replay(self, paths: list[Path]) -> None:
         """Make all edits of a ledger, in their order, on the untouched base.
 
         Args:
             paths: Its entries; rank 0's count.
 
-        Collective: for each entry the shapes, and a spread of its pairs (see ``Ranks.spread``).
+        Collective: for each entry the shapes, and a spread of its pairs (see ``Collectives.scatter_from_0``).
 
         Raises:
             ValueError: Rank 0 cannot read an entry.
         """
         storage = self.storage
-        storage.settle()
+        storage.to_rest_layout_()
         entries = read_entries(paths)
         while True:
             entry = storage.on_rank_0("read the ledger", lambda: next(entries, {}))
@@ -228,7 +228,7 @@ class Exchange:
                 continue
             numbers = iter([number for number, site in enumerate(self.sites) if f"{site.name}.left" in shapes])
             left = None
-            for j, whole in storage.spread(sizes, lambda j, names=names, entry=entry: entry[names[j]].float()):
+            for j, whole in storage.scatter_from_0(sizes, lambda j, names=names, entry=entry: entry[names[j]].float()):
                 whole = whole.view(shapes[names[j]])
                 if left is None:
                     left = whole
@@ -243,7 +243,7 @@ class Exchange:
         Collective: under ZeRO-3 and FSDP2 an all-reduce of the factors, here and not when they are put back.
         """
         storage = self.storage
-        storage.settle()
+        storage.to_rest_layout_()
         factors = [
             (parameter, PAIR_DIM[name], whole.clone())
             for site in self.sites
@@ -256,7 +256,7 @@ class Exchange:
 
         @torch.no_grad()
         def put_back() -> None:
-            storage.settle()
+            storage.to_rest_layout_()
             for number, copies in enumerate(kept):
                 for view, copy in zip(self._changed(number), copies, strict=True):
                     view.copy_(copy)

@@ -39,10 +39,10 @@ from srlora_dist.method.memory import ExtraMemory, count_extra_memory
 from srlora_dist.method.observer import Observer, make_scores
 from srlora_dist.method.pair_steps import PairSteps
 from srlora_dist.method.rehearsal import rehearse
-from srlora_dist.method.schedule import Agenda
+from srlora_dist.method.schedule import SwitchSchedule
 from srlora_dist.method.second_adapter import add_second_adapters_, require_intact
-from srlora_dist.method.statistics import Tracked
-from srlora_dist.method.switch import Exchange
+from srlora_dist.method.statistics import PairStatistics
+from srlora_dist.method.switch import SwitchExecutor
 from srlora_dist.method.watch import Watch, require_same_model
 from srlora_dist.storage.base import Storage
 from srlora_dist.storage.find import find_storage, release_gathered
@@ -90,9 +90,9 @@ class Switcher:
         self._parts = ExportParts(model, self.sites, config.adapter_name)
         warn_of_start(model, config.adapter_name)
         keep_payloads_(model)
-        self._agenda: Agenda | None = None
+        self._schedule: SwitchSchedule | None = None
         if num_training_steps is not None:
-            self.plan(num_training_steps)
+            self.set_num_steps(num_training_steps)
         hooks_of_adapters = add_second_adapters_(self.sites, config)
         self._if_disk_full, self._folders = if_disk_full, HeldFolders()
         self.num_steps = 0
@@ -101,14 +101,14 @@ class Switcher:
         self.storage: Storage | None = None
         self._ledger: Ledger | None = None
         self.extra_memory: ExtraMemory | None = None
-        self._importance: Tracked | None = None
+        self._importance: PairStatistics | None = None
         self._check: OutputCheck | None = None
         self._first_batch: FirstBatch | None = None
         self.resumed: dict[str, object] | None = None
         self._warned_of_nothing = self._is_closed = False
         self._hooks: list[RemovableHandle] = hooks_of_adapters
 
-    def plan(self, num_training_steps: int) -> None:
+    def set_num_steps(self, num_training_steps: int) -> None:
         """Share the switches out over a run of so many optimizer steps, before ``bind``.
 
         Raises:
@@ -116,13 +116,13 @@ class Switcher:
             RuntimeError: ``bind`` was called before, and the switches are under way.
         """
         if self._watch is not None:
-            raise RuntimeError("call switcher.plan() before switcher.bind(): the switches are under way")
-        self._agenda = Agenda(self.sites, self.config, num_training_steps)
+            raise RuntimeError("call switcher.set_num_steps() before switcher.bind(): the switches are under way")
+        self._schedule = SwitchSchedule(self.sites, self.config, num_training_steps)
 
     @property
     def due_steps(self) -> list[int]:
         """Optimizer steps after which the switches happen; with ``switch_when: settled``, at the latest."""
-        return self._agenda.due_steps
+        return self._schedule.due_steps
 
     def bind(
         self,
@@ -152,15 +152,17 @@ class Switcher:
             ValueError: The ranks hold different models, the storage or the optimizer is not supported, the adapter has
                 been trained already, or the checkpoint does not fit.
         """
-        if self._agenda is None:
-            raise RuntimeError("give Switcher() the number of optimizer steps, or call switcher.plan() before bind()")
+        if self._schedule is None:
+            raise RuntimeError(
+                "give Switcher() the number of optimizer steps, or call switcher.set_num_steps() before bind()"
+            )
         if self._watch is not None:
             raise RuntimeError("bind() was called before, and has edited the weights: load the model anew for another")
         release_gathered(model)
         self.sites = self._find_same_sites(model)
         self.storage = storage = find_storage(model, optimizer, self.sites)
         self._model = model
-        require_same_model(model, storage, self._agenda.plan())
+        require_same_model(model, storage, self._schedule.plan())
         resumes = storage.rank_0_says(resume_from is not None)
         rehearse(model, storage, self.config.optimizer_reset, will_save or resumes)
         require_intact(self.sites)
@@ -181,7 +183,7 @@ class Switcher:
         if self.due_steps:
             self._importance = make_scores(storage, self.config)
         self._watch = Watch(storage, self.config.adapter_name)
-        parts = self._importance, pair_steps, self._watch, self._agenda
+        parts = self._importance, pair_steps, self._watch, self._schedule
         self._observer = Observer(*parts, lambda: self.num_steps)
         report = self._start() if saved is None else self._resume(saved)
         if saved is None:
@@ -216,14 +218,14 @@ class Switcher:
             return None
         require_intact(self.sites)
         self.num_steps += 1
-        planned = self._agenda.num_training_steps
+        planned = self._schedule.num_training_steps
         if self.num_steps == planned + 1:
             logger.warning(
                 "this is step %d of %d: the switches were planned for too short a run", self.num_steps, planned
             )
         if self.config.agreement_every and self.num_steps % self.config.agreement_every == 0:
             self.require_agreement()
-        return self._switch_now() if self._agenda.is_due(self.num_steps, self._choice) else None
+        return self._switch_now() if self._schedule.is_due(self.num_steps, self._choice) else None
 
     def require_agreement(self) -> None:
         """Compare all that ranks hold copies of: what is trained, under DDP its moments, and the weights.
@@ -254,7 +256,7 @@ class Switcher:
             The size in bytes on rank 0, None elsewhere.
 
         Collective: every rank must call it; what is trained, its moments and the moving averages are collected on rank
-            0 (see ``Ranks.collect``).
+            0 (see ``Collectives.gather_to_0``).
 
         Raises:
             ValueError: Rank 0 could not write; the checkpoints that were there are still good. Raised on every rank.
@@ -269,7 +271,7 @@ class Switcher:
             "step": self.num_steps if step is None else step,
             "num_steps": self.num_steps,
             "num_switches": self.num_switches,
-            **self._agenda.state(),
+            **self._schedule.state(),
             "extra": extra or {},
         }
         return save_run(
@@ -300,7 +302,7 @@ class Switcher:
         self._require_bound()
         require_intact(self.sites)
         self._watch.require_untouched(in_step=bool(self._observer.stepped))
-        missing = self._agenda.missing_switches(self.num_steps)
+        missing = self._schedule.missing_switches(self.num_steps)
         if is_last and missing:
             warnings.warn(missing, stacklevel=2)
         about = self.sites, self._ledger, folder, self._parts, max_rank, put
@@ -359,12 +361,12 @@ class Switcher:
         folder, full = self.config.ledger_dir, self._if_disk_full
         self._ledger = self.storage.on_rank_0("open the ledger", lambda: Ledger(folder, start_from, full))
 
-    def _prepare_exchange(self) -> None:
-        self._exchange = Exchange(self.storage, self._directions, self._ledger, self._importance, self.config)
+    def _prepare_executor(self) -> None:
+        self._executor = SwitchExecutor(self.storage, self._directions, self._ledger, self._importance, self.config)
 
     def _start(self) -> SwitchReport:
         """Switch 0."""
-        self._prepare_exchange()
+        self._prepare_executor()
         # The type of an original checkpoint is not looked at: most are in bfloat16.
         stored_as = "bfloat16" if self.config.directions_from is not None else None
         noisy = self.storage.on_rank_0(
@@ -377,15 +379,15 @@ class Switcher:
         """Make the ledger's edits of the base again, and put back what a checkpoint holds."""
         state = saved.state
         require_same_base(state, self.sites, self._directions.digests)
-        self._agenda.restore_(state)
+        self._schedule.restore_(state)
         self.num_steps, self.num_switches = state["num_steps"], state["num_switches"]
         require_same_training(self._model, self.storage, state)
         listed = saved.checkpoint.listed_ledger if saved.checkpoint is not None else {}
         entries = list(listed)
         self.storage.on_rank_0("count the ledger", lambda: require_entries(entries, self.num_switches))
         self._ledger = None
-        self._prepare_exchange()
-        self._exchange.repeat(entries)
+        self._prepare_executor()
+        self._executor.replay(entries)
         for site, theirs in zip(self.sites, state["sites"], strict=True):
             site.num_taken, site.held, site.born = theirs["num_taken"], list(theirs["held"]), list(theirs["born"])
             site.left_out = theirs.get("left_out", False)
@@ -394,13 +396,13 @@ class Switcher:
             self._importance.restore_(lambda name: saved.read(AVERAGES, name))
         self._watch.remember(self._has_edited())
         self._open_ledger(listed)  # now that nothing can be wrong with the checkpoint any more
-        self._exchange.ledger = self._ledger
+        self._executor.ledger = self._ledger
 
     def _announce(self) -> None:
         """Count what is held beside LoRA, and tell the user."""
         self.extra_memory = count_extra_memory(
             *(self.storage, self._importance, self._ledger, len(self.due_steps), self.config),
-            list(self._exchange.buckets()),
+            list(self._executor.buckets()),
             self._watch.num_bytes,
         )
         num_sites, name = len(self.sites), self.storage.name
@@ -426,19 +428,19 @@ class Switcher:
         self._watch.remember(self._has_edited())
 
     def _choice(self) -> list[list[int]]:
-        return self._agenda.choose(self.sites, self._observer.finite_scores(), self.num_steps)
+        return self._schedule.choose(self.sites, self._observer.finite_scores(), self.num_steps)
 
     def _switch_now(self) -> SwitchReport:
         self._watch.require_untouched()
         scores = self._observer.finite_scores()
-        return self._switch(self._agenda.choose(self.sites, scores, self.num_steps), scores)
+        return self._switch(self._schedule.choose(self.sites, scores, self.num_steps), scores)
 
     def _switch(self, slots: list[list[int]], scores: list[Tensor] | None, *more: Finding | None) -> SwitchReport:
         began = time.perf_counter()
         report = SwitchReport(self.num_steps, self.num_switches, [])
         before = self._check.output() if self._check is not None else None
-        put_back = self._exchange.snapshot() if before is not None else None
-        self._exchange.run(report, slots, scores)
+        put_back = self._executor.snapshot() if before is not None else None
+        self._executor.run(report, slots, scores)
         if before is not None:
             report.relative_output_change = self._check.relative_change(before)
             report.undone = report.relative_output_change > self._check.tolerance

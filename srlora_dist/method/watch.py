@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from srlora_dist.checkpoint.training_state import trained_parameters
-from srlora_dist.layers.digest import digest_run
+from srlora_dist.layers.digest import digest_span
 from srlora_dist.layers.site import FUSED
 from srlora_dist.storage.base import Storage
 
@@ -57,9 +57,9 @@ class Watch:
         Args:
             is_edited: A weight that is edited in place may be another than the pretrained one.
 
-        Collective: see ``Storage.settle``.
+        Collective: see ``Storage.to_rest_layout_``.
         """
-        self.storage.settle()
+        self.storage.to_rest_layout_()
         for layer in self._in_place:
             setattr(layer, EDITED, is_edited)
         self._held = [list(self._parts(number)) for number in range(len(self.storage.sites))]
@@ -99,12 +99,12 @@ class Watch:
         Args:
             in_step: The optimizer has stepped since :meth:`remember_pairs`, so that pairs cannot be compared.
 
-        Collective: see ``Storage.settle``; one all-reduce of 8 bytes; after a failure also the messages.
+        Collective: see ``Storage.to_rest_layout_``; one all-reduce of 8 bytes; after a failure also the messages.
 
         Raises:
             RuntimeError: With what has changed, and the remedy.
         """
-        self.storage.settle()
+        self.storage.to_rest_layout_()
         found = self._find_change(in_step)
         self.storage.raise_together(RuntimeError(found) if found else None, RuntimeError)
         self._versions = self._count_writes()  # with the same numbers
@@ -155,12 +155,12 @@ class Watch:
         storage, site = self.storage, self.storage.sites[number]
         if not storage.is_away(number):
             in_place = site.fused_a is None
-            yield "the weight", (storage.weight_to_edit(number) if in_place else storage.parameter_run(site.weight))[0]
+            yield "the weight", (storage.weight_to_edit(number) if in_place else storage.local_span(site.weight))[0]
         if number in storage.residuals:
             yield "the residual", storage.residuals[number]
         if site.fused_a is not None:
             for name, factor in (("A", site.fused_a), ("B", site.fused_b)):
-                yield f"{name} of the adapter {FUSED!r}", storage.parameter_run(factor)[0]
+                yield f"{name} of the adapter {FUSED!r}", storage.local_span(factor)[0]
 
     def _count_writes(self) -> list[list[int]]:
         return [[part._version for _, part in parts] for parts in self._held]
@@ -170,8 +170,8 @@ class Watch:
         views: dict[torch.device, list[Tensor]] = defaultdict(list)
         for site in self.storage.sites:
             for factor in (site.lora_a, site.lora_b):
-                run = self.storage.parameter_run(factor)[0]
-                views[run.device].append(_sample(run, SAMPLES_OF_FACTOR))
+                span = self.storage.local_span(factor)[0]
+                views[span.device].append(_sample(span, SAMPLES_OF_FACTOR))
         return list(views.values())
 
     def _sample_pairs(self) -> list[Tensor]:
@@ -197,7 +197,7 @@ def require_same_model(model: nn.Module, storage: Storage, plan: dict[str, objec
     if not storage.gathers:
         floats = [site for site in storage.sites if not site.quantised]
         samples = [_sample(site.weight.detach().view(-1)) for site in floats]
-        digests = [f"{digest_run(sample):016x}" for sample in samples]
+        digests = [f"{digest_span(sample):016x}" for sample in samples]
         lines += [f"holds {site.name} with digest {digest}" for site, digest in zip(floats, digests, strict=True)]
     whole = hashlib.blake2b("\n".join(lines).encode(), digest_size=8).digest()
     if storage.find_difference([int.from_bytes(whole, "big")]) is None:
@@ -219,9 +219,9 @@ def _refuse_reference(layer: LoraLayer, *_: object) -> None:
         )
 
 
-def _sample(run: Tensor, most: int = SAMPLES_OF_WEIGHT) -> Tensor:
-    """Evenly spread elements of a run, a view. The stride is odd, or it would meet few columns of a matrix."""
-    return run[:: (-(-run.numel() // most) | 1) if run.numel() > most else 1]
+def _sample(span: Tensor, most: int = SAMPLES_OF_WEIGHT) -> Tensor:
+    """Evenly spread elements of a span, a view. The stride is odd, or it would meet few columns of a matrix."""
+    return span[:: (-(-span.numel() // most) | 1) if span.numel() > most else 1]
 
 
 def _differs(now: Tensor, before: Tensor, exactly: bool) -> bool:

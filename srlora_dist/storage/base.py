@@ -13,16 +13,16 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from srlora_dist.layers.adapter import used_adapter_error
-from srlora_dist.layers.digest import digest_run
+from srlora_dist.layers.digest import digest_span
 from srlora_dist.layers.pairs import add_pairs_, add_pairs_to_sum_, fill_pairs_, places_of_pairs
 from srlora_dist.layers.site import PAIR_DIM, Site
-from srlora_dist.storage.collectives import Ranks
-from srlora_dist.storage.factor_spans import Piece, Run, by_site
+from srlora_dist.storage.collectives import Collectives
+from srlora_dist.storage.factor_spans import FactorSpan, OwnedSpan, by_site
 from srlora_dist.storage.optimizer_state import SECOND_MOMENTS, resettable_moments
 from srlora_dist.storage.quantized import dequantise, digest_scales
 
 
-class Storage(Ranks, ABC):
+class Storage(Collectives, ABC):
     """How the ranks hold the weights, factors, gradients and moments of the sites.
 
     Attributes:
@@ -30,9 +30,9 @@ class Storage(Ranks, ABC):
         optimizer: The innermost torch optimizer, the one place that sees the gradients that are applied.
         gathers: Whether :meth:`gather_parameters` makes copies, because a rank holds only a part.
         cuts_optimizer: Whether a rank's optimizer holds only a part of what is trained.
-        held: The runs of factors that this rank's optimizer steps.
+        held: The spans of factors that this rank's optimizer steps.
         tracked: Those of them that this rank keeps statistics of; over all ranks each element is tracked once.
-        residuals: For each site whose 16-bit W is edited in place the low part of ``W = high + low``, of the run that
+        residuals: For each site whose 16-bit W is edited in place the low part of ``W = high + low``, of the span that
             :meth:`weight_to_edit` gives; the model computes with the high part alone.
         loss_scaler: DeepSpeed's, or None.
     """
@@ -46,26 +46,26 @@ class Storage(Ranks, ABC):
         super().__init__(sites[0].lora_a.device)
         self.optimizer = optimizer
         self.sites = sites
-        self.held: list[Run] = []
-        self.tracked: list[Run] = []
+        self.held: list[FactorSpan] = []
+        self.tracked: list[FactorSpan] = []
         self.residuals: dict[int, Tensor] = {}
 
     def _map_factors(self) -> None:
-        """List the runs of all factors; a kind calls this when it can answer :meth:`stepped`."""
+        """List the spans of all factors; a kind calls this when it can answer :meth:`stepped`."""
         for number, site in enumerate(self.sites):
             for factor in ("A", "B"):
                 piece = self.stepped(site.factor(factor))
-                self.held.append(Run(**vars(piece), site=number, factor=factor))
+                self.held.append(FactorSpan(**vars(piece), site=number, factor=factor))
         self.tracked = self.held
 
     @cached_property
-    def _held_of_site(self) -> dict[int, list[Run]]:
+    def _held_of_site(self) -> dict[int, list[FactorSpan]]:
         return by_site(self.held)
 
     # How weights are held: each kind answers these.
 
     @abstractmethod
-    def stepped(self, parameter: nn.Parameter) -> Piece:
+    def stepped(self, parameter: nn.Parameter) -> OwnedSpan:
         """The piece of a trained parameter that this rank's optimizer holds.
 
         Raises:
@@ -73,12 +73,12 @@ class Storage(Ranks, ABC):
         """
 
     @abstractmethod
-    def parameter_run(self, parameter: nn.Parameter) -> tuple[Tensor, int]:
-        """The run of a parameter, as the model holds it, that this rank holds (a view), and its offset."""
+    def local_span(self, parameter: nn.Parameter) -> tuple[Tensor, int]:
+        """The span of a parameter, as the model holds it, that this rank holds (a view), and its offset."""
 
     @abstractmethod
-    def weight_run(self, number: int) -> tuple[Tensor, int]:
-        """The run of W of a site that this rank answers for, and its offset: over all ranks each element once."""
+    def disjoint_span(self, number: int) -> tuple[Tensor, int]:
+        """The span of W of a site that this rank answers for, and its offset: over all ranks each element once."""
 
     @abstractmethod
     def gather_stored(self, number: int, to_rank: int) -> Tensor | None:
@@ -111,25 +111,25 @@ class Storage(Ranks, ABC):
         return False
 
     def weight_to_edit(self, number: int) -> tuple[Tensor, int]:
-        """The run of W, as it is stored, that this rank edits, and its offset."""
-        return self.parameter_run(self.sites[number].weight)
+        """The span of W, as it is stored, that this rank edits, and its offset."""
+        return self.local_span(self.sites[number].weight)
 
     def held_bytes(self, parameter: nn.Parameter) -> int:
         """Memory that a parameter takes on this rank between steps."""
-        return self.parameter_run(parameter)[0].nbytes
+        return self.local_span(parameter)[0].nbytes
 
     def after_edit(self, number: int) -> None:  # noqa: B027 (a default)
-        """Bring the copies of W beside the edited run up to date; here there are none."""
+        """Bring the copies of W beside the edited span up to date; here there are none."""
 
-    def settle(self) -> None:  # noqa: B027 (a default)
+    def to_rest_layout_(self) -> None:  # noqa: B027 (a default)
         """Bring the parameters into the state in which they are read and edited; here there is no other."""
 
     def forget_fetch_order(self) -> None:  # noqa: B027 (a default)
         """Forget in which order passes without a backward one have used the weights; here nobody keeps it."""
 
-    def copies_to_write(self, parameter: nn.Parameter) -> list[tuple[Tensor, int]]:
-        """Every run of a parameter that this rank's model holds, and its offset; whoever asks writes all of them."""
-        return [self.parameter_run(parameter)]
+    def writable_copies_(self, parameter: nn.Parameter) -> list[tuple[Tensor, int]]:
+        """Every span of a parameter that this rank's model holds, and its offset; whoever asks writes all of them."""
+        return [self.local_span(parameter)]
 
     @contextmanager
     def in_memory(self, number: int) -> Iterator[None]:  # noqa: ARG002 (the interface)
@@ -173,7 +173,7 @@ class Storage(Ranks, ABC):
         """This rank's part of the digest of a site's W; the parts of all ranks add up to it."""
         site = self.sites[number]
         with self.in_memory(number):
-            total = digest_run(*self.weight_run(number))
+            total = digest_span(*self.disjoint_span(number))
         if site.quantised and self.rank == 0:  # the scales are on every rank
             total += digest_scales(site)
         return total % 2**64
@@ -188,10 +188,10 @@ class Storage(Ranks, ABC):
             if site.weight.dtype == torch.float32 or site.fused_a is not None:
                 continue
             with self.in_memory(number):
-                run, _ = self.weight_to_edit(number)
-                to_host = device == "cpu" and run.device.type != "cpu"
-                place = {"device": "cpu", "pin_memory": True} if to_host else {"device": run.device}
-                self.residuals[number] = torch.zeros(run.numel(), dtype=run.dtype, **place)
+                span, _ = self.weight_to_edit(number)
+                to_host = device == "cpu" and span.device.type != "cpu"
+                place = {"device": "cpu", "pin_memory": True} if to_host else {"device": span.device}
+                self.residuals[number] = torch.zeros(span.numel(), dtype=span.dtype, **place)
 
     def edit_weight_(self, number: int, left: Tensor, right: Tensor) -> None:
         """Add ``scale * left @ right``, (m, k) times (k, n), to what this rank holds of a site's W; nothing is sent."""
@@ -199,30 +199,30 @@ class Storage(Ranks, ABC):
         if site.transposed:
             left, right = right.T, left.T
         with self.in_memory(number):
-            run, start = self.weight_to_edit(number)
-            left, right = left.to(run.device), right.to(run.device)
+            span, start = self.weight_to_edit(number)
+            left, right = left.to(span.device), right.to(span.device)
             if number in self.residuals:
-                add_pairs_to_sum_(run, self.residuals[number], start, left, right, site.scale)
+                add_pairs_to_sum_(span, self.residuals[number], start, left, right, site.scale)
             else:
-                add_pairs_(run, start, left, right, site.scale)
+                add_pairs_(span, start, left, right, site.scale)
             self.after_edit(number)
 
     def write_parameter_(self, parameter: nn.Parameter, pair_dim: int, slots: Tensor, whole: Tensor) -> None:
         """Write the given pairs of a whole factor to what this rank's model holds of it."""
-        for run, start in self.copies_to_write(parameter):
-            fill_pairs_(run, start, pair_dim, slots, whole)
+        for span, start in self.writable_copies_(parameter):
+            fill_pairs_(span, start, pair_dim, slots, whole)
 
-    def model_run(self, run: Run) -> Tensor:
+    def span_in_model(self, span: FactorSpan) -> Tensor:
         """The same span in the copy that the model computes with, a view."""
-        held, start = self.parameter_run(self.sites[run.site].factor(run.factor))
-        return held[run.start - start : run.start - start + run.numel]
+        held, start = self.local_span(self.sites[span.site].factor(span.factor))
+        return held[span.start - start : span.start - start + span.numel]
 
-    def find_misplaced(self) -> Run | None:
-        """A run whose owner does not hold what the model computes with: then the map of this rank is wrong."""
-        for run in self.held:
-            copy = self.model_run(run)
-            if not torch.equal(run.of(run.owner).to(copy.device, copy.dtype), copy):
-                return run
+    def find_misplaced(self) -> FactorSpan | None:
+        """A span whose owner does not hold what the model computes with: then the map of this rank is wrong."""
+        for span in self.held:
+            copy = self.span_in_model(span)
+            if not torch.equal(span.of(span.owner).to(copy.device, copy.dtype), copy):
+                return span
         return None
 
     def require_usable(self, fresh: bool) -> None:
@@ -235,7 +235,7 @@ class Storage(Ranks, ABC):
         """
         error = None
         misplaced = self.find_misplaced()
-        used = [run for run in self.held if fresh and run.factor == "B" and bool(run.of(run.owner).any())]
+        used = [span for span in self.held if fresh and span.factor == "B" and bool(span.of(span.owner).any())]
         if misplaced is not None:
             error = ValueError(
                 f"the optimizer of {self.name} does not hold {self.sites[misplaced.site].name} where it is "
@@ -259,18 +259,18 @@ class Storage(Ranks, ABC):
             second_moment: What the second moments become with ``survivors``.
         """
         pair_dim = PAIR_DIM[factor]
-        for run in (run for run in self._held_of_site[number] if run.factor == factor):
-            fill_pairs_(run.of(run.owner), run.start, pair_dim, slots, whole)
-            state = self.optimizer.state.get(run.owner, {})
-            at = places_of_pairs(run.start, run.numel, whole.shape, pair_dim, slots)
-            for moment, value in resettable_moments(state, run.owner, optimizer_reset, second_moment):
-                run.of(moment).index_fill_(0, at.to(moment.device), value)
+        for span in (span for span in self._held_of_site[number] if span.factor == factor):
+            fill_pairs_(span.of(span.owner), span.start, pair_dim, slots, whole)
+            state = self.optimizer.state.get(span.owner, {})
+            at = places_of_pairs(span.start, span.numel, whole.shape, pair_dim, slots)
+            for moment, value in resettable_moments(state, span.owner, optimizer_reset, second_moment):
+                span.of(moment).index_fill_(0, at.to(moment.device), value)
         self.write_parameter_(self.sites[number].factor(factor), pair_dim, slots, whole)
 
-    def second_moment(self, run: Run) -> Tensor:
-        """Of a run, flat; 0 before the first step."""
-        state = self.optimizer.state.get(run.owner, {})
-        return next((run.of(state[key]) for key in SECOND_MOMENTS if key in state), torch.zeros(run.numel))
+    def second_moment(self, span: FactorSpan) -> Tensor:
+        """Of a span, flat; 0 before the first step."""
+        state = self.optimizer.state.get(span.owner, {})
+        return next((span.of(state[key]) for key in SECOND_MOMENTS if key in state), torch.zeros(span.numel))
 
     @contextmanager
     def changed_by_switch(self, number: int) -> Iterator[list[Tensor]]:
@@ -278,10 +278,10 @@ class Storage(Ranks, ABC):
         with self.in_memory(number):
             views = [] if self.sites[number].fused_a is not None else [self.weight_to_edit(number)[0]]
             views += [self.residuals[number]] if number in self.residuals else []
-            for run in self._held_of_site[number]:
-                state = self.optimizer.state.get(run.owner, {})
-                moments = (moment for moment, _ in resettable_moments(state, run.owner, "zero"))
-                views += [run.of(tensor) for tensor in (run.owner, *moments)]
+            for span in self._held_of_site[number]:
+                state = self.optimizer.state.get(span.owner, {})
+                moments = (moment for moment, _ in resettable_moments(state, span.owner, "zero"))
+                views += [span.of(tensor) for tensor in (span.owner, *moments)]
             yield views
             self.after_edit(number)
 

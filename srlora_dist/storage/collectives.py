@@ -7,11 +7,11 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import gather_object
+from accelerate import PartialState
 from torch import Tensor
 
 from srlora_dist.layers.digest import to_int64
-from srlora_dist.storage.unconnected import require_company
+from srlora_dist.storage.unconnected import require_connected
 
 T = TypeVar("T")
 
@@ -23,13 +23,13 @@ def require_group() -> None:
     """Stop where several processes were started and this one is in no group with others.
 
     Raises:
-        ValueError: The environment says so; see :func:`require_company`.
+        ValueError: The environment says so; see :func:`require_connected`.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        require_company()
+        require_connected()
 
 
-class Ranks:
+class Collectives:
     """The ranks of a run, or the one process of a run without a process group.
 
     Args:
@@ -83,12 +83,12 @@ class Ranks:
         differs = (highest[0] != ~highest[1]).nonzero()
         return int(differs[0]) if len(differs) else None
 
-    def collect(self, sizes: list[int], parts: list[tuple[int, int, Tensor]], is_cut: bool = True) -> list[Tensor]:
+    def gather_to_0(self, sizes: list[int], parts: list[tuple[int, int, Tensor]], is_cut: bool = True) -> list[Tensor]:
         """Whole flat tensors in float32 on the CPU of rank 0, put together from what the ranks hold; [] elsewhere.
 
         Args:
             sizes: Elements of each tensor, the same on every rank.
-            parts: (tensor, first element, flat run) for what this rank holds; over all ranks each element at most once.
+            parts: (tensor, first element, flat span) for what this rank holds; over all ranks each element at most once.
             is_cut: False where rank 0 holds everything itself.
 
         Collective: if cut, reduces to rank 0 of 4 bytes an element in all. They are exact, -0.0 and NaN too, because
@@ -98,16 +98,16 @@ class Ranks:
         for bucket in _buckets(sizes):
             packed = torch.zeros(sum(sizes[j] for j in bucket), device=self.device)
             pieces = dict(zip(bucket, packed.split([sizes[j] for j in bucket]), strict=True))
-            for number, start, run in parts:
+            for number, start, span in parts:
                 if number in pieces and (is_cut or self.rank == 0):
-                    pieces[number][start : start + run.numel()] = run
+                    pieces[number][start : start + span.numel()] = span
             if is_cut and self.distributed:
                 dist.reduce(packed.view(torch.int32), dst=0)
             if self.rank == 0:
                 wholes += [piece.cpu() for piece in pieces.values()]
         return wholes
 
-    def spread(self, sizes: list[int], read: Callable[[int], Tensor]) -> Iterator[tuple[int, Tensor]]:
+    def scatter_from_0(self, sizes: list[int], read: Callable[[int], Tensor]) -> Iterator[tuple[int, Tensor]]:
         """Each tensor's number and the whole of it, flat and in float32, on every rank.
 
         Args:
@@ -139,9 +139,9 @@ class Ranks:
         Raises:
             ValueError: Rank 0 could not do the task.
         """
-        return self.attempt(task, work if self.rank == 0 else None)
+        return self.run_on_ranks(task, work if self.rank == 0 else None)
 
-    def attempt(self, task: str, work: Callable[[], T] | None) -> T | None:
+    def run_on_ranks(self, task: str, work: Callable[[], T] | None) -> T | None:
         """Do what only some ranks do; None on the others. If it fails on one, every rank raises.
 
         Collective: see :meth:`raise_together`.
@@ -163,7 +163,7 @@ class Ranks:
         """Raise on every rank if any has failed, so that no rank waits for one that is gone.
 
         Args:
-            error: What went wrong on this rank, or None.
+            error: What went wrong on this rank, or None. The message names the rank if it is not rank 0.
             kind: What is raised, the same on every rank.
 
         Collective: one all-reduce of 8 bytes; after a failure also the messages.
@@ -175,7 +175,8 @@ class Ranks:
         if not self.all_reduce_(failed, "max").item():
             return
         messages = self.gather_objects(None if error is None else str(error))
-        raise kind(next(message for message in messages if message is not None)) from error
+        rank, message = next((rank, message) for rank, message in enumerate(messages) if message is not None)
+        raise kind(message + (f" (on rank {rank} of {self.world_size})" if rank else "")) from error
 
 
 def _buckets(sizes: list[int]) -> Iterator[list[int]]:
@@ -190,22 +191,20 @@ def _buckets(sizes: list[int]) -> Iterator[list[int]]:
         yield bucket
 
 
-def together(work: Callable[[], T]) -> T:
+def run_together(work: Callable[[], T]) -> T:
     """Do something on every rank, and raise on all of them if it failed on any: none waits for one that is gone.
 
-    Collective: every rank calls it; one gather of a message. ``work`` itself must not communicate.
+    For what happens before a :class:`~srlora_dist.storage.base.Storage` is there. ``work`` itself must not communicate.
+
+    Collective: every rank calls it; see :meth:`Collectives.raise_together`.
 
     Raises:
-        ValueError: ``work`` raised ValueError or OSError somewhere; the message names the rank if it was not rank 0.
+        ValueError: ``work`` raised ValueError or OSError on a rank.
     """
     result, error = None, None
     try:
         result = work()
     except (ValueError, OSError) as failure:
         error = failure
-    messages = gather_object([None if error is None else str(error)])
-    failed = [rank for rank, message in enumerate(messages) if message is not None]
-    if failed:
-        where = f" (on rank {failed[0]} of {len(messages)})" if failed[0] else ""
-        raise ValueError(messages[failed[0]] + where) from error
+    Collectives(PartialState().device).raise_together(error)
     return result

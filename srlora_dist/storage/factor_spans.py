@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @dataclass(eq=False)
-class Piece:
+class OwnedSpan:
     """A span of a parameter: the same one of the weight, the gradient and the moments that this rank's optimizer holds.
 
     Args:
@@ -26,12 +26,12 @@ class Piece:
     numel: int
 
     def of(self, tensor: Tensor) -> Tensor:
-        """This run of the owner's weight, gradient or moment, a view."""
+        """This span of the owner's weight, gradient or moment, a view."""
         return local_part(tensor).view(-1)[self.offset : self.offset + self.numel]
 
 
 @dataclass(eq=False)
-class Run(Piece):
+class FactorSpan(OwnedSpan):
     """The piece of one factor.
 
     Args:
@@ -43,11 +43,11 @@ class Run(Piece):
     factor: str
 
 
-def by_site(runs: list[Run]) -> dict[int, list[Run]]:
+def by_site(spans: list[FactorSpan]) -> dict[int, list[FactorSpan]]:
     """Runs by the number of their site."""
-    found: dict[int, list[Run]] = defaultdict(list)
-    for run in runs:
-        found[run.site].append(run)
+    found: dict[int, list[FactorSpan]] = defaultdict(list)
+    for span in spans:
+        found[span.site].append(span)
     return found
 
 

@@ -11,12 +11,12 @@ from torch.optim import Optimizer
 from srlora_dist.layers.site import Site
 from srlora_dist.layers.spans import longest_rows, rows
 from srlora_dist.storage.base import not_stepped
-from srlora_dist.storage.factor_spans import Piece, local_part
+from srlora_dist.storage.factor_spans import OwnedSpan, local_part
 from srlora_dist.storage.quantized import require_cuttable
-from srlora_dist.storage.sharded import CutWeights
+from srlora_dist.storage.sharded import ShardedStorage
 
 
-class Fsdp2Storage(CutWeights):
+class Fsdp2Storage(ShardedStorage):
     """The optimizer steps the DTensors themselves; its moments are DTensors that are cut in the same way."""
 
     name = "fsdp2"
@@ -31,7 +31,7 @@ class Fsdp2Storage(CutWeights):
         self._stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         self._map_factors()
 
-    def stepped(self, parameter: nn.Parameter) -> Piece:
+    def stepped(self, parameter: nn.Parameter) -> OwnedSpan:
         if id(parameter) not in self._stepped:
             raise not_stepped(self.sites, parameter)
         if not isinstance(parameter, DTensor) or parameter.placements != (Shard(0),):
@@ -39,16 +39,16 @@ class Fsdp2Storage(CutWeights):
                 "FSDP2 does not cut it into rows (ignored_params), so that no rank answers for it: let fully_shard "
                 "have it too, or freeze it"
             )
-        run, start = self.parameter_run(parameter)
-        return Piece(parameter, 0, start, run.numel())
+        span, start = self.local_span(parameter)
+        return OwnedSpan(parameter, 0, start, span.numel())
 
-    def largest_run(self, parameter: nn.Parameter) -> int:
+    def largest_span(self, parameter: nn.Parameter) -> int:
         return longest_rows(parameter.shape, self.world_size)
 
-    def parameter_run(self, parameter: nn.Parameter) -> tuple[Tensor, int]:
+    def local_span(self, parameter: nn.Parameter) -> tuple[Tensor, int]:
         return local_part(parameter).view(-1), rows(parameter.shape, self.world_size, self.rank).start
 
-    def settle(self) -> None:
+    def to_rest_layout_(self) -> None:
         """Drop gathered weights that FSDP keeps after a forward pass: it would compute on with them after an edit."""
         for module in self._sharded:
             module.reshard()

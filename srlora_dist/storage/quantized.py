@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from srlora_dist.layers.digest import digest_run
+from srlora_dist.layers.digest import digest_span
 from srlora_dist.layers.site import Site
 
 
@@ -61,9 +61,9 @@ def digest_scales(site: Site) -> int:
 def digest_layer_scales(layer: nn.Module, kind: str) -> int:
     """The same of a layer without an adapter; ``kind`` is how it is quantised."""
     if kind == "int8":
-        return digest_run(_scales(layer), 1)
+        return digest_span(_scales(layer), 1)
     state = _state(layer)
-    return (digest_run(state.absmax, 1) + (digest_run(state.state2.absmax, 2) if state.nested else 0)) % 2**64
+    return (digest_span(state.absmax, 1) + (digest_span(state.state2.absmax, 2) if state.nested else 0)) % 2**64
 
 
 def _state(layer: nn.Module) -> object:

@@ -11,10 +11,10 @@ from torch.optim import Optimizer
 from srlora_dist.layers.site import Site
 from srlora_dist.layers.spans import deal_by_size, whole
 from srlora_dist.storage.base import Storage, not_stepped
-from srlora_dist.storage.factor_spans import Piece
+from srlora_dist.storage.factor_spans import OwnedSpan
 
 
-class WholeWeights(Storage):
+class ReplicatedStorage(Storage):
     """What the kinds share that keep whole weights on every rank; the sites are dealt to ranks by size."""
 
     def __init__(self, optimizer: Optimizer, sites: list[Site]) -> None:
@@ -34,7 +34,7 @@ class WholeWeights(Storage):
                 raise ValueError(f"the weight of {site.name} is not contiguous: call .contiguous() on it first")
         self.dealt_to = deal_by_size([site.rank * sum(site.shape) for site in sites], self.world_size)
 
-    def parameter_run(self, parameter: nn.Parameter) -> tuple[Tensor, int]:
+    def local_span(self, parameter: nn.Parameter) -> tuple[Tensor, int]:
         return parameter.detach().view(-1), 0
 
     def copies(self, parameters: Iterable[nn.Parameter]) -> Iterator[Tensor]:
@@ -45,7 +45,7 @@ class WholeWeights(Storage):
         whole = (site.weight, self.residuals.get(number), site.fused_a, site.fused_b)
         return (tensor.detach() for tensor in whole if tensor is not None)
 
-    def weight_run(self, number: int) -> tuple[Tensor, int]:
+    def disjoint_span(self, number: int) -> tuple[Tensor, int]:
         flat = self.sites[number].weight.detach().view(-1)
         return (flat if self.dealt_to[number] == self.rank else flat[:0]), 0
 
@@ -56,7 +56,7 @@ class WholeWeights(Storage):
         return [parameter.detach() for parameter in parameters]
 
 
-class PlainStorage(WholeWeights):
+class PlainStorage(ReplicatedStorage):
     """Also the optimizer holds everything; a rank tracks only the sites that were dealt to it."""
 
     cuts_optimizer = False
@@ -66,16 +66,16 @@ class PlainStorage(WholeWeights):
         self.name = "ddp" if self.world_size > 1 else "plain"
         self._owners = self.find_owners()
         self._map_factors()
-        self.tracked = [run for run in self.held if self.dealt_to[run.site] == self.rank]
+        self.tracked = [span for span in self.held if self.dealt_to[span.site] == self.rank]
 
     def find_owners(self) -> dict[int, Tensor]:
         """What the optimizer steps for each trained parameter, by the parameter's ``id``."""
         return {id(parameter): parameter for group in self.optimizer.param_groups for parameter in group["params"]}
 
-    def stepped(self, parameter: nn.Parameter) -> Piece:
+    def stepped(self, parameter: nn.Parameter) -> OwnedSpan:
         if id(parameter) not in self._owners:
             raise not_stepped(self.sites, parameter)
-        return Piece(self._owners[id(parameter)], 0, *whole(parameter.numel()))
+        return OwnedSpan(self._owners[id(parameter)], 0, *whole(parameter.numel()))
 
     def copies(self, parameters: Iterable[nn.Parameter]) -> Iterator[Tensor]:
         for parameter in parameters:

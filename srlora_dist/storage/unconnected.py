@@ -45,7 +45,7 @@ REMEDY = (
 )
 
 
-def require_company() -> None:
+def require_connected() -> None:
     """Stop where the environment says that there are others, for a process that is in no group of several.
 
     Raises:

@@ -13,12 +13,12 @@ from torch.optim import Optimizer
 from srlora_dist.layers.site import Site
 from srlora_dist.layers.spans import fragment
 from srlora_dist.storage.base import not_stepped
-from srlora_dist.storage.factor_spans import Piece
-from srlora_dist.storage.replicated import WholeWeights
+from srlora_dist.storage.factor_spans import OwnedSpan
+from srlora_dist.storage.replicated import ReplicatedStorage
 
 
-class Zero12Storage(WholeWeights):
-    """A rank tracks the runs of factors that fall into its fp32 fragment."""
+class Zero12Storage(ReplicatedStorage):
+    """A rank tracks the spans of factors that fall into its fp32 fragment."""
 
     def __init__(self, optimizer: Optimizer, sites: list[Site], zero_optimizer: object) -> None:
         super().__init__(optimizer, sites)
@@ -34,11 +34,11 @@ class Zero12Storage(WholeWeights):
         }
         self._map_factors()
 
-    def stepped(self, parameter: nn.Parameter) -> Piece:
+    def stepped(self, parameter: nn.Parameter) -> OwnedSpan:
         if id(parameter) not in self._places:
             raise not_stepped(self.sites, parameter)
         group, offset = self._places[id(parameter)]
         owner = self._fragments[group]
         start, numel = fragment(offset, parameter.numel(), owner.numel(), self.rank)
         # Of a parameter that lies outside the fragment the piece is empty, wherever it would begin.
-        return Piece(owner, offset + start - self.rank * owner.numel() if numel else 0, start, numel)
+        return OwnedSpan(owner, offset + start - self.rank * owner.numel() if numel else 0, start, numel)

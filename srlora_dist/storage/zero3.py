@@ -1,8 +1,8 @@
-"""DeepSpeed ZeRO-3: every parameter is flattened and cut into one run a rank, the last one padded.
+"""DeepSpeed ZeRO-3: every parameter is flattened and cut into one span a rank, the last one padded.
 
-``parameter.ds_tensor`` is this rank's run; small parameters ("persistent" ones) are also kept whole in
-``parameter.data`` while they are AVAILABLE. The optimizer steps flat fp32 sub-groups, which hold the runs of the
-trainable parameters end to end. hpZ keeps a second run, cut among the ranks of a node, for the backward pass.
+``parameter.ds_tensor`` is this rank's span; small parameters ("persistent" ones) are also kept whole in
+``parameter.data`` while they are AVAILABLE. The optimizer steps flat fp32 sub-groups, which hold the spans of the
+trainable parameters end to end. hpZ keeps a second span, cut among the ranks of a node, for the backward pass.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch.optim import Optimizer
 from srlora_dist.layers.site import Site
 from srlora_dist.layers.spans import longest_padded, padded
 from srlora_dist.storage.base import not_stepped
-from srlora_dist.storage.factor_spans import Piece
-from srlora_dist.storage.sharded import CutWeights
+from srlora_dist.storage.factor_spans import OwnedSpan
+from srlora_dist.storage.sharded import ShardedStorage
 
 
-class Zero3Storage(CutWeights):
-    """The map from DeepSpeed's flat sub-groups to sites, and the copies that it keeps beside a run."""
+class Zero3Storage(ShardedStorage):
+    """The map from DeepSpeed's flat sub-groups to sites, and the copies that it keeps beside a span."""
 
     name = "zero3"
 
@@ -39,12 +39,12 @@ class Zero3Storage(CutWeights):
         }
         self._map_factors()
 
-    def stepped(self, parameter: nn.Parameter) -> Piece:
+    def stepped(self, parameter: nn.Parameter) -> OwnedSpan:
         if id(parameter) not in self._places:
             raise not_stepped(self.sites, parameter)
         group, offset = self._places[id(parameter)]
-        run, start = self.parameter_run(parameter)
-        return Piece(self._sub_groups[group], offset, start, run.numel())
+        span, start = self.local_span(parameter)
+        return OwnedSpan(self._sub_groups[group], offset, start, span.numel())
 
     def whole_shape(self, parameter: nn.Parameter) -> torch.Size:
         return parameter.ds_shape
@@ -61,10 +61,10 @@ class Zero3Storage(CutWeights):
     def is_away(self, number: int) -> bool:
         return _is_away(self.sites[number].weight)
 
-    def largest_run(self, parameter: nn.Parameter) -> int:
+    def largest_span(self, parameter: nn.Parameter) -> int:
         return longest_padded(parameter.ds_numel, self.world_size)
 
-    def parameter_run(self, parameter: nn.Parameter) -> tuple[Tensor, int]:
+    def local_span(self, parameter: nn.Parameter) -> tuple[Tensor, int]:
         start, numel = padded(parameter.ds_numel, self.world_size, self.rank)
         return parameter.ds_tensor.detach().view(-1)[:numel], start
 
@@ -83,7 +83,7 @@ class Zero3Storage(CutWeights):
     def weight_to_edit(self, number: int) -> tuple[Tensor, int]:
         weight = self.sites[number].weight
         # Of a weight that is there whole all of it, by the same call on every rank.
-        return (weight.detach().view(-1), 0) if _is_whole(weight) else self.parameter_run(weight)
+        return (weight.detach().view(-1), 0) if _is_whole(weight) else self.local_span(weight)
 
     def held_bytes(self, parameter: nn.Parameter) -> int:
         whole = parameter.ds_numel * parameter.element_size() if parameter.ds_persist else 0
@@ -92,12 +92,12 @@ class Zero3Storage(CutWeights):
     def after_edit(self, number: int) -> None:
         weight = self.sites[number].weight
         if _is_whole(weight):
-            run, start = self.parameter_run(weight)
-            run.copy_(weight.detach().view(-1)[start : start + run.numel()])
+            span, start = self.local_span(weight)
+            span.copy_(weight.detach().view(-1)[start : start + span.numel()])
         _forget_secondary(weight)
 
-    def settle(self) -> None:
-        """Hold the persistent weights whole and the others in runs, whatever the last forward pass left behind.
+    def to_rest_layout_(self) -> None:
+        """Hold the persistent weights whole and the others in spans, whatever the last forward pass left behind.
 
         A residual belongs to the one or the other, and so does what a snapshot keeps. Otherwise ranks would round the
         same element differently.
@@ -128,10 +128,10 @@ class Zero3Storage(CutWeights):
         self.settle()
         super().allocate_residuals(device)
 
-    def copies_to_write(self, parameter: nn.Parameter) -> list[tuple[Tensor, int]]:
+    def writable_copies_(self, parameter: nn.Parameter) -> list[tuple[Tensor, int]]:
         _forget_secondary(parameter)
         whole = [(parameter.detach().view(-1), 0)] if _is_whole(parameter) else []
-        return [self.parameter_run(parameter), *whole]
+        return [self.local_span(parameter), *whole]
 
 
 def require_async_io() -> None:
@@ -147,7 +147,7 @@ def require_async_io() -> None:
 
 
 def _offsets(parameters: list[nn.Parameter]) -> list[int]:
-    """Where each parameter's run begins in the flat tensor of its sub-group."""
+    """Where each parameter's span begins in the flat tensor of its sub-group."""
     offsets = [0]
     for parameter in parameters[:-1]:
         offsets.append(offsets[-1] + parameter.partition_numel())
@@ -159,12 +159,12 @@ def _is_whole(parameter: nn.Parameter) -> bool:
 
 
 def _is_away(parameter: nn.Parameter) -> bool:
-    """Whether this rank's run lies on NVMe: DeepSpeed puts runs of 1 MiB and more there."""
+    """Whether this rank's span lies on NVMe: DeepSpeed puts spans of 1 MiB and more there."""
     return parameter.ds_tensor.status.name == "NOT_AVAILABLE"
 
 
 def _forget_secondary(parameter: nn.Parameter) -> None:
-    """Drop the run that hpZ keeps for the backward pass; the next forward pass makes a new one."""
+    """Drop the span that hpZ keeps for the backward pass; the next forward pass makes a new one."""
     parameter.ds_secondary_tensor = None
 
 

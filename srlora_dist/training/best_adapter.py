@@ -11,7 +11,7 @@ from srlora_dist.checkpoint.export import export_checkpoint
 from srlora_dist.checkpoint.files import fill_folder
 from srlora_dist.checkpoint.format import Checkpoint
 from srlora_dist.checkpoint.postponed import Postponed
-from srlora_dist.storage.collectives import together
+from srlora_dist.storage.collectives import run_together
 from srlora_dist.training.loop_state import Progress
 from srlora_dist.training.methods import Method
 
@@ -59,13 +59,13 @@ class BestAdapter:
 
         Collective: a broadcast of two numbers, and see :meth:`Method.export`.
         """
-        there = together(lambda: [(self.folder / name / NEEDED).exists() for name in (BEST, LAST)])
+        there = run_together(lambda: [(self.folder / name / NEEDED).exists() for name in (BEST, LAST)])
         best_there, last_there = broadcast_object_list(there)
         if is_done and not last_there:
             self.export_last()
         best = self.progress.best
         if best is not None and not (best_there and self.progress.exported_step == best["step"]):
-            together(lambda: self._export_saved(saved) if self.postponed is not None else None)
+            run_together(lambda: self._export_saved(saved) if self.postponed is not None else None)
 
     def require_written(self) -> None:
         """Write what waits, the ledger too. Collective: one gather of a message, and see :meth:`Method.finish`.
@@ -73,7 +73,7 @@ class BestAdapter:
         Raises:
             ValueError: The disk is still full.
         """
-        together(lambda: self.postponed.require_written() if self.postponed is not None else None)
+        run_together(lambda: self.postponed.require_written() if self.postponed is not None else None)
         self.method.finish()
 
     def _export_saved(self, saved: Checkpoint) -> None:

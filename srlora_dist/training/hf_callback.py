@@ -27,9 +27,9 @@ from srlora_dist.engine.process import launched_by_deepspeed
 from srlora_dist.layers.adapter import find_peft_model
 from srlora_dist.method.second_adapter import activate_again_
 from srlora_dist.method.switcher import Switcher
-from srlora_dist.storage.collectives import together
+from srlora_dist.storage.collectives import run_together
 from srlora_dist.storage.quantized import require_cuttable
-from srlora_dist.storage.unconnected import require_company
+from srlora_dist.storage.unconnected import require_connected
 from srlora_dist.training.hf_arguments import (
     asks_for_fsdp,
     deepspeed_dtype,
@@ -89,7 +89,7 @@ class SRLoRACallback(TrainerCallback):
         """Give quantised layers their second adapter, for which it is too late once the model is prepared."""
         refuse_arguments(args)
         if args.world_size == 1:
-            require_company()
+            require_connected()
         require_deepspeed_type(deepspeed_dtype(args) or "float32", "the type of the training")
         if launched_by_deepspeed() and args.deepspeed_plugin is None:
             logger.warning(
@@ -131,12 +131,14 @@ class SRLoRACallback(TrainerCallback):
         self._require_fresh(args, state, model)
         # Rank 0 alone writes what is not the Trainer's.
         holds = args.process_index == 0
-        self._lock = together(lambda: FolderLock(args.output_dir, *IN_USE) if holds else None)
-        self.switcher.plan(state.max_steps)
+        self._lock = run_together(lambda: FolderLock(args.output_dir, *IN_USE) if holds else None)
+        self.switcher.set_num_steps(state.max_steps)
         resumes = state.global_step > 0
         # Where a model has several adapters or one of another name, a Trainer that resumes leaves one active.
         activate_again_(self.switcher.sites)
-        source = together(lambda: self._find_checkpoint(args, state) if resumes and args.process_index == 0 else None)
+        source = run_together(
+            lambda: self._find_checkpoint(args, state) if resumes and args.process_index == 0 else None
+        )
         try:
             report = self.switcher.bind(model, optimizer, source, will_save=args.save_strategy != SaveStrategy.NO)
             require_launched_engine(args, self.switcher.storage.name)

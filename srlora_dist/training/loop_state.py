@@ -14,7 +14,7 @@ from srlora_dist.checkpoint.format import Checkpoint, remove_checkpoints, remove
 from srlora_dist.checkpoint.random_state import random_state, restore_random_state
 from srlora_dist.config.run import RunConfig
 from srlora_dist.method.diagnostics import LossWatch
-from srlora_dist.storage.collectives import together
+from srlora_dist.storage.collectives import run_together
 from srlora_dist.tasks.same_rows import pack_names, put_rows_back_, unpack_names
 from srlora_dist.tasks.task import Task
 from srlora_dist.training.methods import Method
@@ -86,7 +86,7 @@ def due_checkpoints(num_steps: int, every: int | None, evaluations: set[int]) ->
     return {*range(every, num_steps, every), num_steps} if every else set()
 
 
-class Keeper:
+class LoopCheckpointer:
     """What the loop itself has to remember, beside the model and the optimizer, and when.
 
     Args:
@@ -141,7 +141,7 @@ class Keeper:
         window.load_state_dict(self.saved["window"], self.accelerator.is_main_process)
         loss_watch.load_state_dict(self.saved["loss_watch"])
         self.progress.resumed_after.append(self.progress.done)
-        together(self._remove_later)
+        run_together(self._remove_later)
 
     def restore_random_state(self) -> None:
         """That of this rank; on another number of ranks each has got a new seed."""
@@ -176,7 +176,7 @@ class Keeper:
                 raise
             logger.warning("going on without a checkpoint of step %d, those before are still good: %s", done, error)
             return False
-        together(self._remove_old)
+        run_together(self._remove_old)
         return True
 
     def method_seconds(self, method: Method) -> dict[str, float]:

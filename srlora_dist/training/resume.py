@@ -102,7 +102,7 @@ def _options(config: dict[str, object]) -> dict[str, object]:
 ASIDE, OWN_LEDGER = ".earlier", "ledger_dir"
 
 
-class EarlierRun:
+class PreviousRun:
     """What an earlier run left behind.
 
     Args:

@@ -22,7 +22,7 @@ from srlora_dist.config.parse import to_yaml
 from srlora_dist.config.paths import require_writable
 from srlora_dist.config.run import RunConfig
 from srlora_dist.method.diagnostics import Finding
-from srlora_dist.training.resume import EarlierRun, first_difference
+from srlora_dist.training.resume import PreviousRun, first_difference
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class RunLog:
 
     def __init__(self, folder: Path, config: RunConfig) -> None:
         self.folder, self.config = folder, config
-        self._earlier = EarlierRun(folder, WRITTEN_FILES, config.srlora.ledger_dir)
+        self._earlier = PreviousRun(folder, WRITTEN_FILES, config.srlora.ledger_dir)
         require_writable(folder, "output_dir")
         self.postponed = Postponed(goes_on=config.checkpoint.if_disk_full == "go_on")
 

@@ -22,12 +22,12 @@ from srlora_dist.checkpoint.format import Checkpoint
 from srlora_dist.checkpoint.ledger import SwitchReport
 from srlora_dist.config.run import RunConfig
 from srlora_dist.engine.accelerator import build_accelerator, choose_layers_to_shard, require_engine
-from srlora_dist.engine.precision import require_precision, train_in_
+from srlora_dist.engine.precision import cast_trainable_, require_precision
 from srlora_dist.engine.preemption import StopRequest
 from srlora_dist.errors import RunStoppedError, StoppedBySignalError
 from srlora_dist.layers.discovery import keep_payloads_
 from srlora_dist.method.diagnostics import Finding, LossWatch, worse_than_start
-from srlora_dist.storage.collectives import together
+from srlora_dist.storage.collectives import run_together
 from srlora_dist.storage.zero0 import leave_out_bad_steps_
 from srlora_dist.tasks.registry import check_task, load_task
 from srlora_dist.tasks.task import Task
@@ -35,7 +35,7 @@ from srlora_dist.training.best_adapter import BestAdapter
 from srlora_dist.training.data_order import SampleOrder, TokenMean, by_length
 from srlora_dist.training.evaluation import evaluate
 from srlora_dist.training.figures import draw
-from srlora_dist.training.loop_state import Keeper, due_checkpoints, due_evaluations
+from srlora_dist.training.loop_state import LoopCheckpointer, due_checkpoints, due_evaluations
 from srlora_dist.training.methods import build_method
 from srlora_dist.training.optimization import build_optimizer, warm_up_and_decay
 from srlora_dist.training.outcome import doubts, is_better, require_a_best, require_a_step, require_finite_start
@@ -61,8 +61,8 @@ def train(config: RunConfig) -> dict[str, object]:
         StoppedBySignalError: SIGTERM or SIGUSR1 came, and a checkpoint was written.
     """
     accelerator, engine = build_accelerator(config)
-    log = together(lambda: _begin(config, accelerator))
-    with together(lambda: _hold_folder(config, accelerator)):
+    log = run_together(lambda: _begin(config, accelerator))
+    with run_together(lambda: _hold_folder(config, accelerator)):
         summary = _train(config, accelerator, engine, log)
     accelerator.end_training()
     return summary
@@ -70,13 +70,13 @@ def train(config: RunConfig) -> dict[str, object]:
 
 def _train(config: RunConfig, accelerator: Accelerator, engine: str, log: RunLog | None) -> dict[str, object]:
     """The run, once the folder is its own."""
-    checkpoint = together(lambda: choose_checkpoint(config) if accelerator.is_main_process else None)
+    checkpoint = run_together(lambda: choose_checkpoint(config) if accelerator.is_main_process else None)
     ledger_dir = config.srlora.ledger_dir or str(Path(config.output_dir) / "ledger")
     config = replace(config, engine=engine, srlora=replace(config.srlora, ledger_dir=ledger_dir))
     set_seed(config.seed)
     # Under ZeRO-3 loading sends weights from rank to rank already.
-    task = load_task(config) if engine == "zero3" else together(lambda: load_task(config))
-    trainer = Trainer(config, accelerator, task, log, checkpoint)
+    task = load_task(config) if engine == "zero3" else run_together(lambda: load_task(config))
+    trainer = FineTuner(config, accelerator, task, log, checkpoint)
     summary = trainer.run()
     accelerator.wait_for_everyone()  # if a rank is lost until here, the run has not ended
     if log is not None:
@@ -105,7 +105,7 @@ def _hold_folder(config: RunConfig, accelerator: Accelerator) -> AbstractContext
     return FolderLock(config.output_dir, "output_dir", "choose another --output_dir", patience)
 
 
-class Trainer:
+class FineTuner:
     """One run: model, data, optimizer and method, prepared for the engine.
 
     Args:
@@ -131,7 +131,7 @@ class Trainer:
     ) -> None:
         self.config, self.accelerator, self.task, self.log = config, accelerator, task, log
         options = config.train
-        self.keeper = Keeper(config, accelerator, task, checkpoint)
+        self.keeper = LoopCheckpointer(config, accelerator, task, checkpoint)
         self.steps_per_epoch = len(task.train) // options.batch_size
         if self.steps_per_epoch == 0:
             raise ValueError(
@@ -149,20 +149,20 @@ class Trainer:
         self.adapters = BestAdapter(Path(config.output_dir), self.method, self.progress, postponed)
         keep_payloads_(self.method.model)
         # DeepSpeed keeps a float32 copy of its own, and cuts parameters of one type alone.
-        train_in_(self.method.model, config.model.dtype if config.engine.startswith("zero") else "float32")
+        cast_trainable_(self.method.model, config.model.dtype if config.engine.startswith("zero") else "float32")
         report = self._begin_or_put_back()
         set_seed(config.seed + self.progress.done, device_specific=True)  # dropout must differ between ranks
         self.window, self.loss_watch = Window(), LossWatch()
         if self.resumes:
             self.keeper.restore(self.scheduler, self.window, self.loss_watch)
-            together(lambda: log.resume(self.progress.done) if log is not None else None)
+            run_together(lambda: log.resume(self.progress.done) if log is not None else None)
         self._record_switch(report, self.progress.done)
         self.stop_request = StopRequest(accelerator)
 
     def _begin_or_put_back(self) -> SwitchReport | None:
         """Prepare for the engine, and perform switch 0 or resume; a run that was here before is lost only then."""
         replaces = self.log is not None and not self.resumes
-        together(lambda: self.log.start() if replaces else None)
+        run_together(lambda: self.log.start() if replaces else None)
         try:
             self._prepare()
             require_precision(self.model, self.config.model)
@@ -172,7 +172,7 @@ class Trainer:
             if replaces:
                 self.log.put_back()
             raise
-        together(lambda: self.log.begun() if replaces else None)
+        run_together(lambda: self.log.begun() if replaces else None)
         return report
 
     def _prepare(self) -> None:
@@ -351,7 +351,7 @@ class Trainer:
         return is_best
 
     def _save_checkpoint(self) -> bool:
-        """Write a checkpoint; tells whether it was written. Collective: see ``Keeper.save``."""
+        """Write a checkpoint; tells whether it was written. Collective: see ``LoopCheckpointer.save``."""
         if not self.method.can_save:
             return False
         self.window.pause()

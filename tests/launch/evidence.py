@@ -5,23 +5,23 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from srlora_dist.training.trainer import Trainer
+from srlora_dist.training.trainer import FineTuner
 
 
 def install() -> None:
     """Make each run leave ``evidence.json`` in its output folder."""
-    original = Trainer._summary
+    original = FineTuner._summary
 
-    def summary(trainer: Trainer) -> dict[str, object]:
+    def summary(trainer: FineTuner) -> dict[str, object]:
         if trainer.log is not None:
             path = Path(trainer.config.output_dir) / "evidence.json"
             path.write_text(json.dumps(find_evidence(trainer)))
         return original(trainer)
 
-    Trainer._summary = summary
+    FineTuner._summary = summary
 
 
-def find_evidence(trainer: Trainer) -> dict[str, object]:
+def find_evidence(trainer: FineTuner) -> dict[str, object]:
     """Facts from the live objects of DeepSpeed and FSDP2, on this rank."""
     from torch.distributed.fsdp import FSDPModule
 

@@ -63,7 +63,7 @@ def test_killed_at_random_moments(yaml: str, bench: Bench, forks: Forks, undistu
 def test_a_rank_that_dies_at_the_very_end_costs_no_training(bench: Bench, forks: Forks, undisturbed: dict) -> None:
     assert undisturbed
     arguments = bench.arguments("at the end", **OPTIONS)
-    order = {"rank": 1, "place": "srlora_dist.training.trainer:Trainer.run"}
+    order = {"rank": 1, "place": "srlora_dist.training.trainer:FineTuner.run"}
     ended = forks.start(yaml="cpu2", arguments=arguments, **order)
     assert_ended(ended, 1, bench.run_folder("at the end"))
     assert not (bench.run_folder("at the end") / "summary.json").exists()
@@ -74,8 +74,12 @@ def test_a_rank_that_dies_at_the_very_end_costs_no_training(bench: Bench, forks:
 
 
 PLACES = {  # where, after which call, in which rank
-    "in a switch, between fusing and re-initialising": ("srlora_dist.method.switch:Exchange._add_to_weight_", 18, 1),
-    "in a switch, before the ledger is written": ("srlora_dist.method.switch:Exchange._compare", 2, 0),
+    "in a switch, between fusing and re-initialising": (
+        "srlora_dist.method.switch:SwitchExecutor._add_to_weight_",
+        18,
+        1,
+    ),
+    "in a switch, before the ledger is written": ("srlora_dist.method.switch:SwitchExecutor._compare", 2, 0),
     "while an entry of the ledger is renamed": ("srlora_dist.checkpoint.files:_sync", 3, 0),
     "in the singular value decomposition": ("srlora_dist.method.directions:compute_directions", 4, 0),
     "while a checkpoint is written": ("srlora_dist.checkpoint.files:describe", 9, 0),
@@ -85,7 +89,7 @@ PLACES = {  # where, after which call, in which rank
     "while an adapter is exported": ("srlora_dist.checkpoint.export:_write", 2, 0),
     "while the summary is written": ("srlora_dist.training.trainer:draw", 1, 0),
     "before the first checkpoint, with the run before it set aside": (
-        "srlora_dist.training.resume:EarlierRun.set_aside",
+        "srlora_dist.training.resume:PreviousRun.set_aside",
         1,
         0,
     ),

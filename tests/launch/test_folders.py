@@ -52,12 +52,12 @@ def test_a_second_launch_is_refused_on_every_rank_and_a_requeued_one_waits(
 FULL = """
 import resource
 import srlora_dist.training.trainer as module
-step, limit = module.Trainer._micro_step, resource.RLIM_INFINITY
+step, limit = module.FineTuner._micro_step, resource.RLIM_INFINITY
 def full_in_between(self, batch):
     most = 8000 if 3 <= self.progress.done < {until} else limit
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, limit))
     return step(self, batch)
-module.Trainer._micro_step = full_in_between
+module.FineTuner._micro_step = full_in_between
 """
 
 

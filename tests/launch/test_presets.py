@@ -161,8 +161,8 @@ def test_trains(name: str, dtype: str, bench: Bench, forks: Forks, request: pyte
 
 
 POISON = """
-from srlora_dist.training.trainer import Trainer
-original = Trainer._micro_step
+from srlora_dist.training.trainer import FineTuner
+original = FineTuner._micro_step
 def poisoned(trainer, batch):
     if trainer.progress.done != 0:
         return original(trainer, batch)
@@ -170,7 +170,7 @@ def poisoned(trainer, batch):
     result = original(trainer, batch)
     hook.remove()
     return result
-Trainer._micro_step = poisoned
+FineTuner._micro_step = poisoned
 """
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tests.launch.conftest import ROOT, Bench, Case, Ended
 from tests.launch.forks import OPTIONS, Forks, assert_same_results, lines
 
-STOP = {"place": "srlora_dist.training.loop_state:Keeper.save", "signal": signal.SIGTERM}
+STOP = {"place": "srlora_dist.training.loop_state:LoopCheckpointer.save", "signal": signal.SIGTERM}
 
 
 def losses(folder: Path) -> torch.Tensor:

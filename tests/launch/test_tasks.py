@@ -58,7 +58,7 @@ def run(forks: Forks, yaml: str, arguments: list[str], world_size: int = 2) -> N
 def test_sgd_on_pictures_is_resumed_on_zero2_as_if_never_stopped(bench: Bench, forks: Forks, folder: Path) -> None:
     run(forks, "zero2_cpu", arguments(bench, "pictures", **PICTURES))
     stopped = arguments(bench, "stopped pictures", **PICTURES)
-    order = {"rank": 1, "place": "srlora_dist.training.loop_state:Keeper.save", "call": 2}
+    order = {"rank": 1, "place": "srlora_dist.training.loop_state:LoopCheckpointer.save", "call": 2}
     ended = forks.start(yaml="zero2_cpu", arguments=stopped, **order)
     assert ended["statuses"]["1"] == -signal.SIGKILL, ended["stderr"]
     again = forks.start(yaml="zero2_cpu", arguments=stopped)
@@ -122,7 +122,7 @@ def test_a_picture_that_is_gone_does_not_cost_the_run(bench: Bench, forks: Forks
     options |= {"train__max_steps": "null", "train__epochs": 0.75, "train__eval_batch_size": 2}
     mine = arguments(bench, "gone", **options)
     ended = forks.start(
-        yaml="cpu2", arguments=mine, rank=1, place="srlora_dist.training.loop_state:Keeper.save", call=2
+        yaml="cpu2", arguments=mine, rank=1, place="srlora_dist.training.loop_state:LoopCheckpointer.save", call=2
     )
     assert ended["statuses"]["1"] == -signal.SIGKILL, ended["stderr"]
     (data / "train" / "a" / "0.png").unlink()

@@ -17,11 +17,11 @@ from torch.utils._pytree import tree_leaves
 import srlora_dist.method.directions
 import srlora_dist.storage.base
 from srlora_dist import SRLoRAConfig, Switcher
-from srlora_dist.layers.digest import digest_run
+from srlora_dist.layers.digest import digest_span
 from srlora_dist.layers.discovery import find_sites
 from srlora_dist.method.budget import clamp_target_ranks
 from srlora_dist.method.directions import Directions
-from srlora_dist.method.switch import Exchange
+from srlora_dist.method.switch import SwitchExecutor
 from srlora_dist.storage.find import find_storage
 from tests.ranks.engines import RANKS, SHAPES, Engine, make_batch, make_odd_net, prepare
 from tests.ranks.world import run_ranks
@@ -202,18 +202,18 @@ def fail_alone(rank: int, world_size: int, cache: str, damage: str) -> dict:
     cache = {"name": cache + "/x" * 3000, "unwritable": f"{cache}/file/below"}.get(damage, cache)
     switcher = Switcher(model, SRLoRAConfig(target_rank=TARGET, svd_cache=cache, ledger_dir=ledger_dir), NUM_STEPS)
     engine = prepare("zero3" if damage == "nan" else "ddp", model, 1e-2, 0)
-    compare, dequantise = Exchange._compare, srlora_dist.storage.base.dequantise
+    compare, dequantise = SwitchExecutor._compare, srlora_dist.storage.base.dequantise
     if damage == "layout" and rank == 0:
         srlora_dist.storage.base.dequantise = refuse
     if damage == "vanished":
-        Exchange._compare = lambda *_: shutil.rmtree(ledger_dir) if rank == 0 else None
+        SwitchExecutor._compare = lambda *_: shutil.rmtree(ledger_dir) if rank == 0 else None
     try:
         switcher.bind(engine.model, engine.optimizer)
         switcher.export(f"{cache}/file")
     except ValueError as error:
         return {"message": str(error)}
     finally:
-        Exchange._compare, srlora_dist.storage.base.dequantise = compare, dequantise
+        SwitchExecutor._compare, srlora_dist.storage.base.dequantise = compare, dequantise
     return {"message": ""}
 
 
@@ -247,7 +247,7 @@ def fingerprint(rank: int, world_size: int, engine_name: str, cache: str) -> dic
 def test_the_fingerprint_is_that_of_the_weights_however_they_are_held(tmp_path) -> None:
     base = make_odd_net().base_model.model
     wanted = [
-        [site, *shape, min(TARGET, *shape), digest_run(getattr(base, site).base_layer.weight)]
+        [site, *shape, min(TARGET, *shape), digest_span(getattr(base, site).base_layer.weight)]
         for site, shape in SHAPES.items()
     ]
     for world_size, engine in ((1, "plain"), (2, "ddp"), (2, "zero2"), (3, "zero3"), (4, "fsdp2")):

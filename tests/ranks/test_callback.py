@@ -40,7 +40,7 @@ def _run(engine: str, world_size: int, folder: Path, resume_from: str | None) ->
             os.environ.pop(variable, None)
     storage = callback.switcher.storage
     assert storage.name == engine, "another engine ran"
-    storage.settle()
+    storage.to_rest_layout_()
     named = trained_parameters(trainer.model)
     x = torch.stack([sample["x"] for sample in samples(8)])
     trainer.model.eval()

@@ -11,7 +11,7 @@ import torch
 
 from srlora_dist import SRLoRAConfig, Switcher
 from srlora_dist.checkpoint.training_state import trained_parameters
-from srlora_dist.method.switch import Exchange
+from srlora_dist.method.switch import SwitchExecutor
 from tests.ranks.engines import Engine, make_batch, make_odd_net, prepare
 from tests.ranks.test_engines import MIXED, PARTITIONED, input_type
 from tests.ranks.world import run_ranks
@@ -39,7 +39,7 @@ def start(engine_name: str, precision: str, zero: dict, cache: str, **options) -
 def held(engine: Engine, switcher: Switcher) -> dict:
     """All that this rank holds and a switch may change, and what it has noted."""
     storage = switcher.storage
-    storage.settle()
+    storage.to_rest_layout_()
     optimizer = {
         f"{run.site}.{run.factor}.{key}": run.of(moment).clone()
         for run in storage.held
@@ -47,7 +47,7 @@ def held(engine: Engine, switcher: Switcher) -> dict:
         if moment.dim() and moment.shape == run.owner.shape
     }
     statistics = [t.clone() for n in range(len(storage.sites)) for t in switcher._importance.of_site(n)]
-    model = [storage.parameter_run(p)[0].clone() for p in trained_parameters(engine.model).values()]
+    model = [storage.local_span(p)[0].clone() for p in trained_parameters(engine.model).values()]
     fused = [f for site in storage.sites for f in (site.fused_a, site.fused_b) if f is not None]
     return {
         "weights": [storage.digest_weight(number) for number in range(len(storage.sites))],
@@ -64,27 +64,27 @@ def undo(rank: int, world_size: int, engine_name: str, precision: str, zero: dic
     dtype = input_type(precision)
     engine, switcher = start(engine_name, precision, zero, cache, check_switch=True)
     reports, seen = [], {}
-    add = Exchange._add_to_weight_
+    add = SwitchExecutor._add_to_weight_
     before = {}
 
-    def forget_one(self: Exchange, number: int, left: torch.Tensor, right: torch.Tensor) -> None:
+    def forget_one(self: SwitchExecutor, number: int, left: torch.Tensor, right: torch.Tensor) -> None:
         if number != 1:
             add(self, number, left, right)
 
-    snapshot = switcher._exchange.snapshot
+    snapshot = switcher._executor.snapshot
 
     def note_and_snapshot() -> Callable[[], None]:
         before.update(held(engine, switcher))
         return snapshot()
 
-    switcher._exchange.snapshot = note_and_snapshot
+    switcher._executor.snapshot = note_and_snapshot
     for step in range(NUM_STEPS):
         if step + 1 == DUE[1]:
-            Exchange._add_to_weight_ = forget_one
+            SwitchExecutor._add_to_weight_ = forget_one
         try:
             report = take_step(engine, switcher, rank, world_size, step, dtype)
         finally:
-            Exchange._add_to_weight_ = add
+            SwitchExecutor._add_to_weight_ = add
         if step + 1 == DUE[1]:
             seen |= {"before": dict(before), "after": held(engine, switcher)}
         if report is not None:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from srlora_dist import SRLoRAConfig, Switcher
-from srlora_dist.layers.digest import digest_run
+from srlora_dist.layers.digest import digest_span
 from tests.processor import require_deepspeed_type
 from tests.ranks.engines import make_batch, make_odd_base, make_odd_net, prepare
 from tests.ranks.test_agreement import Traffic
@@ -221,7 +221,7 @@ def hold(
     config = SRLoRAConfig(target_rank=7, svd_cache=cache, ledger_dir=ledger if rank == 0 else None)
     switcher = Switcher(model, config, 12)
     engine = prepare(engine_name, model, 1e-2, 0.5, 1, {"bf16": {"enabled": precision == "bf16"}}, **zero)
-    digest_run(torch.ones(1), 0)  # keeps a table for the whole process
+    digest_span(torch.ones(1), 0)  # keeps a table for the whole process
     allocations, traffic = Allocations(), Traffic()
     with traffic, allocations:
         switcher.bind(engine.model, engine.optimizer)

@@ -124,7 +124,7 @@ def _train(
 def state_of(switcher: Switcher) -> dict:
     """Whole weights (rank 0, or every copy) with what was added beside them, factors and moments, as this rank sees."""
     storage, sites = switcher.storage, switcher.storage.sites
-    storage.settle()
+    storage.to_rest_layout_()
     is_cut = storage.name in ("zero3", "fsdp2")
     weights = [storage.gather_weight(number) for number in range(len(SITES))]
     if not is_cut and not any(site.quantised for site in sites):

@@ -17,7 +17,7 @@ from srlora_dist.commands.plan.blueprint import Blueprint, draw_from
 from srlora_dist.commands.plan.communication import start_up, switches
 from srlora_dist.commands.plan.memory import Forecast
 from srlora_dist.config.run import ModelOptions, RunConfig, TrainOptions
-from srlora_dist.engine.precision import train_in_
+from srlora_dist.engine.precision import cast_trainable_
 from srlora_dist.layers.site import FUSED
 from tests.ranks.engines import Engine, make_batch, make_odd_net, prepare
 from tests.ranks.test_agreement import Traffic
@@ -95,7 +95,7 @@ def gradients(engine: Engine, storage: object, found: list[int]) -> None:
 def measure(switcher: Switcher, engine: Engine, of_gradients: list[int]) -> dict[str, int]:
     """Bytes of each part, as ``forecast.Held`` names them."""
     storage, counted = switcher.storage, set()
-    storage.settle()
+    storage.to_rest_layout_()
     named = dict(engine.model.named_parameters())
     second = [p for name, p in named.items() if f".{FUSED}." in name]
     frozen = [p for name, p in named.items() if not p.requires_grad and f".{FUSED}." not in name]
@@ -132,7 +132,7 @@ def draw(name: str, world_size: int, precision: str, threshold: int, optimizer: 
     )
     model = make_odd_net("fp32" if quantised else precision)
     if precision == "bf16" and name.startswith("zero"):
-        train_in_(model, "bfloat16")  # DeepSpeed converts all of it
+        cast_trainable_(model, "bfloat16")  # DeepSpeed converts all of it
     return draw_from(model, config, world_size, threshold, groups_of(model))
 
 

@@ -58,7 +58,7 @@ def train(
             switcher.save_checkpoint(f"{folder}/checkpoints", {"rate": RATE})
     switcher.close()  # another process goes on from here, and this one stays
     storage = switcher.storage
-    storage.settle()
+    storage.to_rest_layout_()
     whole = storage.gather_parameters(list(trained_parameters(engine.model).values()))
     return {
         "losses": losses,

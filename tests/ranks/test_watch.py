@@ -63,7 +63,7 @@ def tamper(rank: int, world_size: int, name: str, cache: str) -> dict:
                 if what == "weight":
                     storage.edit_weight_(1, torch.full((m, 1), 0.5), torch.ones(1, n))
                 else:
-                    storage.parameter_run(switcher.sites[1].lora_a)[0].add_(0.5)
+                    storage.local_span(switcher.sites[1].lora_a)[0].add_(0.5)
         folder = f"{cache}/{name}-{what}"
         seen[f"{what}, export"] = message_of(switcher.export, folder, is_last=False)
         seen[f"{what}, save"] = message_of(switcher.save_checkpoint, folder)

@@ -11,7 +11,7 @@ import torch
 from srlora_dist import SRLoRACallback, SRLoRAConfig, Switcher
 from srlora_dist.engine.launched import launched_engine
 from srlora_dist.engine.process import without_local_rank
-from srlora_dist.storage.unconnected import HOSTS, RANKS, SIZES, require_company
+from srlora_dist.storage.unconnected import HOSTS, RANKS, SIZES, require_connected
 from tests.ranks.engines import make_net
 from tests.ranks.hf_trainer import make_arguments, make_model
 
@@ -66,7 +66,7 @@ def put(clean: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
 @pytest.mark.parametrize("name", SEVERAL)
 def test_one_of_several_is_refused(name: str, clean) -> None:
     put(clean, SEVERAL[name])
-    for check in (launched_engine, require_company):
+    for check in (launched_engine, require_connected):
         with pytest.raises(ValueError, match="in the environment .*by itself: start accelerate launch or torchrun"):
             check()
     clean.setenv("ACCELERATE_USE_DEEPSPEED", "true")
@@ -78,7 +78,7 @@ def test_one_of_several_is_refused(name: str, clean) -> None:
 def test_one_alone_is_not_refused(name: str, clean, recwarn) -> None:
     put(clean, ONE[name])
     assert launched_engine() == "plain"
-    require_company()
+    require_connected()
     assert not recwarn.list
 
 

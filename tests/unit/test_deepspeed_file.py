@@ -7,13 +7,13 @@ import json
 import pytest
 
 from srlora_dist.config.run import RunConfig, TrainOptions
-from srlora_dist.engine.deepspeed import compiled_operators, fill
+from srlora_dist.engine.deepspeed import compiled_operators, fill_auto
 from tests.launch.conftest import ROOT
 
 
 def filled(optimizer: str = "adamw", **theirs: object) -> dict[str, object]:
     options = TrainOptions(batch_size=24, accumulation_steps=3, max_grad_norm=0.5, optimizer=optimizer)
-    return fill({"zero_optimization": {"stage": 2}, **theirs}, RunConfig(train=options), num_processes=2)
+    return fill_auto({"zero_optimization": {"stage": 2}, **theirs}, RunConfig(train=options), num_processes=2)
 
 
 def test_deepspeed_gets_the_values_of_the_run() -> None:

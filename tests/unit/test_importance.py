@@ -11,7 +11,7 @@ from torch import Tensor
 from srlora_dist import SRLoRAConfig, Switcher
 from srlora_dist.method import importance
 from srlora_dist.method.importance import MOST_GROUPINGS, Importance
-from srlora_dist.storage.factor_spans import Run
+from srlora_dist.storage.factor_spans import FactorSpan
 from tests.ranks.engines import make_batch, make_net
 
 B1, B2 = 0.7, 0.4
@@ -27,8 +27,10 @@ def make_owners() -> list[Tensor]:
     return [torch.randn(size).to(dtype).requires_grad_() for size, dtype in OWNERS]
 
 
-def make_runs(owners: list[Tensor]) -> list[Run]:
-    return [Run(owners[o], at, 0, size, number // 2, "AB"[number % 2]) for number, (o, at, size) in enumerate(PLACES)]
+def make_runs(owners: list[Tensor]) -> list[FactorSpan]:
+    return [
+        FactorSpan(owners[o], at, 0, size, number // 2, "AB"[number % 2]) for number, (o, at, size) in enumerate(PLACES)
+    ]
 
 
 @pytest.mark.parametrize("elements_a_group", [1 << 16, 50, 7])
@@ -72,7 +74,7 @@ def test_both_averages_are_forgotten() -> None:
 
 def test_few_groupings_are_kept_where_the_tensors_change_at_random() -> None:
     owners = [torch.randn(3).requires_grad_() for _ in range(6)]
-    runs = [Run(owner, 0, 0, 3, 0, "A") for owner in owners]
+    runs = [FactorSpan(owner, 0, 0, 3, 0, "A") for owner in owners]
     tracked = Importance(SimpleNamespace(tracked=runs, sites=[None]), B1, B2)
     for step in range(1, 64):
         for number, owner in enumerate(owners):

@@ -28,7 +28,7 @@ from srlora_dist import SRLoRAConfig, Switcher
 from srlora_dist.checkpoint.base_label import BaseLabel
 from srlora_dist.commands.cli import main
 from srlora_dist.commands.merge.stored_as import StoredAs
-from srlora_dist.layers.digest import digest_run
+from srlora_dist.layers.digest import digest_span
 from srlora_dist.layers.site import quantisation
 from srlora_dist.storage.quantized import digest_layer_scales
 from tests.launch.conftest import write_decoder, write_model
@@ -58,7 +58,7 @@ def digests(model: PeftModel) -> dict[str, str]:
         if isinstance(layer, LoraLayer):
             linear = layer.get_base_layer()
             kind = quantisation(linear)
-            found[name] = f"{digest_layer_scales(linear, kind) if kind else digest_run(linear.weight):016x}"
+            found[name] = f"{digest_layer_scales(linear, kind) if kind else digest_span(linear.weight):016x}"
     return found
 
 

@@ -105,7 +105,7 @@ def test_a_storage_among_1024_ranks_holds_what_is_planned(
     assert 2 * sum(run.of(run.owner).nbytes for run in storage.held) == planned.optimizer_state
     frozen = [p for p in model.parameters() if not p.requires_grad]
     if engine == "fsdp2":
-        held = [storage.largest_run(p) * p.element_size() for p in frozen]
+        held = [storage.largest_span(p) * p.element_size() for p in frozen]
         assert any(run.numel == 0 for run in storage.held) == (rank != 0)
     else:
         held = [p.nbytes for p in frozen]

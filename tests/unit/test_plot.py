@@ -14,7 +14,7 @@ from srlora_dist.commands import plot
 from srlora_dist.config.parse import parse, to_yaml
 from srlora_dist.training import figures
 from srlora_dist.training.figures import intervals, loss
-from srlora_dist.training.figures.runs import Run, about, name_runs
+from srlora_dist.training.figures.runs import RunFiles, about, name_runs
 from srlora_dist.training.figures.style import LINES, OTHERS, legend_above, line_styles
 
 SITES = ["bert.encoder.layer.0.attention.self.query", "bert.encoder.layer.1.output.dense", "bert.pooler.dense"]
@@ -76,8 +76,8 @@ def test_the_trainer_draws_the_same_files(tmp_path: Path) -> None:
 
 
 def test_seeds_become_a_mean_and_a_band(tmp_path: Path, drawn: list) -> None:
-    runs = [Run.read(write_run(tmp_path / f"s{seed}", seed=seed)) for seed in (0, 2)]
-    runs.append(Run.read(write_run(tmp_path / "lora", "lora")))
+    runs = [RunFiles.read(write_run(tmp_path / f"s{seed}", seed=seed)) for seed in (0, 2)]
+    runs.append(RunFiles.read(write_run(tmp_path / "lora", "lora")))
     name_runs(runs, None)
     paths, left_out = figures.compare(runs, tmp_path)
     assert [path.name for path in paths] == ["loss.png", "active_intervals.png", "interval_lengths.png"]
@@ -100,7 +100,7 @@ def test_seeds_become_a_mean_and_a_band(tmp_path: Path, drawn: list) -> None:
 
 
 def test_intervals_of_a_site_and_their_variance(tmp_path: Path, drawn: list) -> None:
-    run = Run.read(write_run(tmp_path / "run"))
+    run = RunFiles.read(write_run(tmp_path / "run"))
     figures.compare([run], tmp_path, site="output")
     site, lengths = drawn[1][0].axes[0], drawn[2][0].axes
     assert site.get_title().endswith(SITES[1])
@@ -115,7 +115,7 @@ def test_intervals_of_a_site_and_their_variance(tmp_path: Path, drawn: list) -> 
 
 
 def test_a_run_that_has_not_ended_is_drawn_up_to_now(tmp_path: Path, drawn: list) -> None:
-    run = Run.read(write_run(tmp_path / "run", "srlora", 0, False))
+    run = RunFiles.read(write_run(tmp_path / "run", "srlora", 0, False))
     figures.compare([run], tmp_path)
     assert max(bar.get_x() + bar.get_width() for bar in drawn[1][0].axes[0].patches) == 6
     assert "not ended yet" in drawn[0][1]
@@ -125,13 +125,13 @@ def test_before_the_first_switch_there_is_a_reason(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     switches = (folder / "switches.jsonl").read_text().splitlines(keepends=True)
     (folder / "switches.jsonl").write_text("".join(switches[: len(SITES)]))
-    paths, left_out = figures.compare([Run.read(folder)], tmp_path)
+    paths, left_out = figures.compare([RunFiles.read(folder)], tmp_path)
     assert [path.name for path in paths] == ["loss.png"]
     assert "no switch has happened in 12 steps" in left_out[0]
 
 
 def test_the_line_below_says_what_was_run(tmp_path: Path) -> None:
-    here = Run.read(write_run(tmp_path / "here"))
+    here = RunFiles.read(write_run(tmp_path / "here"))
     text = about([here])
     for part in (
         "org/a-model on RTE",
@@ -144,8 +144,8 @@ def test_the_line_below_says_what_was_run(tmp_path: Path) -> None:
 
 
 def test_runs_that_differ_in_an_option_are_no_seeds_of_each_other(tmp_path: Path) -> None:
-    runs = [Run.read(write_run(tmp_path / str(seed), "srlora", seed)) for seed in (0, 1)]
-    runs.append(Run.read(write_run(tmp_path / "other", "srlora", 0, True, "--srlora.fusion_ratio=0.25")))
+    runs = [RunFiles.read(write_run(tmp_path / str(seed), "srlora", seed)) for seed in (0, 1)]
+    runs.append(RunFiles.read(write_run(tmp_path / "other", "srlora", 0, True, "--srlora.fusion_ratio=0.25")))
     name_runs(runs, None)
     assert [run.label for run in runs] == ["srlora, fusion_ratio 0.5"] * 2 + ["srlora, fusion_ratio 0.25"]
     name_runs(runs, ["a", "a", "b"])
@@ -173,14 +173,14 @@ def test_a_switch_after_the_last_logged_loss_has_no_negative_length(tmp_path: Pa
     folder = write_run(tmp_path / "run", "srlora", 0, False)
     metrics = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     (folder / "metrics.jsonl").write_text("".join(metrics[:3]))  # up to step 2, and a switch came after step 4
-    run = Run.read(folder)
+    run = RunFiles.read(folder)
     assert run.num_steps == 4
     lengths = [x.end - x.start for x in intervals.active_intervals(run.switches, run.num_steps)[SITES[0]]]
     assert sorted(lengths) == [0, 0, 4, 4, 4, 4]
 
 
 def test_two_runs_of_one_seed_are_no_seeds_of_each_other(tmp_path: Path) -> None:
-    runs = [Run.read(write_run(tmp_path / f"{name}{seed}", "srlora", seed)) for seed in (0, 1) for name in "ab"]
+    runs = [RunFiles.read(write_run(tmp_path / f"{name}{seed}", "srlora", seed)) for seed in (0, 1) for name in "ab"]
     for run in runs:
         run.summary["storage"] = "zero3" if run.folder.name.startswith("b") else "ddp"
     name_runs(runs, None)
@@ -193,7 +193,7 @@ def test_two_runs_of_one_seed_are_no_seeds_of_each_other(tmp_path: Path) -> None
 
 def test_runs_that_log_at_other_steps_are_no_seeds_of_each_other(tmp_path: Path) -> None:
     """Their training losses are means over other windows, and the steps that both have may be none."""
-    runs = [Run.read(write_run(tmp_path / f"{n}", "lora", n, True, f"--train.log_every={n + 1}")) for n in (0, 1)]
+    runs = [RunFiles.read(write_run(tmp_path / f"{n}", "lora", n, True, f"--train.log_every={n + 1}")) for n in (0, 1)]
     name_runs(runs, None)
     assert [run.label for run in runs] == ["lora, log_every 1", "lora, log_every 2"]
 
@@ -211,7 +211,7 @@ def test_many_labels_are_told_apart_and_none_is_cut(tmp_path: Path) -> None:
     styles = line_styles(labels)
     assert len({(style["color"], str(style["linestyle"])) for style in styles.values()}) == 24
     assert len(OTHERS) * len(LINES) == 40
-    runs = [Run.read(write_run(tmp_path / str(k), "lora")) for k in range(24)]
+    runs = [RunFiles.read(write_run(tmp_path / str(k), "lora")) for k in range(24)]
     name_runs(runs, labels)
     loss.compare_losses(runs, tmp_path / "many.png")
     figure = plt.figure(figsize=(7, 7.8))
@@ -225,7 +225,7 @@ def test_many_labels_are_told_apart_and_none_is_cut(tmp_path: Path) -> None:
 
 
 def test_figures_of_labels_that_differ_in_a_sign_are_all_there(tmp_path: Path) -> None:
-    runs = [Run.read(write_run(tmp_path / name, "srlora", 0)) for name in "abc"]
+    runs = [RunFiles.read(write_run(tmp_path / name, "srlora", 0)) for name in "abc"]
     name_runs(runs, ["r+1", "r-1", "r 1"])
     paths, _ = figures.compare(runs, tmp_path / "figures")
     assert len(set(paths)) == len(paths) == 7
@@ -234,7 +234,7 @@ def test_figures_of_labels_that_differ_in_a_sign_are_all_there(tmp_path: Path) -
 
 def test_a_task_of_the_users_own_is_called_after_its_file(tmp_path: Path, drawn: list) -> None:
     own = "--task.name=path/to/asks.py"
-    runs = [Run.read(write_run(tmp_path / method, method, 0, True, own)) for method in ("srlora", "pissa")]
+    runs = [RunFiles.read(write_run(tmp_path / method, method, 0, True, own)) for method in ("srlora", "pissa")]
     runs[1].switches = runs[0].switches
     name_runs(runs, None)
     paths, _ = figures.compare(runs, tmp_path)
@@ -251,7 +251,7 @@ def test_a_task_of_the_users_own_is_called_after_its_file(tmp_path: Path, drawn:
 
 
 def test_bars_of_variances_say_what_they_are(tmp_path: Path, drawn: list) -> None:
-    seeds = [Run.read(write_run(tmp_path / str(seed), seed=seed)) for seed in (0, 1)]
+    seeds = [RunFiles.read(write_run(tmp_path / str(seed), seed=seed)) for seed in (0, 1)]
     for line in seeds[1].switches:
         line["step"] += line["step"] // 4
     name_runs(seeds, None)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from srlora_dist.config.run import ModelOptions
-from srlora_dist.engine.precision import mixed_precision, require_precision, train_in_
+from srlora_dist.engine.precision import cast_trainable_, mixed_precision, require_precision
 
 AUTO = {name: {"enabled": "auto"} for name in ("bf16", "fp16")}
 
@@ -76,7 +76,7 @@ def frozen(dtype: torch.dtype) -> nn.Module:
 
 def test_only_what_is_trained_becomes_float32():
     model = frozen(torch.bfloat16)
-    train_in_(model, "float32")
+    cast_trainable_(model, "float32")
     assert {parameter.dtype for parameter in model[3].parameters()} == {torch.float32}
     assert model[0].weight.dtype == torch.bfloat16
     require_precision(model, ModelOptions(dtype="bfloat16"))

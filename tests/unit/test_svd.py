@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import srlora_dist.method.directions
 from srlora_dist import SRLoRAConfig
-from srlora_dist.layers.digest import digest_run
+from srlora_dist.layers.digest import digest_span
 from srlora_dist.layers.discovery import find_sites
 from srlora_dist.method.budget import clamp_target_ranks
 from srlora_dist.method.directions import Directions
@@ -192,10 +192,10 @@ write_whole(Path(sys.argv[1]) / "some.safetensors", write)
 
 def test_the_digest_adds_up_over_runs_and_sees_every_element() -> None:
     whole = torch.randn(101)
-    digest = digest_run(whole)
-    assert (digest_run(whole[:37]) + digest_run(whole[37:], 37)) % 2**64 == digest
+    digest = digest_span(whole)
+    assert (digest_span(whole[:37]) + digest_span(whole[37:], 37)) % 2**64 == digest
     for i in range(101):
         changed = whole.clone()
         changed[i] = torch.nextafter(changed[i], torch.tensor(9.0))
-        assert digest_run(changed) != digest
-    assert digest_run(whole.flip(0)) != digest
+        assert digest_span(changed) != digest
+    assert digest_span(whole.flip(0)) != digest

@@ -7,7 +7,7 @@ import pytest
 from srlora_dist.config.method import SRLoRAConfig
 from srlora_dist.layers.discovery import find_sites
 from srlora_dist.method.budget import next_directions, num_next, plan_switches, share_out_directions_
-from srlora_dist.method.schedule import Settling
+from srlora_dist.method.schedule import EarlySwitch
 from tests.ranks.engines import make_odd_net
 
 
@@ -59,7 +59,7 @@ def test_a_number_of_switches_can_be_asked_for() -> None:
 
 
 def test_a_choice_has_settled_when_it_stays_the_same() -> None:
-    settling = Settling(interval=16)
+    settling = EarlySwitch(interval=16)
     assert [steps for steps in range(17) if settling.looks_after(steps)] == [6, 8, 10, 12, 14, 16]
     ten = [list(range(10))]
     assert not settling.has_settled(ten, 6)
@@ -67,7 +67,7 @@ def test_a_choice_has_settled_when_it_stays_the_same() -> None:
     assert settling.has_settled([[*range(8), 10, 12]], 10)  # nine of ten
     settling.before = None
     assert not settling.has_settled(ten, 6)
-    settling = Settling(interval=16)
+    settling = EarlySwitch(interval=16)
     settling.has_settled(ten, 6)
     assert settling.has_settled(ten, 8)
 

@@ -31,7 +31,7 @@ from transformers.pytorch_utils import Conv1D
 
 from srlora_dist.config.method import SRLoRAConfig
 from srlora_dist.config.run import ModelOptions, RunConfig
-from srlora_dist.engine.precision import train_in_
+from srlora_dist.engine.precision import cast_trainable_
 from srlora_dist.errors import first_sentence
 from srlora_dist.layers.discovery import find_sites
 from srlora_dist.layers.site import FUSED, Site
@@ -115,7 +115,7 @@ class Blueprint:
         return longest_padded(stored.numel, self.world_size) if self.engine == "zero3" else stored.numel
 
 
-def draw(config: RunConfig, world_size: int, persistence_threshold: int | None = None) -> Blueprint:
+def build_blueprint(config: RunConfig, world_size: int, persistence_threshold: int | None = None) -> Blueprint:
     """The blueprint of a run.
 
     Args:
@@ -144,7 +144,7 @@ def build_model(config: RunConfig) -> PeftModel:
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of PEFT, about weights
         model = adapt(config, model, peft_type, heads)
-    train_in_(model, config.model.dtype if config.engine.startswith("zero") else "float32")
+    cast_trainable_(model, config.model.dtype if config.engine.startswith("zero") else "float32")
     return model
 
 

@@ -9,7 +9,7 @@ from srlora_dist.method.budget import num_to_fuse
 from srlora_dist.method.switch import cut_into_buckets
 
 WORD = 8
-"""Bytes of an answer or of a count of failures, ``Ranks.rank_0_says`` and ``Ranks.raise_together``."""
+"""Bytes of an answer or of a count of failures, ``Collectives.rank_0_says`` and ``Collectives.raise_together``."""
 
 
 class Message(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict
 
-from srlora_dist.commands.plan.blueprint import draw
+from srlora_dist.commands.plan.blueprint import build_blueprint
 from srlora_dist.commands.plan.communication import Message, start_up, switches
 from srlora_dist.commands.plan.memory import Forecast
 from srlora_dist.commands.plan.roofline import DEVICES, estimate
@@ -42,7 +42,7 @@ def make_plan(
         srlora=SRLoRAConfig(target_rank=target_rank, fusion_ratio=fusion_ratio, fusion=fusion),
         train=TrainOptions(max_steps=steps, optimizer=optimizer),
     )
-    blueprint = draw(config, world_size, persistence_threshold)
+    blueprint = build_blueprint(config, world_size, persistence_threshold)
     forecast = Forecast(blueprint)
     sent = switches(blueprint)
     largest, model_bytes = forecast.largest_rank(), forecast.model_bytes()

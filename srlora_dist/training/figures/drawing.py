@@ -7,7 +7,7 @@ from pathlib import Path
 from srlora_dist.tasks.sources import task_title
 from srlora_dist.training.figures.intervals import draw_lengths, draw_site, find_site, why_no_intervals
 from srlora_dist.training.figures.loss import compare_losses, draw_loss
-from srlora_dist.training.figures.runs import Run
+from srlora_dist.training.figures.runs import RunFiles
 from srlora_dist.training.run_log import read_lines
 
 
@@ -24,10 +24,10 @@ def draw(folder: str | Path, summary: dict[str, object]) -> list[Path]:
     """
     if not read_lines(Path(folder) / "metrics.jsonl"):
         return []
-    return compare([Run.read(folder, summary)], Path(folder) / "figures")[0]
+    return compare([RunFiles.read(folder, summary)], Path(folder) / "figures")[0]
 
 
-def compare(runs: list[Run], folder: Path, site: str | None = None) -> tuple[list[Path], list[str]]:
+def compare(runs: list[RunFiles], folder: Path, site: str | None = None) -> tuple[list[Path], list[str]]:
     """Draw Figures 3, 4 and 5 of one run, or of several that have their labels.
 
     Args:
@@ -44,7 +44,7 @@ def compare(runs: list[Run], folder: Path, site: str | None = None) -> tuple[lis
     alone = len(runs) == 1
     paths = [draw_loss(runs[0], folder / "loss.png") if alone else compare_losses(runs, folder / "loss.png")]
     left_out = []
-    groups: dict[tuple[str, str], list[Run]] = {}
+    groups: dict[tuple[str, str], list[RunFiles]] = {}
     for run in runs:
         reason = why_no_intervals(run)
         if reason is None:
@@ -61,7 +61,7 @@ def compare(runs: list[Run], folder: Path, site: str | None = None) -> tuple[lis
     return paths, left_out
 
 
-def _several_labels(groups: dict[tuple[str, str], list[Run]]) -> bool:
+def _several_labels(groups: dict[tuple[str, str], list[RunFiles]]) -> bool:
     return len({label for _, label in groups}) > 1
 
 

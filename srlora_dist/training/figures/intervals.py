@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from srlora_dist.tasks.sources import task_title
-from srlora_dist.training.figures.runs import Run, about
+from srlora_dist.training.figures.runs import RunFiles, about
 from srlora_dist.training.figures.style import OTHERS, RETIRED, TITLES, TRAIN, fit, mark_switches, plt, save
 
 MOST_KINDS, MARKERS = 10, "os^Dv<P"
@@ -47,7 +47,7 @@ def active_intervals(switches: list[dict], num_steps: int) -> dict[str, list[Int
     return {site: sorted(intervals, key=lambda x: x.direction) for site, intervals in done.items()}
 
 
-def why_no_intervals(run: Run) -> str | None:
+def why_no_intervals(run: RunFiles) -> str | None:
     """Why a run has no Figures 4 and 5; None if it has."""
     if run.switch_steps:
         return None
@@ -56,7 +56,7 @@ def why_no_intervals(run: Run) -> str | None:
     return f"no switch has happened in {run.num_steps} steps"
 
 
-def find_site(run: Run, name: str | None) -> str:
+def find_site(run: RunFiles, name: str | None) -> str:
     """The site with this in its name, or the one in the middle of the model.
 
     Raises:
@@ -71,7 +71,7 @@ def find_site(run: Run, name: str | None) -> str:
     return found[0]
 
 
-def draw_site(run: Run, path: Path, site: str) -> Path:
+def draw_site(run: RunFiles, path: Path, site: str) -> Path:
     """Figure 5: when each direction of one site was live."""
     intervals = active_intervals(run.switches, run.num_steps)[site]
     figure, axes = plt.subplots(figsize=(7, max(3.6, 1.9 + 0.1 * len(intervals))))
@@ -91,7 +91,7 @@ def draw_site(run: Run, path: Path, site: str) -> Path:
     return save(figure, path, about([run]))
 
 
-def draw_lengths(runs: list[Run], path: Path) -> Path:
+def draw_lengths(runs: list[RunFiles], path: Path) -> Path:
     """Figure 4: how long directions stay, and how much that varies within a site; of several seeds their mean."""
     found = [active_intervals(run.switches, run.num_steps) for run in runs]
     odd = next((run for run, sites in zip(runs, found, strict=True) if sites.keys() != found[0].keys()), None)
@@ -162,7 +162,7 @@ def _place(site: str) -> tuple[int | None, str]:
     return (None, site) if match is None else (int(match[1]), re.sub(r"\d+", "*", site[match.end() :]))
 
 
-def _title(runs: list[Run]) -> str:
+def _title(runs: list[RunFiles]) -> str:
     seeds = ", ".join(map(str, sorted({int(run.config["seed"]) for run in runs})))
     label, task = runs[0].label, task_title(runs[0].task)
     return f"{TITLES.get(label, label)} on {task}, seed{'s' * (len(runs) > 1)} {seeds}"

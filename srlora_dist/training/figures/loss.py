@@ -8,13 +8,13 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from srlora_dist.tasks.sources import task_title
-from srlora_dist.training.figures.runs import Run, about
+from srlora_dist.training.figures.runs import RunFiles, about
 from srlora_dist.training.figures.style import EVAL, TITLES, TRAIN, legend_above, line_styles, mark_switches, plt, save
 
 NAMES = {"train": "training loss", "eval": "validation loss"}
 
 
-def draw_loss(run: Run, path: Path) -> Path:
+def draw_loss(run: RunFiles, path: Path) -> Path:
     """Both losses of one run."""
     figure, axes = plt.subplots(figsize=(7, 4.4))
     _plot(axes, [run], "train", "training (mean since the last point)", color=TRAIN)
@@ -26,7 +26,7 @@ def draw_loss(run: Run, path: Path) -> Path:
     return save(figure, path, about([run]))
 
 
-def compare_losses(runs: list[Run], path: Path) -> Path:
+def compare_losses(runs: list[RunFiles], path: Path) -> Path:
     """A column a task with training above validation; the seeds of a label are a mean and a band."""
     tasks = list(dict.fromkeys(run.task for run in runs))
     labels = list(dict.fromkeys(run.label for run in runs))
@@ -52,7 +52,7 @@ def compare_losses(runs: list[Run], path: Path) -> Path:
     return save(figure, path, text, above=height)
 
 
-def _name(label: str, group: list[Run]) -> str:
+def _name(label: str, group: list[RunFiles]) -> str:
     title = TITLES.get(label, label)
     return f"{title} (n={len(group)})" if len(group) > 1 else title
 
@@ -63,7 +63,7 @@ def _unit(task: str) -> str:
     return "loss (squared error)" if task == "stsb" else "loss (nats)"
 
 
-def _plot(axes: Axes, group: list[Run], split: str, label: str, **style: object) -> None:
+def _plot(axes: Axes, group: list[RunFiles], split: str, label: str, **style: object) -> None:
     """One curve; of several runs their mean at the steps that all of them logged, and a band of one deviation."""
     points = [run.points(split) for run in group]
     steps = sorted(set.intersection(*map(set, points))) if points else []

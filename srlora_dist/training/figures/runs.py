@@ -19,7 +19,7 @@ OF_NO_INTEREST += ("srlora.svd_cache", "srlora.ledger_dir", "checkpoint.", "trai
 
 
 @dataclass
-class Run:
+class RunFiles:
     """One run's files.
 
     Args:
@@ -41,7 +41,7 @@ class Run:
     note: str = ""
 
     @classmethod
-    def read(cls, folder: str | Path, summary: dict[str, object] | None = None) -> Run:
+    def read(cls, folder: str | Path, summary: dict[str, object] | None = None) -> RunFiles:
         """Read a run's folder.
 
         Args:
@@ -101,7 +101,7 @@ class Run:
         return {line["step"]: line["loss"] for line in self.metrics if line["split"] == split}
 
 
-def name_runs(runs: list[Run], labels: list[str] | None) -> None:
+def name_runs(runs: list[RunFiles], labels: list[str] | None) -> None:
     """Give each run its label: the one that is asked for, or its method and the options in which it differs.
 
     Runs that differ in their seed alone have the same one; two of one seed differ in their engine or their folder.
@@ -127,9 +127,9 @@ def name_runs(runs: list[Run], labels: list[str] | None) -> None:
         _tell_apart(runs, tell)
 
 
-def _tell_apart(runs: list[Run], tell: Callable[[Run], str]) -> None:
+def _tell_apart(runs: list[RunFiles], tell: Callable[[RunFiles], str]) -> None:
     """Add to the labels by which there are two runs of one seed what tells them apart, where it does."""
-    groups: dict[tuple[str, str], list[Run]] = {}
+    groups: dict[tuple[str, str], list[RunFiles]] = {}
     for run in runs:
         groups.setdefault((run.task, run.label), []).append(run)
     for group in groups.values():
@@ -138,7 +138,7 @@ def _tell_apart(runs: list[Run], tell: Callable[[Run], str]) -> None:
                 run.label = ", ".join(filter(None, [run.label, tell(run)]))
 
 
-def about(runs: list[Run]) -> str:
+def about(runs: list[RunFiles]) -> str:
     """What was run, in a line or two: model, data, steps, seeds, engine, and the note of the first run."""
     tasks, models = _each(run.task for run in runs), _each(run.model for run in runs)
     ended = all(run.summary for run in runs)
@@ -171,11 +171,11 @@ def flat(config: dict[str, object], prefix: str = "") -> dict[str, object]:
     return options
 
 
-def _targets(runs: list[Run]) -> list[object]:
+def _targets(runs: list[RunFiles]) -> list[object]:
     return [run.config["srlora.target_rank"] or DEFAULT_TARGET_RANK for run in runs if run.method == "srlora"]
 
 
-def _engines(runs: list[Run]) -> list[str]:
+def _engines(runs: list[RunFiles]) -> list[str]:
     return [f"{run.summary['world_size']} x {run.summary['storage']}" for run in runs if run.summary]
 
 
