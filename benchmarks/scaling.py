@@ -49,7 +49,7 @@ def measure(_rank: int, _num_ranks: int, engine_name: str, layers: int, width: i
     storage = switcher.storage
     storage.to_rest_layout_()
     return {
-        "tracking_bytes": switcher._importance.num_bytes,
+        "tracking_bytes": switcher.statistics.num_bytes,
         "whole_tracking_bytes": sum(8 * site.rank * sum(site.shape) for site in switcher.sites),
         "edited": sum(storage.weight_to_edit(number)[0].numel() for number in range(layers)),
         "weights": sum(site.shape[0] * site.shape[1] for site in switcher.sites),

@@ -46,11 +46,11 @@ def measure(rank: int, world_size: int, rounds: int, hidden: int, layers: int, p
     switcher = Switcher(model, options, num_training_steps=100)
     switcher.bind(model, torch.optim.AdamW(trained))
     contenders = {
-        "ours": partial(switcher._importance.observe_, trained),
+        "ours": partial(switcher.statistics.observe_, trained),
         "AdaLoRA": partial(allocator.update_ipt, peer),
     }
     theirs = sum(p.nbytes for name, p in peer.named_parameters() if "lora_" in name)
-    bytes_held = {"ours_bytes": switcher._importance.num_bytes, "peer_bytes": 3 * theirs}
+    bytes_held = {"ours_bytes": switcher.statistics.num_bytes, "peer_bytes": 3 * theirs}
     return alternate(contenders, rounds) | bytes_held
 
 

@@ -16,7 +16,7 @@ from srlora_dist.layers.matmul import exact_matmul
 
 @exact_matmul()
 def add_pairs_(span: Tensor, start: int, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
-    """Add ``scale * left @ right`` to a span of an (m, n) matrix: one GEMM for its whole rows, one short product an end.
+    """Add ``scale * left @ right`` to a span of an (m, n) matrix: one GEMM for whole rows, one short product per end.
 
     Args:
         span: 1-D contiguous float32, the elements ``start`` to ``start + span.numel()`` of the flattened matrix, row by
@@ -108,7 +108,7 @@ def fill_pairs_(span: Tensor, start: int, pair_dim: int, slots: Tensor, whole: T
 
 
 def places_of_pairs(start: int, numel: int, shape: torch.Size, pair_dim: int, slots: Tensor) -> Tensor:
-    """Where in a span of a factor the elements of the given pairs lie, found on the CPU so that no device is waited for.
+    """Offsets of the given pairs' elements in a span of a factor; found on the CPU, so that no device is waited for.
 
     Args:
         start: Offset of the span in the flattened factor.

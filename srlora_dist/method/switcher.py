@@ -120,6 +120,16 @@ class Switcher:
         self._schedule = SwitchSchedule(self.sites, self.config, num_training_steps)
 
     @property
+    def ledger(self) -> Ledger | None:
+        """What was added to W so far; None on the ranks that do not keep it, and before :meth:`bind`."""
+        return self._ledger
+
+    @property
+    def statistics(self) -> PairStatistics:
+        """What this rank keeps for each element of the pairs that it tracks; set by :meth:`bind`."""
+        return self._importance
+
+    @property
     def due_steps(self) -> list[int]:
         """Optimizer steps after which the switches happen; with ``switch_when: settled``, at the latest."""
         return self._schedule.due_steps

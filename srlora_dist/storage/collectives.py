@@ -88,7 +88,7 @@ class Collectives:
 
         Args:
             sizes: Elements of each tensor, the same on every rank.
-            parts: (tensor, first element, flat span) for what this rank holds; over all ranks each element at most once.
+            parts: (tensor, first element, flat span) that this rank holds; over all ranks each element at most once.
             is_cut: False where rank 0 holds everything itself.
 
         Collective: if cut, reduces to rank 0 of 4 bytes an element in all. They are exact, -0.0 and NaN too, because

@@ -67,7 +67,7 @@ def train(rank: int, world_size: int, engine_name: str, zero: dict, cache: str |
                 seen["switches"].append(traffic.take())
             elif switcher:
                 assert not traffic.take()
-    seen["importance_bytes"] = switcher._importance.num_bytes if switcher else 0
+    seen["importance_bytes"] = switcher.statistics.num_bytes if switcher else 0
     return seen
 
 
@@ -298,8 +298,8 @@ def scores_with_window(rank: int, world_size: int, engine_name: str, window: int
     engine = prepare(engine_name, model, 1e-2, 0.5, **zero)
     switcher.bind(engine.model, engine.optimizer)
     scores, calls = [], []
-    observe = switcher._importance.observe_
-    switcher._importance.observe_ = lambda owners: (calls.append(switcher.num_steps), observe(owners))
+    observe = switcher.statistics.observe_
+    switcher.statistics.observe_ = lambda owners: (calls.append(switcher.num_steps), observe(owners))
     for step in range(12):
         x, y = (t.chunk(world_size)[rank] for t in make_batch(step))
         engine.backward((engine.model(x) - y).square().mean())

@@ -46,7 +46,7 @@ def held(engine: Engine, switcher: Switcher) -> dict:
         for key, moment in {**storage.optimizer.state[run.owner], "owner": run.owner}.items()
         if moment.dim() and moment.shape == run.owner.shape
     }
-    statistics = [t.clone() for n in range(len(storage.sites)) for t in switcher._importance.of_site(n)]
+    statistics = [t.clone() for n in range(len(storage.sites)) for t in switcher.statistics.of_site(n)]
     model = [storage.local_span(p)[0].clone() for p in trained_parameters(engine.model).values()]
     fused = [f for site in storage.sites for f in (site.fused_a, site.fused_b) if f is not None]
     return {
@@ -55,7 +55,7 @@ def held(engine: Engine, switcher: Switcher) -> dict:
         "tensors": [*optimizer.values(), *statistics, *model],
         "fused": [(f.clone() - 0 * f).detach() for f in storage.gather_parameters(fused)] if fused else [],
         "notes": [(list(site.held), site.num_taken, site.num_fused) for site in storage.sites],
-        "ledger": sum(1 for _ in switcher._ledger.entries()) if switcher._ledger else 0,
+        "ledger": sum(1 for _ in switcher.ledger.entries()) if switcher.ledger else 0,
     }
 
 

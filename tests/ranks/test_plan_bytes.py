@@ -106,8 +106,8 @@ def measure(switcher: Switcher, engine: Engine, of_gradients: list[int]) -> dict
     moments = [
         moment for each in state.values() for moment in each.values() if torch.is_tensor(moment) and moment.dim()
     ]
-    averages = [t for each in switcher._importance._statistics.values() for t in each]
-    entries = list(switcher._ledger.entries()) if switcher._ledger is not None else []
+    averages = [t for each in switcher.statistics._statistics.values() for t in each]
+    entries = list(switcher.ledger.entries()) if switcher.ledger is not None else []
     return {
         "base_weights": held([t for p in frozen for t in parts_of(p)], counted) + held(scales_of(engine.model), set()),
         "adapter_weights": held([t for p in trained for t in parts_of(p)], counted),

@@ -151,7 +151,7 @@ def test_a_file_that_the_manifest_does_not_list_is_not_read(saved: Path, tmp_pat
     entry = saved / "step-6" / "ledger" / "switch-00001.safetensors"
     (entry.parent / "switch-00002.safetensors").write_bytes(entry.read_bytes())
     assert len(Checkpoint(saved / "step-6").ledger) == 2
-    assert sum(1 for _ in resume(tmp_path, saved / "step-6")._ledger.entries()) == 2
+    assert sum(1 for _ in resume(tmp_path, saved / "step-6").ledger.entries()) == 2
 
 
 def test_a_step_that_was_not_reported_cannot_be_saved(tmp_path) -> None:
@@ -331,7 +331,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_difference(what: str, s
 
 def test_a_refused_checkpoint_leaves_the_ledger_of_the_run_alone(saved: Path, tmp_path) -> None:
     _, _, switcher = bound(tmp_path, ledger_dir=str(tmp_path / "ledger"))
-    assert switcher._ledger is not None
+    assert switcher.ledger is not None
     before = [path.read_bytes() for path in (tmp_path / "ledger").iterdir()]
     with pytest.raises(ValueError, match="digest"):
         resume(tmp_path, saved / "step-6", make_net(seed=3), ledger_dir=str(tmp_path / "ledger"))

@@ -157,7 +157,7 @@ def test_an_entry_that_cannot_be_written_is_kept_and_written_later(tmp_path, cap
     assert switcher.num_switches == 2
     assert [path.name for path in (tmp_path / "ledger").iterdir()] == ["switch-00000.safetensors"]
     with full_disk(1 << 20):
-        switcher._ledger.folder.rename(tmp_path / "away")  # and it stays away while a checkpoint is written elsewhere
+        switcher.ledger.folder.rename(tmp_path / "away")  # and it stays away while a checkpoint is written elsewhere
         (tmp_path / "ledger").touch()
         with pytest.raises(ValueError, match="was it removed"):
             switcher.save_checkpoint(tmp_path / "checkpoints")

@@ -57,7 +57,7 @@ def test_a_16_bit_weight_is_one_rounding_off_the_ledger(dtype: torch.dtype, most
     switcher, changes = run(model, dtype, tmp_path, 38)
     assert switcher.num_switches == 36
     assert max(changes) < 4 * most
-    left, right = switcher._ledger.factors(["0"])["0"]
+    left, right = switcher.ledger.factors(["0"])["0"]
     exact = start + switcher.sites[0].scale * left.double() @ right.double()
     high, low = weight.detach().double(), switcher.storage.residuals[0].double().view_as(weight)
     assert (high + low - exact).norm() < 1e-4 * exact.norm()  # the sum itself does not drift
@@ -113,7 +113,7 @@ def test_a_quantised_weight_is_never_written_and_nothing_is_lost(precision: str,
     site = switcher.sites[0]
     assert site.fused_rank == 2 * 38 - 2
     assert site.num_fused == 2 * 37 - 2  # the last switch would fall on the end
-    left, right = switcher._ledger.factors(["0"])["0"]
+    left, right = switcher.ledger.factors(["0"])["0"]
     stands_for = start + site.scale * site.fused_b.double() @ site.fused_a.double()
     assert (start + site.scale * left.double() @ right.double() - stands_for).norm() < 1e-6 * start.norm()
 

@@ -121,7 +121,7 @@ def test_a_gradient_scaler_shows_unscaled_gradients_and_skips_overflows(tmp_path
                 scaler.update()
                 assert switcher.step() is None
         assert switcher.num_steps == switcher.due_steps[0] - 1
-        seen[scale] = switcher._importance.pair_scores()
+        seen[scale] = switcher.statistics.pair_scores()
     for with_scale, without in zip(seen[2.0**12], seen[None], strict=True):
         torch.testing.assert_close(with_scale, without, rtol=1e-4, atol=0)
 

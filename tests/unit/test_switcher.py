@@ -205,7 +205,7 @@ def test_w_equals_w0_plus_ledger_after_500_switches(tmp_path) -> None:
     assert switcher.num_switches == 501
     assert len(outputs) == 500
     assert max(outputs) < 1e-5
-    left, right = switcher._ledger.factors(["0"])["0"]
+    left, right = switcher.ledger.factors(["0"])["0"]
     expected = start + switcher.sites[0].scale * left.double() @ right.double()
     weight = model.base_model.model[0].base_layer.weight
     assert float((weight - expected).norm() / expected.norm()) < 1e-6
@@ -232,7 +232,7 @@ def test_a_switch_resets_the_chosen_slots_only(tmp_path, reset: str, first: int,
     state = {key: optimizer.state[site.lora_a][key].clone() for key in ("exp_avg", "exp_avg_sq")}
     factors = site.lora_a.detach().clone(), site.lora_b.detach().clone()
     head = optimizer.state[switcher._model.base_model.model.head.modules_to_save["default"].weight]["exp_avg"].clone()
-    scores = switcher._importance.of(switcher.storage.tracked[0], "mean").view(4, -1).clone()
+    scores = switcher.statistics.of(switcher.storage.tracked[0], "mean").view(4, -1).clone()
     report = switcher.step()
     chosen = report.sites[0].slots
     others = [slot for slot in range(4) if slot not in chosen]
@@ -246,7 +246,7 @@ def test_a_switch_resets_the_chosen_slots_only(tmp_path, reset: str, first: int,
     assert torch.equal(
         optimizer.state[switcher._model.base_model.model.head.modules_to_save["default"].weight]["exp_avg"], head
     )
-    now = switcher._importance.of(switcher.storage.tracked[0], "mean").view(4, -1)
+    now = switcher.statistics.of(switcher.storage.tracked[0], "mean").view(4, -1)
     assert torch.equal(now[others], scores[others])
     assert not now[chosen].any()
 
@@ -391,7 +391,7 @@ def test_a_switch_is_exact_where_training_multiplies_in_lower_precision(tmp_path
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")
-    left, right = switcher._ledger.factors(["0"])["0"]
+    left, right = switcher.ledger.factors(["0"])["0"]
     change = switcher.sites[0].scale * left.double() @ right.double()
     assert (model.base_model.model[0].base_layer.weight - start - change).norm() < 1e-5 * change.norm()
 
@@ -413,13 +413,13 @@ def test_a_window_makes_the_choices_of_all_steps(tmp_path, reset: str) -> None:
     for window in ("all", "auto", 10):
         options |= {"target_rank": 11, "fusion_ratio": 0.25, "importance_window": window}
         model, optimizer, switcher = bound(tmp_path, steps=630, **options)
-        observed, observe = [], switcher._importance.observe_
+        observed, observe = [], switcher.statistics.observe_
 
         def note(owners: list, observed=observed, switcher=switcher, observe=observe) -> None:
             observed.append(switcher.num_steps)
             observe(owners)
 
-        switcher._importance.observe_ = note
+        switcher.statistics.observe_ = note
         reports = take_steps(model, optimizer, switcher, 630)
         choices = [(part.site, part.slots) for report in reports for part in report.sites]
         seen[window] = choices, observed, [s for report in reports for part in report.sites for s in part.scores]
@@ -451,14 +451,14 @@ def test_only_the_steps_of_a_window_count(tmp_path) -> None:
     model, optimizer, switcher = bound(
         tmp_path, target_rank=10, steps=20, importance_window=4, score_reset="restarted", beta1=0.9, beta2=0.8
     )
-    observe, seen = switcher._importance.observe_, []
+    observe, seen = switcher.statistics.observe_, []
     factors = [run.owner for run in switcher.storage.tracked if run.site == 0]
 
     def note(owners: list) -> None:
         seen.append([(factor.detach() * factor.grad).abs() for factor in factors])
         observe(owners)
 
-    switcher._importance.observe_ = note
+    switcher.statistics.observe_ = note
     for switch in range(2):
         del seen[:]
         (report,) = take_steps(model, optimizer, switcher, switcher.due_steps[switch] - switcher.num_steps)
