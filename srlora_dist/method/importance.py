@@ -130,17 +130,17 @@ class Importance(PairStatistics):
         """All that is tracked of the owners with these ids, in groups."""
         for (mean, deviation), spans in self._buffers:
             most = GROUP_ELEMENTS.get(mean.device.type, GROUP_ELEMENTS["other"])
-            spans: list[tuple[int, list[OwnedSpan]]] = []  # (where its statistics begin, pieces)
+            groups: list[tuple[int, list[OwnedSpan]]] = []  # (where its statistics begin, pieces)
             stop = 0
             for start, piece in _cut(_joined(spans, present), most):
-                first, pieces = spans[-1] if spans else (0, [])
+                first, pieces = groups[-1] if groups else (0, [])
                 fits = pieces and start == stop and start + piece.numel - first <= most
                 if fits and pieces[0].owner.dtype == piece.owner.dtype:
                     pieces.append(piece)
                 else:
-                    spans.append((start, [piece]))
+                    groups.append((start, [piece]))
                 stop = start + piece.numel
-            for first, pieces in spans:
+            for first, pieces in groups:
                 last = first + sum(piece.numel for piece in pieces)
                 yield Group(pieces, mean[first:last], deviation[first:last])
 

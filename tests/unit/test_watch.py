@@ -135,7 +135,7 @@ def test_micro_batches_and_overflows_are_no_other_optimizer(tmp_path) -> None:
 
 def test_a_plan_after_bind_and_a_second_bind_are_refused(tmp_path) -> None:
     model, optimizer, switcher = bound(tmp_path, steps=NUM_STEPS, target_rank=10)
-    with pytest.raises(RuntimeError, match="plan.. before switcher.bind"):
+    with pytest.raises(RuntimeError, match="set_num_steps.. before switcher.bind"):
         switcher.set_num_steps(100)
     with pytest.raises(RuntimeError, match="bind.. was called before"):
         switcher.bind(model, optimizer)
