@@ -125,7 +125,7 @@ class Zero3Storage(ShardedStorage):
             when.cache_clear()
 
     def allocate_residuals(self, device: str) -> None:
-        self.settle()
+        self.to_rest_layout_()
         super().allocate_residuals(device)
 
     def writable_copies_(self, parameter: nn.Parameter) -> list[tuple[Tensor, int]]:
