@@ -53,7 +53,7 @@ def gather_training_state(
     parameters = trained_parameters(model)
     names, shapes = list(parameters), [storage.whole_shape(parameter) for parameter in parameters.values()]
     sizes = [shape.numel() for shape in shapes]
-    pieces = [storage.stepped(parameter) for parameter in parameters.values()]
+    pieces = [storage.owned_span(parameter) for parameter in parameters.values()]
     scalars, kinds = _state_of_pieces(storage, dict(zip(names, pieces, strict=True)))
 
     def collect(read: Callable[[Tensor], Tensor | None]) -> dict[str, Tensor]:
@@ -125,7 +125,7 @@ def restore_training_state_(
     parameters, optimizer = trained_parameters(model), storage.optimizer
     names = list(parameters)
     sizes = [storage.whole_shape(parameter).numel() for parameter in parameters.values()]
-    pieces = {name: storage.stepped(parameter) for name, parameter in parameters.items()}
+    pieces = {name: storage.owned_span(parameter) for name, parameter in parameters.items()}
     for number, whole in storage.scatter_from_0(sizes, lambda j: read(WEIGHTS, names[j])):
         parameter, piece = parameters[names[number]], pieces[names[number]]
         for span, start in [(piece.of(piece.owner), piece.start), *storage.writable_copies_(parameter)]:

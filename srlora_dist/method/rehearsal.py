@@ -52,7 +52,7 @@ def _stepped(model: nn.Module, storage: Storage) -> list:
     owners = []
     for name, parameter in trained_parameters(model).items():
         try:
-            owners.append(local_part(storage.stepped(parameter).owner))
+            owners.append(local_part(storage.owned_span(parameter).owner))
         except ValueError as error:
             raise ValueError(f"{name} is trained, but {error}") from error
     return owners

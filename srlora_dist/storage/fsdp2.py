@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 
 from srlora_dist.layers.site import Site
 from srlora_dist.layers.spans import longest_rows, rows
-from srlora_dist.storage.base import not_stepped
 from srlora_dist.storage.factor_spans import OwnedSpan, local_part
+from srlora_dist.storage.optimizer_state import not_stepped_error
 from srlora_dist.storage.quantized import require_cuttable
 from srlora_dist.storage.sharded import ShardedStorage
 
@@ -31,9 +31,9 @@ class Fsdp2Storage(ShardedStorage):
         self._stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         self._map_factors()
 
-    def stepped(self, parameter: nn.Parameter) -> OwnedSpan:
+    def owned_span(self, parameter: nn.Parameter) -> OwnedSpan:
         if id(parameter) not in self._stepped:
-            raise not_stepped(self.sites, parameter)
+            raise not_stepped_error(self.sites, parameter)
         if not isinstance(parameter, DTensor) or parameter.placements != (Shard(0),):
             raise ValueError(
                 "FSDP2 does not cut it into rows (ignored_params), so that no rank answers for it: let fully_shard "

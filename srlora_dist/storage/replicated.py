@@ -10,8 +10,9 @@ from torch.optim import Optimizer
 
 from srlora_dist.layers.site import Site
 from srlora_dist.layers.spans import deal_by_size, whole
-from srlora_dist.storage.base import Storage, not_stepped
+from srlora_dist.storage.base import Storage
 from srlora_dist.storage.factor_spans import OwnedSpan
+from srlora_dist.storage.optimizer_state import not_stepped_error
 
 
 class ReplicatedStorage(Storage):
@@ -72,9 +73,9 @@ class PlainStorage(ReplicatedStorage):
         """What the optimizer steps for each trained parameter, by the parameter's ``id``."""
         return {id(parameter): parameter for group in self.optimizer.param_groups for parameter in group["params"]}
 
-    def stepped(self, parameter: nn.Parameter) -> OwnedSpan:
+    def owned_span(self, parameter: nn.Parameter) -> OwnedSpan:
         if id(parameter) not in self._owners:
-            raise not_stepped(self.sites, parameter)
+            raise not_stepped_error(self.sites, parameter)
         return OwnedSpan(self._owners[id(parameter)], 0, *whole(parameter.numel()))
 
     def copies(self, parameters: Iterable[nn.Parameter]) -> Iterator[Tensor]:

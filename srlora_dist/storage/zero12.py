@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 
 from srlora_dist.layers.site import Site
 from srlora_dist.layers.spans import fragment
-from srlora_dist.storage.base import not_stepped
 from srlora_dist.storage.factor_spans import OwnedSpan
+from srlora_dist.storage.optimizer_state import not_stepped_error
 from srlora_dist.storage.replicated import ReplicatedStorage
 
 
@@ -34,9 +34,9 @@ class Zero12Storage(ReplicatedStorage):
         }
         self._map_factors()
 
-    def stepped(self, parameter: nn.Parameter) -> OwnedSpan:
+    def owned_span(self, parameter: nn.Parameter) -> OwnedSpan:
         if id(parameter) not in self._places:
-            raise not_stepped(self.sites, parameter)
+            raise not_stepped_error(self.sites, parameter)
         group, offset = self._places[id(parameter)]
         owner = self._fragments[group]
         start, numel = fragment(offset, parameter.numel(), owner.numel(), self.rank)
