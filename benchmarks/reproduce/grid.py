@@ -15,16 +15,15 @@ from typing_extensions import override
 
 from benchmarks.reproduce.paper import TABLES, PaperTable
 from srlora_dist.config.method import DEFAULT_TARGET_RANK
+from srlora_dist.config.option import flatten, unnamed
 from srlora_dist.config.parse import parse
 from srlora_dist.config.run import RunConfig
 from srlora_dist.tasks.registry import check_task
 from srlora_dist.tasks.sources import MINILM, model_title
-from srlora_dist.training.figures.runs import flat
 
 METHODS = ("lora", "pissa", "srlora", "adalora")
 OWN = ("--method", "--seed", "--output_dir", "--task.name")
-PLACES = ("output_dir", "engine", "checkpoint.", "task.data_dir", "srlora.svd_cache", "srlora.ledger_dir")
-PLACES += ("train.timeout", "train.log_every", "train.eval_batch_size")
+UNNAMED = unnamed(RunConfig, "grid")
 """Options that have no part in what a run computes."""
 
 
@@ -112,14 +111,12 @@ def digest(config: dict[str, object], mixed_precision: str) -> str:
 
     An option at its default has no part in it, so that a result outlives the options that are added after it.
     """
-    defaults = flat(asdict(RunConfig()))
-    options = flat(config)
+    defaults = flatten(asdict(RunConfig()))
+    options = flatten(config)
     if options["srlora.target_rank"] == DEFAULT_TARGET_RANK:  # the same, said
         options["srlora.target_rank"] = None
-    options = {
-        name: value for name, value in options.items() if value != defaults[name] and not name.startswith(PLACES)
-    }
-    options["model.name_or_path"] = model_title(flat(config)["model.name_or_path"])
+    options = {name: value for name, value in options.items() if value != defaults[name] and name not in UNNAMED}
+    options["model.name_or_path"] = model_title(flatten(config)["model.name_or_path"])
     if mixed_precision != "no":
         options["mixed_precision"] = mixed_precision
     return hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:12]

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import yaml
 
-from benchmarks.reproduce.grid import PLACES, Cell, digest
+from benchmarks.reproduce.grid import UNNAMED, Cell, digest
 from srlora_dist.checkpoint.files import write_whole
+from srlora_dist.config.option import flatten
 from srlora_dist.config.run import RunConfig
 from srlora_dist.tasks.sources import model_title
-from srlora_dist.training.figures.runs import flat
 from srlora_dist.training.run_log import read_lines
 
 FROM_SUMMARY = ("steps", "best_step", "start", "best", "final", "skipped_steps", "resumed_after", "storage")
@@ -82,10 +82,10 @@ def _read_once(path: Path, *_state: int) -> list[dict]:
 
 def changed_options(config: RunConfig) -> dict[str, object]:
     """Options with another value than their default, without those that say where things lie."""
-    defaults = flat(asdict(RunConfig()))
-    skipped = ("method", "seed", "task.name", "model.name_or_path", *PLACES)
-    options = flat(asdict(config)).items()
-    return {name: value for name, value in options if value != defaults[name] and not name.startswith(skipped)}
+    defaults = flatten(asdict(RunConfig()))
+    options = flatten(asdict(config)).items()
+    skipped = UNNAMED | {"method", "seed", "task.name", "model.name_or_path"}
+    return {name: value for name, value in options if value != defaults[name] and name not in skipped}
 
 
 def finished_summary(cell: Cell) -> dict[str, object] | None:

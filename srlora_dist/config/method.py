@@ -7,13 +7,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from srlora_dist.config.checks import BELOW_ONE, COUNT, COUNT_OR_NONE, POSITIVE, expand_home, require
+from srlora_dist.config.option import option
 
-FREE_ON_RESUME = {
-    *("svd_cache", "svd_distribute", "ledger_dir"),
-    *("residual_device", "check_switch", "switch_tolerance", "agreement_every"),
-}
-"""Options that do not change what is computed, so that a run may be resumed with others."""
-
+ADAPTED, SWITCHING = ("pissa", "srlora"), ("srlora",)
+"""The methods that start pairs along directions, and the one that switches them."""
 
 DEFAULT_TARGET_RANK = 32
 """Directions that are shared out where ``target_rank`` is not set."""
@@ -76,32 +73,38 @@ class SRLoRAConfig:
         ledger_dir: Folder to which each switch is appended; ``null`` keeps the ledger in memory alone.
     """
 
-    target_rank: int | None = None
-    fusion_ratio: float = 0.5
-    beta1: float = 0.85
-    beta2: float = 0.85
-    importance_window: int | Literal["auto", "all"] = "auto"
-    start: Literal["pissa", "zero_b"] = "pissa"
-    score: Literal["sensitivity", "relative", "change"] = "sensitivity"
-    choose: Literal["lowest", "highest", "oldest"] = "lowest"
-    grace: int = 0
-    switch_until: float = 1.0
-    num_switches: int | None = None
-    switch_when: Literal["due", "settled"] = "due"
-    exhausted: Literal["stop", "wrap", "renew"] = "stop"
-    score_reset: Literal["all", "restarted"] = "all"
-    optimizer_reset: Literal["zero", "first_moment", "keep", "survivors", "pair_steps"] = "zero"
-    fusion: Literal["auto", "in_place", "adapter"] = "auto"
-    fused_rank: int | None = None
-    residual_device: Literal["weight", "cpu"] = "weight"
-    directions_from: str | None = None
-    check_switch: bool = False
-    switch_tolerance: float | None = None
-    agreement_every: int = 0
+    target_rank: int | None = option(None, methods=SWITCHING)
+    fusion_ratio: float = option(0.5, methods=SWITCHING)
+    beta1: float = option(0.85, methods=SWITCHING, only_with=("srlora.score", ("sensitivity", "relative")))
+    beta2: float = option(0.85, methods=SWITCHING, only_with=("srlora.score", ("sensitivity", "relative")))
+    importance_window: int | Literal["auto", "all"] = option(
+        "auto", methods=SWITCHING, only_with=("srlora.score", ("sensitivity", "relative"))
+    )
+    start: Literal["pissa", "zero_b"] = option("pissa", methods=ADAPTED)
+    score: Literal["sensitivity", "relative", "change"] = option("sensitivity", methods=SWITCHING)
+    choose: Literal["lowest", "highest", "oldest"] = option("lowest", methods=SWITCHING)
+    grace: int = option(0, methods=SWITCHING)
+    switch_until: float = option(1.0, methods=SWITCHING)
+    num_switches: int | None = option(None, methods=SWITCHING)
+    switch_when: Literal["due", "settled"] = option("due", methods=SWITCHING)
+    exhausted: Literal["stop", "wrap", "renew"] = option("stop", methods=SWITCHING)
+    score_reset: Literal["all", "restarted"] = option(
+        "all", methods=SWITCHING, only_with=("srlora.score", ("sensitivity", "relative"))
+    )
+    optimizer_reset: Literal["zero", "first_moment", "keep", "survivors", "pair_steps"] = option(
+        "zero", methods=SWITCHING
+    )
+    fusion: Literal["auto", "in_place", "adapter"] = option("auto", methods=ADAPTED)
+    fused_rank: int | None = option(None, methods=ADAPTED)
+    residual_device: Literal["weight", "cpu"] = option("weight", free_on_resume=True, methods=ADAPTED)
+    directions_from: str | None = option(None, methods=ADAPTED)
+    check_switch: bool = option(False, free_on_resume=True, methods=SWITCHING)
+    switch_tolerance: float | None = option(None, free_on_resume=True, methods=SWITCHING)
+    agreement_every: int = option(0, free_on_resume=True, methods=ADAPTED)
     adapter_name: str = "default"
-    svd_cache: str | None = None
-    svd_distribute: bool = False
-    ledger_dir: str | None = None
+    svd_cache: str | None = option(None, free_on_resume=True, names_run_in=(), methods=ADAPTED)
+    svd_distribute: bool = option(False, free_on_resume=True, methods=ADAPTED)
+    ledger_dir: str | None = option(None, free_on_resume=True, names_run_in=(), methods=ADAPTED)
 
     def __post_init__(self) -> None:
         share = (lambda value: 0 < value <= 1, "a share of the pairs in (0, 1], such as 0.5")

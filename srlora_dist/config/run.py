@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
 
 from srlora_dist.config.checks import BELOW_ONE, COUNT, COUNT_OR_NONE, MOST, POSITIVE, expand_home, require
 from srlora_dist.config.method import SRLoRAConfig
+from srlora_dist.config.option import flatten, option, walk_options
 
-TASK_OPTIONS_OF = {"completion_only": ("instruct",), "packing": ("instruct", "lm")}
-"""Options of the task that only these tasks honour, and files of the user's own."""
+RESUMABLE = ("lora", "pissa", "srlora")
+"""The methods whose runs write checkpoints."""
 
 
 @dataclass
@@ -52,13 +54,13 @@ class ModelOptions:
         trust_remote_code: Allow code that comes with the model to run.
     """
 
-    name_or_path: str | None = None
-    gguf_file: str | None = None
+    name_or_path: str | None = option(None, free_on_resume=True)
+    gguf_file: str | None = option(None, free_on_resume=True)
     dropout: float | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     quantization: Literal["none", "nf4", "fp4", "int8"] = "none"
     double_quantization: bool = False
-    trust_remote_code: bool = False
+    trust_remote_code: bool = option(False, free_on_resume=True)
 
     def __post_init__(self) -> None:
         own = (BELOW_ONE[0], f"{BELOW_ONE[1]}, or null for the model's own")
@@ -102,10 +104,10 @@ class TaskOptions:
     """
 
     name: str = "demo"
-    data_dir: str | None = None
+    data_dir: str | None = option(None, free_on_resume=True, names_run_in=())
     max_length: int = 128
-    completion_only: bool = True
-    packing: bool = False
+    completion_only: bool = option(True, only_with=("task.name", ("instruct", "*.py")))
+    packing: bool = option(False, only_with=("task.name", ("instruct", "lm", "*.py")))
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
 
@@ -135,22 +137,22 @@ class TrainOptions:
             time.
     """
 
-    epochs: float = 1.0
+    epochs: float = option(1.0, only_with=("train.max_steps", (None,)))
     max_steps: int | None = None
     batch_size: int = 32
-    eval_batch_size: int = 64
-    accumulation_steps: int = 1
+    eval_batch_size: int = option(64, free_on_resume=True, names_run_in=("figure",))
+    accumulation_steps: int = option(1, free_on_resume=True)
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    momentum: float = 0.9
+    momentum: float = option(0.9, only_with=("train.optimizer", ("sgd",)))
     learning_rate: float = 1e-3
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_ratio: float = 0.06
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    eval_every: int | None = None
-    log_every: int = 10
-    max_bad_steps: int = 20
-    timeout: int = 1800
+    eval_every: int | None = option(None, free_on_resume=True)
+    log_every: int = option(10, free_on_resume=True, names_run_in=("figure",))
+    max_bad_steps: int = option(20, free_on_resume=True)
+    timeout: int = option(1800, free_on_resume=True, names_run_in=())
 
     def __post_init__(self) -> None:
         counts = ("max_steps", "batch_size", "eval_batch_size", "accumulation_steps", "log_every", "eval_every")
@@ -180,10 +182,10 @@ class CheckpointOptions:
         if_disk_full: Whether to ``stop`` where a checkpoint cannot be written, or ``go_on`` without it.
     """
 
-    every: int | None = None
-    keep: int = 2
-    resume: str = "auto"
-    if_disk_full: Literal["stop", "go_on"] = "stop"
+    every: int | None = option(None, free_on_resume=True, names_run_in=(), methods=RESUMABLE)
+    keep: int = option(2, free_on_resume=True, names_run_in=(), methods=RESUMABLE)
+    resume: str = option("auto", free_on_resume=True, names_run_in=(), methods=RESUMABLE)
+    if_disk_full: Literal["stop", "go_on"] = option("stop", free_on_resume=True, names_run_in=(), methods=RESUMABLE)
 
     def __post_init__(self) -> None:
         require(
@@ -211,9 +213,11 @@ class RunConfig:
     """
 
     method: Literal["lora", "pissa", "srlora", "adalora"] = "srlora"
-    output_dir: str | None = None
+    output_dir: str | None = option(None, free_on_resume=True, names_run_in=())
     seed: int = 0
-    engine: Literal["auto", "plain", "ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2"] = "auto"
+    engine: Literal["auto", "plain", "ddp", "zero0", "zero1", "zero2", "zero3", "fsdp2"] = option(
+        "auto", free_on_resume=True, names_run_in=()
+    )
     model: ModelOptions = field(default_factory=ModelOptions)
     task: TaskOptions = field(default_factory=TaskOptions)
     lora: LoRAOptions = field(default_factory=LoRAOptions)
@@ -233,25 +237,13 @@ class RunConfig:
 
     def without_effect(self) -> list[str]:
         """Name the options that were changed and do nothing in this run."""
-        used = {"lora": {"adapter_name"}, "adalora": {"adapter_name"}, "srlora": {f.name for f in fields(SRLoRAConfig)}}
-        of_switches = {"target_rank", "fusion_ratio", "beta1", "beta2", "importance_window", "score_reset", "score"}
-        of_switches |= {"choose", "grace", "switch_until", "optimizer_reset", "check_switch", "switch_tolerance"}
-        used["pissa"] = used["srlora"] - of_switches
-        changed = {f.name for f in fields(SRLoRAConfig) if getattr(self.srlora, f.name) != f.default}
-        names = [f"srlora.{name}" for name in sorted(changed - used[self.method])]
-        if self.srlora.score == "change":
-            of_averages = ("beta1", "beta2", "importance_window", "score_reset")
-            names += [f"srlora.{name} (srlora.score is change)" for name in of_averages if name in changed]
-        if self.method == "adalora":
-            changed = (f.name for f in fields(CheckpointOptions) if getattr(self.checkpoint, f.name) != f.default)
-            names += [f"checkpoint.{name}" for name in changed]
-        train, task = self.train, self.task
-        if train.max_steps is not None and train.epochs != TrainOptions.epochs:
-            names.append("train.epochs (train.max_steps is given)")
-        if train.optimizer != "sgd" and train.momentum != TrainOptions.momentum:
-            names.append(f"train.momentum (train.optimizer is {train.optimizer})")
-        for option, honoured_by in TASK_OPTIONS_OF.items():
-            changed = getattr(task, option) != getattr(TaskOptions, option)
-            if changed and task.name not in honoured_by and not task.name.endswith(".py"):
-                names.append(f"task.{option} (task.name is {task.name})")
+        values, names = flatten(asdict(self)), []
+        for name, each in walk_options(RunConfig):
+            if values[name] == each.default:
+                continue
+            other, effective = each.metadata.get("only_with") or ("method", ("*",))
+            if self.method not in (each.metadata.get("methods") or (self.method,)):
+                names.append(name)
+            elif not any(fnmatch(str(values[other]), str(value)) for value in effective):
+                names.append(f"{name} ({other} is {values[other]})")
         return names

@@ -7,9 +7,13 @@ from dataclasses import asdict
 
 from torch import Tensor
 
-from srlora_dist.config.method import FREE_ON_RESUME, SRLoRAConfig
+from srlora_dist.config.method import SRLoRAConfig
+from srlora_dist.config.option import free_on_resume
 from srlora_dist.layers.site import Site
 from srlora_dist.method.budget import choose_slots, num_next, plan_switches, window_length
+
+FREE = free_on_resume(SRLoRAConfig)
+"""Options of the method that may be others when a run is resumed."""
 
 
 class SwitchSchedule:
@@ -113,7 +117,7 @@ class SwitchSchedule:
     def _options(self) -> dict[str, object]:
         """Those that decide what a run computes."""
         options = asdict(self.config) | {"target_rank": self.config.num_directions}
-        return {name: value for name, value in options.items() if name not in FREE_ON_RESUME}
+        return {name: value for name, value in options.items() if name not in FREE}
 
 
 LOOKS_PER_INTERVAL = 8

@@ -15,16 +15,13 @@ from srlora_dist.checkpoint.files import clean_up
 from srlora_dist.checkpoint.folder_lock import was_restarted
 from srlora_dist.checkpoint.format import Checkpoint, checkpoint_folders, find_checkpoint
 from srlora_dist.checkpoint.ledger import entry_paths
-from srlora_dist.config.method import DEFAULT_TARGET_RANK, FREE_ON_RESUME
+from srlora_dist.config.method import DEFAULT_TARGET_RANK
+from srlora_dist.config.option import flatten, free_on_resume
 from srlora_dist.config.run import RunConfig
 
 logger = logging.getLogger(__name__)
 
-FREE = {
-    *("output_dir", "engine", "checkpoint", "model.name_or_path", "model.gguf_file", "model.trust_remote_code"),
-    *("train.accumulation_steps", "train.eval_batch_size", "train.eval_every", "train.log_every", "train.timeout"),
-    *("task.data_dir", "train.max_bad_steps", *(f"srlora.{name}" for name in FREE_ON_RESUME)),
-}
+FREE = free_on_resume(RunConfig)
 """Options that may be others when a run is resumed: where things are, on what it runs, how often it reports. The
 pretrained weights are compared by their digests."""
 
@@ -88,12 +85,7 @@ def first_difference(theirs: dict[str, object], config: RunConfig) -> tuple[str,
 
 def _options(config: dict[str, object]) -> dict[str, object]:
     """The options of a run that decide what it computes, by their full names."""
-    flat = {}
-    for name, value in config.items():
-        inner = value if isinstance(value, dict) and name not in FREE else {}
-        flat |= {f"{name}.{key}": each for key, each in inner.items()}
-        if not isinstance(value, dict):
-            flat[name] = value
+    flat = flatten(config)
     if flat.get("srlora.target_rank", 0) is None:  # the same, unsaid
         flat["srlora.target_rank"] = DEFAULT_TARGET_RANK
     return {name: value for name, value in flat.items() if name not in FREE}

@@ -308,7 +308,7 @@ def test_weights_that_one_rank_cannot_read_stop_zero3(bench: Bench, tmp_path: Pa
     [
         (["--method=lora", "--srlora.beta1=0.5", "--srlora.ledger_dir=x"], "srlora.beta1, srlora.ledger_dir"),
         (["--method=pissa", "--srlora.target_rank=8", "--srlora.svd_cache=x"], "method pissa: srlora.target_rank$"),
-        (["--train.max_steps=5", "--train.epochs=3"], "train.epochs .train.max_steps is given."),
+        (["--train.max_steps=5", "--train.epochs=3"], "train.epochs .train.max_steps is 5."),
     ],
 )
 def test_options_without_effect_are_named(arguments: list[str], names: str) -> None:

@@ -138,6 +138,6 @@ def test_a_run_chooses_its_optimizer() -> None:
 
 def test_options_that_do_nothing_are_named() -> None:
     unused = RunConfig(train=TrainOptions(momentum=0.5), task=TaskOptions(packing=True)).without_effect()
-    assert unused == ["train.momentum (train.optimizer is adamw)", "task.packing (task.name is demo)"]
+    assert unused == ["task.packing (task.name is demo)", "train.momentum (train.optimizer is adamw)"]
     used = RunConfig(train=TrainOptions(optimizer="sgd", momentum=0.5), task=TaskOptions("lm", packing=True))
     assert used.without_effect() == []

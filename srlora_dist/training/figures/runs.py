@@ -10,12 +10,13 @@ from pathlib import Path
 import yaml
 
 from srlora_dist.config.method import DEFAULT_TARGET_RANK
+from srlora_dist.config.option import flatten, unnamed
+from srlora_dist.config.run import RunConfig
 from srlora_dist.tasks.sources import model_title, task_title
 from srlora_dist.training.run_log import read_lines
 
-OF_NO_INTEREST = ("method", "seed", "output_dir", "engine", "task.name", "model.name_or_path", "task.data_dir")
-OF_NO_INTEREST += ("srlora.svd_cache", "srlora.ledger_dir", "checkpoint.", "train.timeout")
-"""Options by which runs of one label may differ: they are in the line below a figure, or say where things lie."""
+UNNAMED = unnamed(RunConfig, "figure") | {"method", "seed", "task.name", "model.name_or_path"}
+"""Options by which runs of one label may differ: they say where things lie, or have their own place in a figure."""
 
 
 @dataclass
@@ -68,7 +69,7 @@ class RunFiles:
             raise ValueError(f"{folder} is not the folder of a run, for its config.yaml is of something else")
         if not metrics:
             raise ValueError(f"{folder} has no metrics yet: wait for the first step, or give another run")
-        return cls(folder, flat(config), metrics, switches, summary, label=str(config["method"]))
+        return cls(folder, flatten(config), metrics, switches, summary, label=str(config["method"]))
 
     @property
     def method(self) -> str:
@@ -118,7 +119,7 @@ def name_runs(runs: list[RunFiles], labels: list[str] | None) -> None:
     for run in runs:
         alike = [other for other in runs if (other.method, other.task) == (run.method, run.task)]
         names = sorted({name for other in alike for name in other.config.keys() | run.config.keys()})
-        told = [name for name in names if not name.startswith(OF_NO_INTEREST)]
+        told = [name for name in names if name not in UNNAMED]
         told = [name for name in told if len({str(other.config.get(name)) for other in alike}) > 1]
         parts = [f"{name.split('.')[-1]} {run.config.get(name)}" for name in told]
         parts += [run.model] if len({other.model for other in alike}) > 1 else []
@@ -160,15 +161,6 @@ def about(runs: list[RunFiles]) -> str:
         *(f"{each}" for each in [_list(_engines(runs))] if each),
     ]
     return ", ".join(parts) + ("" if ended else ", not ended yet") + ". " + runs[0].note
-
-
-def flat(config: dict[str, object], prefix: str = "") -> dict[str, object]:
-    """Options by their full names, such as ``train.epochs``."""
-    options: dict[str, object] = {}
-    for name, value in config.items():
-        inner = isinstance(value, dict)
-        options |= flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
-    return options
 
 
 def _targets(runs: list[RunFiles]) -> list[object]:
