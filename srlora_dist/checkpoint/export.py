@@ -14,7 +14,8 @@ from srlora_dist.checkpoint.base_label import BaseLabel
 from srlora_dist.checkpoint.export_parts import ExportParts
 from srlora_dist.checkpoint.files import Put, fill_folder
 from srlora_dist.checkpoint.format import Checkpoint
-from srlora_dist.checkpoint.ledger import Ledger, read_entries, require_entries
+from srlora_dist.checkpoint.ledger import Ledger
+from srlora_dist.checkpoint.ledger_files import read_entries, require_entries
 from srlora_dist.checkpoint.training_state import WEIGHTS, trained_parameters
 from srlora_dist.layers.adapter import find_peft_model
 from srlora_dist.layers.pairs import replay_pairs

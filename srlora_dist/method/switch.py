@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from srlora_dist.checkpoint.ledger import Ledger, SiteSwitch, SwitchReport, read_entries
+from srlora_dist.checkpoint.ledger import Ledger, SiteSwitch, SwitchReport
+from srlora_dist.checkpoint.ledger_files import read_entries
 from srlora_dist.config.method import SRLoRAConfig
 from srlora_dist.errors import RunStoppedError
 from srlora_dist.layers.digest import combine, digest_span

@@ -16,7 +16,8 @@ from srlora_dist.checkpoint.files import Put, fill_folder
 from srlora_dist.checkpoint.folder_lock import HeldFolders
 from srlora_dist.checkpoint.format import Checkpoint, require_same_base
 from srlora_dist.checkpoint.hf_saves import mark_saves_
-from srlora_dist.checkpoint.ledger import Ledger, SwitchReport, require_entries
+from srlora_dist.checkpoint.ledger import Ledger, SwitchReport
+from srlora_dist.checkpoint.ledger_files import require_entries
 from srlora_dist.checkpoint.save import AVERAGES, SavedRun, open_run, save_run
 from srlora_dist.checkpoint.training_state import require_same_training, restore_training_state_
 from srlora_dist.config.method import SRLoRAConfig

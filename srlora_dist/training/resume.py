@@ -14,7 +14,7 @@ import yaml
 from srlora_dist.checkpoint.files import clean_up
 from srlora_dist.checkpoint.folder_lock import was_restarted
 from srlora_dist.checkpoint.format import Checkpoint, checkpoint_folders, find_checkpoint
-from srlora_dist.checkpoint.ledger import entry_paths
+from srlora_dist.checkpoint.ledger_files import entry_paths
 from srlora_dist.config.method import DEFAULT_TARGET_RANK
 from srlora_dist.config.option import flatten, free_on_resume
 from srlora_dist.config.run import RunConfig

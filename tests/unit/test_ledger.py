@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import srlora_dist.checkpoint.files
-import srlora_dist.checkpoint.ledger
+import srlora_dist.checkpoint.ledger_files
 from srlora_dist import SRLoRAConfig, Switcher
 from srlora_dist.checkpoint.export import export_checkpoint
 from srlora_dist.checkpoint.format import Checkpoint
@@ -69,7 +69,7 @@ def test_checkpoints_share_the_entries_and_hash_each_once(tmp_path, monkeypatch)
     describe = srlora_dist.checkpoint.files.describe
     model, optimizer, switcher = start(tmp_path, "ledger")
     take_steps(model, optimizer, switcher, 7)
-    for module in (srlora_dist.checkpoint.files, srlora_dist.checkpoint.ledger):
+    for module in (srlora_dist.checkpoint.files, srlora_dist.checkpoint.ledger_files):
         monkeypatch.setattr(module, "describe", note)
     switcher.save_checkpoint(tmp_path / "checkpoints")
     assert {path.name for path in hashed} >= {"trainable.safetensors", "state.json"}

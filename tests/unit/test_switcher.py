@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-import srlora_dist.checkpoint.ledger
+import srlora_dist.checkpoint.ledger_files
 from srlora_dist import SRLoRAConfig, Switcher
 from srlora_dist.checkpoint.ledger import Ledger
 from srlora_dist.method.budget import window_length
@@ -347,7 +347,7 @@ def test_a_ledger_entry_is_there_whole_or_not_at_all(tmp_path, monkeypatch) -> N
         path.write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(srlora_dist.checkpoint.ledger, "save_file", half)
+    monkeypatch.setattr(srlora_dist.checkpoint.ledger_files, "save_file", half)
     with pytest.raises(ValueError, match="cannot append switch 0 to the ledger: no space left"):
         bound(tmp_path, target_rank=8, ledger_dir=str(tmp_path / "ledger"))
     assert not list((tmp_path / "ledger").glob("*.safetensors"))

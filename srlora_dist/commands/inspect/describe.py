@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from srlora_dist.checkpoint.format import LEDGER, Checkpoint, find_checkpoint
-from srlora_dist.checkpoint.ledger import read_metadata
+from srlora_dist.checkpoint.ledger_files import read_metadata
 from srlora_dist.errors import shorten_list
 
 
