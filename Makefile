@@ -18,7 +18,7 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[deepspeed,quant,trl,demo,dev]"
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[all,dev]"
 	touch $@
 
 # What DeepSpeed compiles when it is first used, which takes minutes: no test waits for the compiler.

@@ -8,13 +8,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from srlora_dist.checkpoint.ledger import SiteSwitch, SwitchReport
     from srlora_dist.config.method import SRLoRAConfig
+    from srlora_dist.errors import RunStoppedError
     from srlora_dist.method.switcher import Switcher
     from srlora_dist.training.hf_callback import SRLoRACallback
 
-__all__ = ["SRLoRACallback", "SRLoRAConfig", "SiteSwitch", "SwitchReport", "Switcher"]
+__version__ = "0.1.0"
+
+__all__ = ["RunStoppedError", "SRLoRACallback", "SRLoRAConfig", "SiteSwitch", "SwitchReport", "Switcher", "__version__"]
 
 # Imported when they are asked for: a command sets what torch reads at its import, and --help does without torch.
 _PLACES = {
+    "RunStoppedError": "errors",
     "SRLoRACallback": "training.hf_callback",
     "SRLoRAConfig": "config.method",
     "SiteSwitch": "checkpoint.ledger",

@@ -36,6 +36,11 @@ def main(argv: list[str] | None = None) -> int:
         if argv[0] not in COMMANDS:
             raise ValueError(f"there is no command {argv[0]!r}: choose one of {', '.join(COMMANDS)}")
         return import_module(f"srlora_dist.commands.{argv[0]}").run(argv[1:]) or 0
+    except ModuleNotFoundError as error:
+        if os.environ.get("SRLORA_DEBUG") or (error.name or "").startswith("srlora_dist"):
+            raise
+        print(f"srlora: error: {error}: pip install 'srlora-dist[all]' installs what commands need", file=sys.stderr)
+        return 2
     except (ValueError, OSError) as error:
         if os.environ.get("SRLORA_DEBUG"):
             raise

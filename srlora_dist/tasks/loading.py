@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
-import datasets
 import torch
 import transformers
 from torch import nn
@@ -29,6 +30,9 @@ from srlora_dist.config.run import RunConfig
 from srlora_dist.tasks.heads import never_quantised, new_parts
 from srlora_dist.tasks.model_files import reading, unpack_gguf
 from srlora_dist.tasks.sources import base_model
+
+if TYPE_CHECKING:  # srlora merge does without it
+    import datasets
 
 
 def load_decoder(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -166,18 +170,21 @@ def check_tokens(
 def quiet() -> Iterator[None]:
     """Silence what every rank would print: progress, and the list of weights that a head lacks."""
     log = transformers.utils.logging
-    level, bars, data_bars = log.get_verbosity(), log.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    data = sys.modules.get("datasets")
+    data_bars = data is not None and not data.are_progress_bars_disabled()
     log.set_verbosity_error()
     log.disable_progress_bar()
-    datasets.disable_progress_bars()
+    if data_bars:
+        data.disable_progress_bars()
     try:
         yield
     finally:
         log.set_verbosity(level)
         if bars:
             log.enable_progress_bar()
-        if not data_bars:
-            datasets.enable_progress_bars()
+        if data_bars:
+            data.enable_progress_bars()
 
 
 def _require_words(name: str, tokenizer: PreTrainedTokenizerBase) -> None:

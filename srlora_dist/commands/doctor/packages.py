@@ -26,7 +26,7 @@ def check_packages() -> Iterator[Found]:
     for line in dict.fromkeys(wanted.requires or ()):
         requirement = Requirement(line)
         extra = _extra(requirement)
-        if extra in FOR_WORK_ON_IT:
+        if extra in FOR_WORK_ON_IT or requirement.name == NAME:  # an extra of extras
             continue
         try:
             version = metadata.version(requirement.name)
