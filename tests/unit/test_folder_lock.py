@@ -15,11 +15,13 @@ from pathlib import Path
 import pytest
 
 import srlora_dist.checkpoint.folder_lock
+import srlora_dist.checkpoint.lock_file
 from srlora_dist.checkpoint.folder_lock import FolderInUseError, FolderLock, HeldFolders
 
 HOLD = """
 import sys, os, time
 import srlora_dist.checkpoint.folder_lock as module
+import srlora_dist.checkpoint.lock_file as file
 exec(sys.argv[2])
 lock = module.FolderLock(sys.argv[1], "output_dir", "choose another", 0)
 print("held", flush=True)
@@ -105,16 +107,16 @@ def test_a_new_start_waits_a_moment_and_a_restart_longer(tmp_path, start, monkey
 @pytest.mark.parametrize("ends", [False, True])
 def test_a_process_on_another_host_is_known_by_its_heartbeat(tmp_path, start, monkeypatch, locks, ends) -> None:
     """Where the file system has no locks at all this holds on one host too."""
-    blind = "import errno\ndef refuse(*_): raise OSError(errno.ENOSYS, 'no locks')\nmodule.fcntl.flock = refuse\n"
-    blind = "module.fcntl.flock = lambda *_: None\nmodule._boot = lambda: 'another'\n" if locks != "none" else blind
-    holder = start(tmp_path, f"{blind}\nmodule.BEAT_SECONDS = 0.1")
+    blind = "import errno\ndef refuse(*_): raise OSError(errno.ENOSYS, 'no locks')\nfile.fcntl.flock = refuse\n"
+    blind = "file.fcntl.flock = lambda *_: None\nfile._boot = lambda: 'another'\n" if locks != "none" else blind
+    holder = start(tmp_path, f"{blind}\nfile.BEAT_SECONDS = 0.1")
     if locks == "none":
 
         def refuse(*_: object) -> None:
-            raise OSError(srlora_dist.checkpoint.folder_lock.errno.ENOSYS, "no locks")
+            raise OSError(srlora_dist.checkpoint.lock_file.errno.ENOSYS, "no locks")
 
-        monkeypatch.setattr(srlora_dist.checkpoint.folder_lock.fcntl, "flock", refuse)
-    monkeypatch.setattr(srlora_dist.checkpoint.folder_lock, "WATCH_SECONDS", 0.6)
+        monkeypatch.setattr(srlora_dist.checkpoint.lock_file.fcntl, "flock", refuse)
+    monkeypatch.setattr(srlora_dist.checkpoint.lock_file, "WATCH_SECONDS", 0.6)
     if ends:
         holder.kill()
         holder.wait()
