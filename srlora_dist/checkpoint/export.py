@@ -23,7 +23,7 @@ from srlora_dist.layers.site import Site
 from srlora_dist.storage.base import Storage
 
 NOT_TRAINED = "exported"
-"""Name of a checkpoint's file of what PEFT saves beside the trained parameters."""
+"""File of a checkpoint with the exported tensors that are not trained."""
 
 
 @torch.no_grad()
@@ -39,83 +39,65 @@ def export_adapter(
 ) -> None:
     """Write ``adapter_config.json``, ``adapter_model.safetensors`` and a README on rank 0.
 
-    A site's change of the pretrained weight is what was added to W, by the ledger or in the second adapter, plus the
-    live pairs, ``s B A``; both are sums of pairs, so together they are one LoRA of scale 1, of rank twice the number of
-    directions taken, or of that number with ``start: zero_b``. Where W itself is exported, because another load of the
-    base would not have it, it is as it stands, and the pairs are those that are live.
+    The change of a site's pretrained weight has two parts: what was added to W (by the ledger or in the second adapter)
+    and the live pairs, ``s B A``. Both are sums of pairs, so together they are one LoRA of scale 1. Its rank is twice
+    the number of directions taken, or that number with ``start: zero_b``. A W that another load of the base would not
+    have is exported itself, as it is now, with the live pairs alone.
 
     Args:
         model: The (wrapped) PEFT model.
-        storage: How its tensors are held.
-        sites: Its sites.
-        ledger: What was added to W; None on the other ranks, and everywhere for a run without switches.
+        storage: How the ranks hold its tensors.
+        sites: The sites of the model.
+        ledger: What was added to W, on rank 0; None on the other ranks, and in a run without switches.
         folder: Where to write.
         parts: What is exported beside the pairs.
         max_rank: Truncate each site to this rank by SVD and log the relative error; None is exact.
-        put: Gets the folder and the files on rank 0, to write them.
+        put: Writes the files into the folder, on rank 0.
 
     Collective: every rank must call it; under ZeRO-3 and FSDP2 an all-reduce of the trainable parameters, one of
         the second adapter, and one of each frozen parameter that the export holds.
 
     Raises:
-        ValueError: ``max_rank`` is below 1, another adapter is trained, too, or rank 0 could not write; raised on every
+        ValueError: ``max_rank`` is below 1, another adapter is trained too, or rank 0 could not write. Raised on every
             rank.
     """
     peft_model = find_peft_model(model)
     _require_rank(max_rank)
     parts.require_alone(model, sites)
     storage.to_rest_layout_()
-    parameters = parts.parameters(model)
-    trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
-    tensors = dict(zip(trained, storage.gather_parameters(list(trained.values())), strict=True))
-    tensors |= _gather_frozen(storage, parameters)
-    tensors |= parts.buffers(model)
-    whole = _gather_whole_weights(storage, parts)
+    tensors = _gather_exported(model, storage, parts)
     fused = _gather_fused(storage, sites)
 
     def write() -> None:
-        whole_w = parts.own_weights
-        in_place = [s.name for s in sites if s.fused_a is None and not s.left_out and s.name not in whole_w]
-        added = fused | (ledger.factors(in_place) if ledger is not None else {})
-        named = {exported: tensors[name] for exported, name in parts.names.items() if name in tensors} | whole
-        named |= {name: tensor for name, tensor in tensors.items() if name not in parts.names.values()}
+        added = None
+        if ledger is not None or fused:
+            own_w = parts.own_weights
+            in_place = [s.name for s in sites if s.fused_a is None and not s.left_out and s.name not in own_w]
+            added = fused | (ledger.factors(in_place) if ledger is not None else {})
         scales = {site.name: site.scale for site in sites}
         about = About(peft_model.peft_config[parts.adapter_name], scales, parts.other_layers, parts.base)
-        never_edited = ledger is None and not fused
-        write_adapter(named, about, None if never_edited else added, Path(folder), max_rank, put)
+        write_adapter(tensors, about, added, Path(folder), max_rank, put)
 
     storage.on_rank_0(f"write the adapter to {folder}", write)
 
 
 @torch.no_grad()
 def export_checkpoint(checkpoint: Checkpoint, folder: str | Path, max_rank: int | None = None) -> None:
-    """Write the adapter of a checkpoint; this needs neither the pretrained model nor the engine that it was made on.
+    """Write the adapter of a checkpoint. This needs neither the pretrained model nor the engine of the run.
 
     Args:
-        checkpoint: Of any engine and number of ranks.
+        checkpoint: A checkpoint of any engine and number of ranks.
         folder: Where to write.
         max_rank: As in :func:`export_adapter`.
 
     Raises:
-        ValueError: ``max_rank`` is below 1, or a file of the checkpoint lacks something.
+        ValueError: ``max_rank`` is below 1, or the checkpoint lacks a tensor or an entry of the ledger.
     """
     _require_rank(max_rank)
-    state, added = checkpoint.state, None
+    state = checkpoint.state
     tensors = {exported: checkpoint.read(WEIGHTS, name) for exported, name in state["exported_names"].items()}
     tensors |= {name: checkpoint.read(NOT_TRAINED, name) for name in state["exported_besides"]}
-    if "num_switches" in state:
-        require_entries(checkpoint.ledger, state["num_switches"])
-        entries, added = list(read_entries(checkpoint.ledger)), {}
-        for site in state["sites"]:
-            left, right = (f"{site['name']}.{side}" for side in ("left", "right"))
-            pairs = [(entry[left], entry[right]) for entry in entries if left in entry]
-            if site["fused_rank"] == 0 and site["name"] in state.get("exported_weights", ()):
-                continue  # in W itself
-            if site.get("left_out"):
-                continue  # nothing was added to its W
-            # Without a second adapter nothing was ever compressed.
-            a_sum = replay_pairs(pairs, site["fused_rank"] or sys.maxsize)
-            added[site["name"]] = tuple(part.float() for part in a_sum)
+    added = _sum_entries(checkpoint) if "num_switches" in state else None
     config = PeftConfig.from_pretrained(str(checkpoint.folder))
     scales = {site["name"]: site["scale"] for site in state["sites"]}
     others = {name: (int(rank), float(scale)) for name, (rank, scale) in state.get("other_layers", {}).items()}
@@ -124,17 +106,38 @@ def export_checkpoint(checkpoint: Checkpoint, folder: str | Path, max_rank: int 
     write_adapter(tensors, about, added, Path(folder), max_rank)
 
 
+def _sum_entries(checkpoint: Checkpoint) -> dict[str, tuple[Tensor, Tensor]]:
+    """What the ledger of a checkpoint has added to the W of each site, unless W itself is exported.
+
+    Raises:
+        ValueError: An entry is missing or cannot be read.
+    """
+    state = checkpoint.state
+    require_entries(checkpoint.ledger, state["num_switches"])
+    entries, added = list(read_entries(checkpoint.ledger)), {}
+    for site in state["sites"]:
+        is_in_exported_w = site["fused_rank"] == 0 and site["name"] in state.get("exported_weights", ())
+        if is_in_exported_w or site.get("left_out"):
+            continue
+        left, right = (f"{site['name']}.{side}" for side in ("left", "right"))
+        pairs = [(entry[left], entry[right]) for entry in entries if left in entry]
+        # Without a second adapter nothing was ever compressed.
+        total = replay_pairs(pairs, site["fused_rank"] or sys.maxsize)
+        added[site["name"]] = tuple(part.float() for part in total)
+    return added
+
+
 def exported_parts(
     model: nn.Module, storage: Storage, parts: ExportParts
 ) -> tuple[dict[str, object], dict[str, Tensor], PeftConfig]:
-    """What a checkpoint keeps so that :func:`export_checkpoint` can do without the model.
+    """What a checkpoint keeps so that :func:`export_checkpoint` needs no model.
 
     Returns:
-        The part of ``state.json``: which trained parameter PEFT saves under which name, and the names of what it saves
-        beside them; those tensors, on rank 0; the adapter's configuration.
+        Three things. First, entries of ``state.json``: the trained parameter behind each of PEFT's names, and the names
+        of the other exported tensors. Second, those other tensors, on rank 0. Third, the adapter's configuration.
 
-    Collective: every rank must call it; under ZeRO-3 and FSDP2 an all-reduce of each parameter that is exported and
-        not trained.
+    Collective: every rank must call it; under ZeRO-3 and FSDP2 an all-reduce of each exported parameter that is not
+        trained.
     """
     peft_model, parameters = find_peft_model(model), parts.parameters(model)
     whole = _gather_whole_weights(storage, parts)
@@ -158,8 +161,20 @@ def exported_parts(
     return about, rest, peft_model.peft_config[parts.adapter_name]
 
 
+def _gather_exported(model: nn.Module, storage: Storage, parts: ExportParts) -> dict[str, Tensor]:
+    """Every tensor that the export holds, by PEFT's names; complete on rank 0."""
+    parameters = parts.parameters(model)
+    trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+    tensors = dict(zip(trained, storage.gather_parameters(list(trained.values())), strict=True))
+    tensors |= _gather_frozen(storage, parameters)
+    tensors |= parts.buffers(model)
+    named = {exported: tensors[name] for exported, name in parts.names.items() if name in tensors}
+    named |= _gather_whole_weights(storage, parts)
+    return named | {name: tensor for name, tensor in tensors.items() if name not in parts.names.values()}
+
+
 def _gather_frozen(storage: Storage, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Whole parameters that are not trained, on rank 0: one after the other, for embeddings are large."""
+    """Whole parameters that are not trained, on rank 0. They are gathered one by one, because embeddings are large."""
     frozen = {}
     for name, parameter in parameters.items():
         if not parameter.requires_grad:
@@ -170,7 +185,7 @@ def _gather_frozen(storage: Storage, parameters: dict[str, nn.Parameter]) -> dic
 
 
 def _gather_whole_weights(storage: Storage, parts: ExportParts) -> dict[str, Tensor]:
-    """W, as it is stored now, of the sites that have it exported, on rank 0."""
+    """The current stored W of the sites whose W is exported itself, on rank 0."""
     weights = {}
     for number, site in enumerate(storage.sites):
         if site.name in parts.own_weights:
@@ -187,7 +202,7 @@ def _require_rank(max_rank: int | None) -> None:
 
 
 def _gather_fused(storage: Storage, sites: list[Site]) -> dict[str, tuple[Tensor, Tensor]]:
-    """What stands for the change of W at each site with a second adapter: columns, scale excluded, and rows."""
+    """The change of W at each site with a second adapter: columns, without the scale, and rows."""
     with_second = [site for site in sites if site.fused_a is not None]
     if not with_second:
         return {}

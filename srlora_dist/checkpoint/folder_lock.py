@@ -157,7 +157,10 @@ def _wait_for(folder: Path, what: str, remedy: str, patience: float | None) -> L
 
 
 def _place(folder: Path) -> Path:
-    """Where the lock of a folder lies: beside it, or inside a mount point, which other hosts may mount elsewhere."""
+    """Path of a folder's lock file: beside the folder, or inside it if it is a mount point or its parent is read-only.
+
+    Other hosts may mount such a folder under another parent.
+    """
     with contextlib.suppress(OSError):
         if folder.stat().st_dev != folder.parent.stat().st_dev or not os.access(folder.parent, os.W_OK):
             return folder / ENDING

@@ -1,4 +1,4 @@
-"""The file of a lock: it is locked by the kernel, names its holder, and shows by a heartbeat that the holder is alive."""
+"""The file of a lock: the kernel locks it, it names the holder, and a heartbeat shows that the holder is alive."""
 
 from __future__ import annotations
 

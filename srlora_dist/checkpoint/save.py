@@ -1,4 +1,4 @@
-"""Puts together what a checkpoint of a run holds, and opens it again on all ranks: the same for every method."""
+"""Saves a run as a checkpoint, and opens a checkpoint on all ranks; the same for every method of training."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from peft import PeftConfig
 from torch import Tensor, nn
 
 from srlora_dist.checkpoint.export import NOT_TRAINED, exported_parts
@@ -18,7 +19,7 @@ from srlora_dist.checkpoint.training_state import gather_training_state
 from srlora_dist.storage.base import Storage
 
 AVERAGES = "averages"
-"""Name of the file of the moving averages."""
+"""File of a checkpoint with the moving averages."""
 
 
 def save_run(
@@ -36,37 +37,27 @@ def save_run(
     """Write ``step-N`` into a folder of checkpoints.
 
     Args:
-        parent: The folder.
+        parent: The folder of checkpoints.
         model: The prepared model.
-        storage: How it is held.
+        storage: How the ranks hold the model.
         parts: What is exported.
-        digests: Of each site's untouched W.
-        state: What else belongs into ``state.json``; its ``step`` names the checkpoint.
-        tensors: What else is saved, by file and name, on rank 0.
-        ledger: On rank 0; None for a run without switches.
-        folders: Gets the parent, so that no other process writes there; None where that is known already.
+        digests: Digest of each site's untouched W.
+        state: Further entries of ``state.json``; ``step`` names the checkpoint.
+        tensors: Further tensors by file and name, on rank 0.
+        ledger: The ledger on rank 0; None on the other ranks, and in a run without switches.
+        folders: Locks the parent against other processes; None if it is locked already.
 
     Returns:
-        The size in bytes on rank 0, None elsewhere.
+        The size in bytes on rank 0; None on the other ranks.
 
     Collective: every rank must call it; see :func:`gather_training_state` and :func:`exported_parts`.
 
     Raises:
-        ValueError: Rank 0 could not write, the optimizer's state cannot be saved, or another adapter is trained, too;
-            raised on every rank.
+        ValueError: Rank 0 could not write, the optimizer's state cannot be saved, or another adapter is trained too.
+            Raised on every rank.
     """
-    storage.to_rest_layout_()
-    parts.require_alone(model, storage.sites)
-    trained, about_training = gather_training_state(model, storage, parts.buffers(model))
-    about_export, not_trained, adapter_config = exported_parts(model, storage, parts)
-    state = {
-        **state,
-        **describe_sites(storage.sites, digests),
-        **about_training,
-        **about_export,
-        "storage": storage.name,
-        "world_size": storage.world_size,
-    }
+    about, files, adapter_config = _gather_run(model, storage, parts, digests)
+    state = {**state, **about}
 
     def fill(folder: Path) -> dict[str, dict[str, object]]:
         adapter_config.save_pretrained(str(folder))
@@ -77,10 +68,30 @@ def save_run(
         parent.mkdir(parents=True, exist_ok=True)
         if folders is not None and folders.hold(parent, "the folder of checkpoints", "choose another one"):
             clean_up(parent)
-        return write_checkpoint(parent, state, files, fill)
+        return write_checkpoint(parent, state, {**tensors, **files}, fill)
 
-    files = {**tensors, **trained, NOT_TRAINED: not_trained}
     return storage.on_rank_0(f"write the checkpoint of step {state['step']} to {parent}", write)
+
+
+def _gather_run(
+    model: nn.Module, storage: Storage, parts: ExportParts, digests: list[int]
+) -> tuple[dict[str, object], dict[str, dict[str, Tensor]], PeftConfig]:
+    """What the checkpoints of all runs hold: entries of ``state.json``, tensors on rank 0, the adapter's configuration.
+
+    Collective: see :func:`gather_training_state` and :func:`exported_parts`.
+    """
+    storage.to_rest_layout_()
+    parts.require_alone(model, storage.sites)
+    trained, about_training = gather_training_state(model, storage, parts.buffers(model))
+    about_export, not_trained, adapter_config = exported_parts(model, storage, parts)
+    about = {
+        **describe_sites(storage.sites, digests),
+        **about_training,
+        **about_export,
+        "storage": storage.name,
+        "world_size": storage.world_size,
+    }
+    return about, {**trained, NOT_TRAINED: not_trained}, adapter_config
 
 
 @dataclass
@@ -88,15 +99,15 @@ class SavedRun:
     """An open checkpoint: its state on every rank, its tensors on rank 0.
 
     Args:
-        checkpoint: On rank 0; None elsewhere.
-        state: The content of ``state.json``.
+        checkpoint: The checkpoint on rank 0; None on the other ranks.
+        state: Content of ``state.json``.
     """
 
     checkpoint: Checkpoint | None
     state: dict[str, object]
 
     def read(self, file: str, name: str) -> Tensor:
-        """One tensor; for rank 0 alone."""
+        """Read one tensor. Only rank 0 may call it."""
         return self.checkpoint.read(file, name)
 
 
@@ -107,17 +118,17 @@ def open_run(
 
     Args:
         storage: How the ranks hold the model.
-        source: The checkpoint, its folder, or a folder of checkpoints, of which the last good one is taken; rank 0's
-            counts.
-        folders: Gets a folder of checkpoints, for a run that goes on from there saves there too.
+        source: The checkpoint, its folder, or a folder of checkpoints, of which the last good one is taken. Only rank
+            0's value is used.
+        folders: Locks a folder of checkpoints, because a run that goes on from there also saves there.
 
     Returns:
-        None if there is none in the folder.
+        The checkpoint, or None if the folder has none.
 
-    Collective: two broadcasts of ``state.json``.
+    Collective: two broadcasts, of the length and the content of ``state.json``.
 
     Raises:
-        ValueError: Rank 0 cannot read it, or it is damaged; raised on every rank.
+        ValueError: Rank 0 cannot read it, or it is damaged. Raised on every rank.
     """
 
     def find() -> Checkpoint | None:
@@ -127,7 +138,7 @@ def open_run(
         if folders is not None and not (folder / MANIFEST).exists():
             remedy = f"name one checkpoint, such as {folder / 'step-N'}, to start from it in another folder"
             if folders.hold(folder, "the folder of checkpoints", remedy):
-                with contextlib.suppress(OSError):  # it may be readable alone
+                with contextlib.suppress(OSError):  # the folder may be read-only
                     clean_up(folder)
         return find_checkpoint(folder)
 
