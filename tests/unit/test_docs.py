@@ -1,14 +1,19 @@
-"""The documentation quotes messages that the program has, and links to files that exist."""
+"""The documentation quotes messages that the program has, names files that exist, and follows the code."""
 
 from __future__ import annotations
 
 import ast
 import re
+import runpy
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from srlora_dist.config import SRLoRAConfig
+
 ROOT = Path(__file__).parents[2]
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -41,3 +46,46 @@ def test_quoted_messages_are_those_of_the_program() -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)", page.read_text())
     assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+
+
+def test_what_is_generated_from_the_code_is_up_to_date() -> None:
+    for path, text in runpy.run_path(str(ROOT / "docs" / "generate.py"))["generate"]().items():
+        assert path.read_text() == text, f"{path.name} has fallen behind the code: run python docs/generate.py"
+
+
+def test_every_option_of_the_method_is_in_the_table() -> None:
+    page = (ROOT / "docs" / "loop.md").read_text()
+    assert [each.name for each in fields(SRLoRAConfig) if f"\n| `{each.name}` | " not in page] == []
+
+
+def test_architecture_names_every_module() -> None:
+    page = ARCHITECTURE.read_text()
+    modules = [path.relative_to(ROOT).as_posix() for path in (ROOT / "srlora_dist").rglob("*.py")]
+    modules = [name for name in modules if not name.endswith("/__init__.py")]
+    assert len(modules) > 80
+    assert [name for name in modules if f"](../{name}) | " not in page] == []
+
+
+def test_architecture_names_only_what_exists() -> None:
+    page = ARCHITECTURE.read_text()
+    files = re.findall(r"(?<!\[)`(\w+/[\w/.]+\.py)`", page)
+    assert len(files) > 30
+    assert [name for name in files if not find_source(name)] == []
+    named = re.findall(r"`(\w+/[\w/.]+\.py)`: `([\w.]+)`", page)
+    assert len(named) > 20
+    assert [(file, name) for file, name in named if not defines(find_source(file), name.split("."))] == []
+
+
+def find_source(name: str) -> Path | None:
+    """A file that is named from the root of the repository, or from the package."""
+    return next((path for path in (ROOT / name, ROOT / "srlora_dist" / name) if path.is_file()), None)
+
+
+def defines(path: Path, names: list[str]) -> bool:
+    body = ast.parse(path.read_text()).body
+    for name in names:
+        found = [node for node in body if getattr(node, "name", None) == name]
+        if not found:
+            return False
+        body = found[0].body
+    return True
