@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 
 from srlora_dist.config import SRLoRAConfig
+from srlora_dist.storage.base import Storage
+from srlora_dist.storage.replicated import ReplicatedStorage
+from srlora_dist.storage.sharded import ShardedStorage
 
 ROOT = Path(__file__).parents[2]
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
@@ -56,6 +59,18 @@ def test_what_is_generated_from_the_code_is_up_to_date() -> None:
 def test_every_option_of_the_method_is_in_the_table() -> None:
     page = (ROOT / "docs" / "loop.md").read_text()
     assert [each.name for each in fields(SRLoRAConfig) if f"\n| `{each.name}` | " not in page] == []
+
+
+def test_the_page_on_storages_lists_what_a_subclass_answers() -> None:
+    page = (ROOT / "docs" / "storage.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| ([^|]+) \| ([^|]+) \|$", page, flags=re.MULTILINE)
+    listed = [{name for name, *answers in rows if answers[column] == "yours"} for column in (0, 1)]
+    assert {name for name, *_ in rows} == Storage.__abstractmethods__ | ShardedStorage.__abstractmethods__
+    assert listed == [ReplicatedStorage.__abstractmethods__, ShardedStorage.__abstractmethods__]
+    defaults = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| [^|]+ \|$", page, flags=re.MULTILINE)
+    methods = {name for row in defaults for name in re.findall(r"\w+", row)}
+    assert len(methods) > 8
+    assert [name for name in methods if not hasattr(Storage, name)] == []
 
 
 def test_architecture_names_every_module() -> None:
