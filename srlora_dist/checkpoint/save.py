@@ -56,6 +56,7 @@ def save_run(
         ValueError: Rank 0 could not write, the optimizer's state cannot be saved, or another adapter is trained too.
             Raised on every rank.
     """
+    parts.require_alone(model, storage.sites)
     about, files, adapter_config = _gather_run(model, storage, parts, digests)
     state = {**state, **about}
 
@@ -81,7 +82,6 @@ def _gather_run(
     Collective: see :func:`gather_training_state` and :func:`exported_parts`.
     """
     storage.to_rest_layout_()
-    parts.require_alone(model, storage.sites)
     trained, about_training = gather_training_state(model, storage, parts.buffers(model))
     about_export, not_trained, adapter_config = exported_parts(model, storage, parts)
     about = {

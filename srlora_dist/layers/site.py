@@ -80,6 +80,11 @@ class Site:
         """Shape of the whole factor of the second adapter."""
         return self._pairs_shape(name, self.fused_rank)
 
+    @property
+    def num_factor_elements(self) -> int:
+        """Elements of A and B together."""
+        return self.rank * sum(self.shape)
+
     def _pairs_shape(self, name: str, num_pairs: int) -> torch.Size:
         return torch.Size((num_pairs, self.shape[1]) if name == "A" else (self.shape[0], num_pairs))
 

@@ -83,4 +83,4 @@ def ledger_bytes(site: Site, num_switches: int, config: SRLoRAConfig) -> int:
 def switch_bytes(site: Site, gathers: bool) -> int:
     """Of a site in switch 0, the largest: its directions, and its factors where they are gathered."""
     directions = 4 * site.num_first * (sum(site.shape) + 1)
-    return directions + (4 * site.rank * sum(site.shape) if gathers else 0)
+    return directions + (4 * site.num_factor_elements if gathers else 0)

@@ -15,31 +15,16 @@ from srlora_dist.config.method import SRLoRAConfig
 from srlora_dist.errors import RunStoppedError
 from srlora_dist.layers.digest import combine, digest_span
 from srlora_dist.layers.matmul import exact_matmul
-from srlora_dist.layers.site import PAIR_DIM, Site
+from srlora_dist.layers.site import PAIR_DIM
 from srlora_dist.method.budget import next_directions
 from srlora_dist.method.directions import Directions
 from srlora_dist.method.second_adapter import append_pairs_
 from srlora_dist.method.statistics import PairStatistics, sum_by_pair
 from srlora_dist.method.svd import Triplet, compute_directions
 from srlora_dist.storage.base import Storage
+from srlora_dist.storage.collectives import cut_into_buckets
 
 logger = logging.getLogger(__name__)
-
-BUCKET_BYTES = 64 << 20
-"""Sites are switched in groups of about this much of factors, so that few large messages are sent."""
-
-
-def cut_into_buckets(sites: list[Site]) -> Iterator[list[int]]:
-    """Site numbers in order, cut where a bucket's factors reach ``BUCKET_BYTES``."""
-    bucket, size = [], 0
-    for number, site in enumerate(sites):
-        bucket.append(number)
-        size += 4 * site.rank * sum(site.shape)
-        if size >= BUCKET_BYTES:
-            yield bucket
-            bucket, size = [], 0
-    if bucket:
-        yield bucket
 
 
 class SwitchExecutor:
@@ -277,7 +262,7 @@ class SwitchExecutor:
 
     def buckets(self) -> Iterator[list[int]]:
         """Numbers of the sites that are switched together."""
-        return cut_into_buckets(self.sites)
+        return cut_into_buckets([site.num_factor_elements for site in self.sites])
 
     def _compare(self, report: SwitchReport, digests: list[int]) -> None:
         """Raise on every rank if any rank fused, took or wrote something else. Collective: one all-reduce."""

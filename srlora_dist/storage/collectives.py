@@ -16,7 +16,7 @@ from srlora_dist.storage.unconnected import require_connected
 T = TypeVar("T")
 
 BUCKET_ELEMENTS = 16 << 20
-"""Whole tensors are collected and spread in messages of at most about this many elements, or of one tensor."""
+"""Most elements of a bucket: large enough that few messages are sent, and small enough to fit into memory."""
 
 
 def require_group() -> None:
@@ -95,7 +95,7 @@ class Collectives:
             bits are added, of which one rank's alone are not 0.
         """
         wholes: list[Tensor] = []
-        for bucket in _buckets(sizes):
+        for bucket in cut_into_buckets(sizes):
             packed = torch.zeros(sum(sizes[j] for j in bucket), device=self.device)
             pieces = dict(zip(bucket, packed.split([sizes[j] for j in bucket]), strict=True))
             for number, start, span in parts:
@@ -119,7 +119,7 @@ class Collectives:
         Raises:
             ValueError: Rank 0 could not read a tensor, or it has another size.
         """
-        for bucket in _buckets(sizes):
+        for bucket in cut_into_buckets(sizes):
             packed = torch.zeros(sum(sizes[j] for j in bucket), device=self.device)
             pieces = dict(zip(bucket, packed.split([sizes[j] for j in bucket]), strict=True))
 
@@ -179,14 +179,19 @@ class Collectives:
         raise kind(message + (f" (on rank {rank} of {self.world_size})" if rank else "")) from error
 
 
-def _buckets(sizes: list[int]) -> Iterator[list[int]]:
-    """Numbers in order, cut where the next one would make a bucket larger than ``BUCKET_ELEMENTS``."""
-    bucket: list[int] = []
-    for number, size in enumerate(sizes):
-        if bucket and sum(sizes[j] for j in bucket) + size > BUCKET_ELEMENTS:
+def cut_into_buckets(sizes: list[int]) -> Iterator[list[int]]:
+    """Group things that are sent together: indices in order, in buckets of at most ``BUCKET_ELEMENTS`` or of one thing.
+
+    Args:
+        sizes: Elements of each thing.
+    """
+    bucket, total = [], 0
+    for index, size in enumerate(sizes):
+        if bucket and total + size > BUCKET_ELEMENTS:
             yield bucket
-            bucket = []
-        bucket.append(number)
+            bucket, total = [], 0
+        bucket.append(index)
+        total += size
     if bucket:
         yield bucket
 

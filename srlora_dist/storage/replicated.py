@@ -33,7 +33,7 @@ class ReplicatedStorage(Storage):
                 )
             if not site.weight.is_contiguous():
                 raise ValueError(f"the weight of {site.name} is not contiguous: call .contiguous() on it first")
-        self.dealt_to = deal_by_size([site.rank * sum(site.shape) for site in sites], self.world_size)
+        self.dealt_to = deal_by_size([site.num_factor_elements for site in sites], self.world_size)
 
     def local_span(self, parameter: nn.Parameter) -> tuple[Tensor, int]:
         return parameter.detach().view(-1), 0

@@ -14,7 +14,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-import srlora_dist.method.switch
+import srlora_dist.storage.collectives
 from srlora_dist import SRLoRAConfig, Switcher
 from tests.ranks.dense import reference_run
 from tests.ranks.engines import BATCH, SHAPES, make_batch, make_odd_base, make_odd_net, prepare
@@ -53,8 +53,8 @@ def input_type(precision: str) -> torch.dtype:
 
 
 def train(rank: int, world_size: int, bucket: int, *arguments: object) -> dict:
-    """The sharded run under test, its switches cut into buckets of so many bytes; returns what this rank saw."""
-    with patch.object(srlora_dist.method.switch, "BUCKET_BYTES", bucket):
+    """The sharded run under test, what it sends cut into buckets of so many elements; returns what this rank saw."""
+    with patch.object(srlora_dist.storage.collectives, "BUCKET_ELEMENTS", bucket):
         return _train(rank, world_size, *arguments)
 
 
@@ -228,9 +228,9 @@ def test_other_choices_equal_the_reference(engine: str, tmp_path) -> None:
 def assert_equals_the_reference(engine: str, precision: str, tmp_path: Path, choices: dict) -> None:
     """Train on the engine and with the reference, and compare all that there is."""
     name, world_size, zero, accumulation = ENGINES[engine]
-    bucket_bytes = 1 if world_size == 3 else 1 << 20  # a bucket a site, or one for all
+    bucket = 1 if world_size == 3 else 1 << 18  # elements: a bucket per site, or one for all
     leaves_settings = "zero_hpz_partition_size" in zero
-    arguments = (bucket_bytes, name, precision, zero, str(tmp_path), accumulation, choices)
+    arguments = (bucket, name, precision, zero, str(tmp_path), accumulation, choices)
     ranks = run_ranks(train, world_size, *arguments, last=leaves_settings)
     masters_in_fp32 = precision == "bf16" and name.startswith("zero")
     options = {"num_steps": NUM_STEPS, "rate": RATE, "clip": CLIP, "target": TARGET, "ratio": RATIO, "betas": BETAS}

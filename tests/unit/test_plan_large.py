@@ -26,8 +26,8 @@ from srlora_dist.layers.discovery import find_sites
 from srlora_dist.method.budget import clamp_target_ranks
 from srlora_dist.method.importance import Importance
 from srlora_dist.method.memory import count_extra_memory
-from srlora_dist.method.switch import cut_into_buckets
 from srlora_dist.storage.base import Storage
+from srlora_dist.storage.collectives import cut_into_buckets
 from srlora_dist.storage.find import find_storage
 from tests.unit.test_spans import tile
 
@@ -96,7 +96,7 @@ def test_a_storage_among_1024_ranks_holds_what_is_planned(
     storage = bind(engine, model)
     extra = count_extra_memory(
         *(storage, Importance(storage, 0.85, 0.85), None, num_switches, SRLoRAConfig()),
-        list(cut_into_buckets(storage.sites)),
+        list(cut_into_buckets([site.num_factor_elements for site in storage.sites])),
         samples=0,
     )
     assert (storage.name, storage.rank, storage.world_size) == (engine, rank, WORLD_SIZE)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from srlora_dist.commands.plan.blueprint import Blueprint
 from srlora_dist.method.budget import num_to_fuse
-from srlora_dist.method.switch import cut_into_buckets
+from srlora_dist.storage.collectives import cut_into_buckets
 
 WORD = 8
 """Bytes of an answer or of a count of failures, ``Collectives.rank_0_says`` and ``Collectives.raise_together``."""
@@ -89,12 +89,12 @@ def _switch(blueprint: Blueprint, number: int, counts: list[int]) -> list[Messag
     if number > 0:
         messages.append(Message("all-reduce", WORD, "nothing was changed"))
         messages.append(Message("all-reduce", 8 * sum(site.rank for site in sites), "pair scores"))
-    for bucket in cut_into_buckets(sites):
+    for bucket in cut_into_buckets([site.num_factor_elements for site in sites]):
         switched = [(sites[j], counts[j]) for j in bucket if counts[j]]
         if not switched:
             continue
         if blueprint.gathers:
-            factors = sum(site.rank * sum(site.shape) for site, _ in switched)
+            factors = sum(site.num_factor_elements for site, _ in switched)
             messages.append(Message("all-reduce", 4 * factors, "factors"))
         directions = sum(count * (sum(site.shape) + 1) for site, count in switched)
         messages.append(Message("broadcast", 4 * (directions + 1), "directions"))  # and whether they could be read

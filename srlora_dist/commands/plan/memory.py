@@ -16,7 +16,7 @@ from torch import nn
 from srlora_dist.commands.plan.blueprint import Blueprint, Stored
 from srlora_dist.layers.spans import Span, deal_by_size, fragment, fragment_numel, padded, rows, whole
 from srlora_dist.method.memory import ledger_bytes, switch_bytes
-from srlora_dist.method.switch import cut_into_buckets
+from srlora_dist.storage.collectives import cut_into_buckets
 
 FLOAT32 = 4
 
@@ -120,7 +120,7 @@ class Forecast:
     @cached_property
     def _dealt_averages(self) -> list[int]:
         """Bytes of the moving averages of each rank, where the sites are dealt to ranks."""
-        sizes = [site.rank * sum(site.shape) for site in self.sites]
+        sizes = [site.num_factor_elements for site in self.sites]
         held = [0] * self.world_size
         for size, rank in zip(sizes, deal_by_size(sizes, self.world_size), strict=True):
             held[rank] += 2 * FLOAT32 * size
@@ -132,7 +132,7 @@ class Forecast:
         """Bytes that a rank holds."""
         second = [factor for site in self.sites for factor in (site.fused_a, site.fused_b) if factor is not None]
         num_switches, options = len(self.blueprint.due_steps), self.blueprint.options
-        buckets = cut_into_buckets(self.sites)
+        buckets = cut_into_buckets([site.num_factor_elements for site in self.sites])
         gathers = self.blueprint.gathers
         return Held(
             base_weights=sum(map(self._allocated, self.blueprint.frozen)),
@@ -215,7 +215,7 @@ class Forecast:
         """A checkpoint after so many switches: tensors alone, its JSON files are small."""
         of_training = (1 + self.blueprint.num_moments) * FLOAT32 * sum(parameter.numel() for parameter in self.trained)
         sites, due = self.sites, self.blueprint.due_steps
-        averages = 2 * FLOAT32 * sum(site.rank * sum(site.shape) for site in sites) if num_switches < len(due) else 0
+        averages = 2 * FLOAT32 * sum(site.num_factor_elements for site in sites) if num_switches < len(due) else 0
         return of_training + averages + sum(ledger_bytes(s, num_switches, self.blueprint.options) for s in sites)
 
     def largest_checkpoint(self) -> int:
