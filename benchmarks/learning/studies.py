@@ -17,7 +17,7 @@ from benchmarks.reproduce.results import Results
 from srlora_dist.config.parse import parse
 from srlora_dist.config.run import RunConfig
 from srlora_dist.tasks.sources import MINILM
-from srlora_dist.training.run_log import read_lines
+from srlora_dist.training.run_log import read_jsonl
 
 HERE = Path(os.path.relpath(Path(__file__).resolve().parent))
 RUNS = Path("runs/learning")
@@ -157,14 +157,14 @@ class Study(Grid):
 
     @override
     def about(self, cell: Cell) -> dict[str, object]:
-        lines = read_lines(cell.folder / "metrics.jsonl")
+        lines = read_jsonl(cell.folder / "metrics.jsonl")
         train = [line for line in lines if line["split"] == "train"]
         skipped = ("split", "epoch")
         return {
             "curve": [[line["step"], round(line["loss"], 5)] for line in train],
             "step_seconds": round(statistics.median(line["step_time"] for line in train), 5),
             "evaluations": [{k: v for k, v in line.items() if k not in skipped} for line in lines if line not in train],
-            "switches": summarise_switches(read_lines(cell.folder / "switches.jsonl")),
+            "switches": summarise_switches(read_jsonl(cell.folder / "switches.jsonl")),
         }
 
 

@@ -14,7 +14,7 @@ from srlora_dist.tasks.sources import task_title
 from srlora_dist.training.figures.drawing import compare
 from srlora_dist.training.figures.runs import RunFiles, name_runs
 from srlora_dist.training.figures.style import TITLES
-from srlora_dist.training.run_log import read_lines
+from srlora_dist.training.run_log import read_jsonl
 
 Found = dict[tuple[str, str], list[tuple[Cell, dict]]]
 """By task and method the runs that have a result, with it."""
@@ -65,7 +65,7 @@ def draw_figures(grid: TableGrid, found: Found, folder: Path) -> list[Path]:
     cells = sorted(
         (cell for runs in found.values() for cell, _ in runs), key=lambda cell: _methods(grid).index(cell.method)
     )
-    runs = [RunFiles.read(cell.folder) for cell in cells if read_lines(cell.folder / "metrics.jsonl")]
+    runs = [RunFiles.read(cell.folder) for cell in cells if read_jsonl(cell.folder / "metrics.jsonl")]
     if runs:
         name_runs(runs, None)
         for run in runs:

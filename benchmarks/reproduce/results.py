@@ -16,7 +16,7 @@ from srlora_dist.checkpoint.files import write_whole
 from srlora_dist.config.option import flatten
 from srlora_dist.config.run import RunConfig
 from srlora_dist.tasks.sources import model_title
-from srlora_dist.training.run_log import read_lines
+from srlora_dist.training.run_log import read_jsonl
 
 FROM_SUMMARY = ("steps", "best_step", "start", "best", "final", "skipped_steps", "resumed_after", "storage")
 FROM_SUMMARY += ("world_size", "trainable_parameters", "train_seconds", "peak_memory_bytes", "versions")
@@ -57,7 +57,7 @@ class Results:
         """
         found = {name: summary[name] for name in FROM_SUMMARY}
         findings = sorted({finding["kind"] for finding in summary["findings"]})
-        metrics = read_lines(cell.folder / "metrics.jsonl")  # a crash of the machine may have lost them
+        metrics = read_jsonl(cell.folder / "metrics.jsonl")  # a crash of the machine may have lost them
         about = {"model": model_title(summary["model"]), "epochs": metrics[-1]["epoch"] if metrics else None}
         self._append(cell, "done", {**about, **found, "findings": findings, "seconds": round(seconds, 1), **more})
 
@@ -77,7 +77,7 @@ class Results:
 @lru_cache(maxsize=1)
 def _read_once(path: Path, *_state: int) -> list[dict]:
     """The lines of a file as long as it stays the same; a report asks for thousands."""
-    return read_lines(path)
+    return read_jsonl(path)
 
 
 def changed_options(config: RunConfig) -> dict[str, object]:

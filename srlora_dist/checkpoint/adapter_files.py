@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -19,8 +20,6 @@ from srlora_dist.checkpoint.hf_saves import unmark_folder
 from srlora_dist.layers.pairs import truncate_pairs
 
 logger = logging.getLogger(__name__)
-
-CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -68,12 +67,12 @@ def write_adapter(
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     metadata = {"format": "pt", **about.base.metadata()}
     files = {
-        "adapter_model.safetensors": lambda path: save_file(tensors, path, metadata=metadata),
+        SAFETENSORS_WEIGHTS_NAME: lambda path: save_file(tensors, path, metadata=metadata),
         "README.md": lambda path: path.write_text(_readme(config, about.base.weights)),
-        CONFIG: lambda path: config.save_pretrained(str(path.parent)),
+        CONFIG_NAME: lambda path: config.save_pretrained(str(path.parent)),
     }
     put(folder, files)
-    if (folder / CONFIG).exists():  # else the files wait for room
+    if (folder / CONFIG_NAME).exists():  # else the files wait for room
         unmark_folder(folder)
 
 

@@ -13,17 +13,14 @@ from srlora_dist.checkpoint.adapter_files import About, write_adapter
 from srlora_dist.checkpoint.base_label import BaseLabel
 from srlora_dist.checkpoint.export_parts import ExportParts
 from srlora_dist.checkpoint.files import Put, fill_folder
-from srlora_dist.checkpoint.format import Checkpoint
+from srlora_dist.checkpoint.format import NOT_TRAINED, TRAINED, Checkpoint
 from srlora_dist.checkpoint.ledger import Ledger
 from srlora_dist.checkpoint.ledger_files import read_entries, require_entries
-from srlora_dist.checkpoint.training_state import WEIGHTS, trained_parameters
+from srlora_dist.checkpoint.training_state import trained_parameters
 from srlora_dist.layers.adapter import find_peft_model
 from srlora_dist.layers.pairs import replay_pairs
 from srlora_dist.layers.site import Site
 from srlora_dist.storage.base import Storage
-
-NOT_TRAINED = "exported"
-"""File of a checkpoint with the exported tensors that are not trained."""
 
 
 @torch.no_grad()
@@ -95,7 +92,7 @@ def export_checkpoint(checkpoint: Checkpoint, folder: str | Path, max_rank: int 
     """
     _require_rank(max_rank)
     state = checkpoint.state
-    tensors = {exported: checkpoint.read(WEIGHTS, name) for exported, name in state["exported_names"].items()}
+    tensors = {exported: checkpoint.read(TRAINED, name) for exported, name in state["exported_names"].items()}
     tensors |= {name: checkpoint.read(NOT_TRAINED, name) for name in state["exported_besides"]}
     added = _sum_entries(checkpoint) if "num_switches" in state else None
     config = PeftConfig.from_pretrained(str(checkpoint.folder))

@@ -29,6 +29,11 @@ logger = logging.getLogger(__name__)
 
 FORMAT = "srlora-checkpoint-2"
 STATE, LEDGER = "state.json", "ledger"
+"""The file of the run's state, and the folder of the ledger's entries."""
+TRAINED, MOMENTS, BUFFERS = "trainable", "moments", "buffers"
+"""Files of tensors: the trained parameters, their optimizer's moments, and the buffers that a resumed run needs."""
+AVERAGES, NOT_TRAINED = "averages", "exported"
+"""The moving averages of the scores, and the exported tensors that are not trained."""
 
 
 class Checkpoint:

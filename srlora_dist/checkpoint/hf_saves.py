@@ -1,4 +1,4 @@
-"""What PEFT saves in a run is the live pairs alone; this keeps that from being taken for the trained adapter."""
+"""Marks what PEFT itself saves during a run: the live pairs alone, which must not be taken for the trained adapter."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from functools import partial
 from pathlib import Path
 
 from peft import PeftModel
+from peft.utils import CONFIG_NAME
 
 logger = logging.getLogger(__name__)
 
-CONFIG, RENAMED, NOTE = "adapter_config.json", "adapter_config.live_pairs.json", "LIVE_PAIRS.md"
-"""What PEFT loads an adapter by, what it is called in a marked folder, and the note beside it."""
+RENAMED, NOTE = "adapter_config.live_pairs.json", "LIVE_PAIRS.md"
+"""Name of PEFT's ``adapter_config.json`` in a marked folder, so that PEFT does not load it, and the note beside it."""
 
 TEXT = """The adapter file here is not for use: it holds the live pairs of an SRLoRA run without what was fused into the
 pretrained weights. It may be needed to resume; adapter_config.json was renamed so that nothing else loads it.
@@ -26,18 +27,13 @@ That of a checkpoint:
 
 
 def mark_saves_(model: PeftModel, adapter_name: str) -> None:
-    """From now on, keep what ``model.save_pretrained`` writes from being taken for the trained adapter."""
-    # A partial can be copied and pickled with the model, a function in here could not.
+    """From now on, mark every folder that ``model.save_pretrained`` writes."""
+    # A partial can be copied and pickled with the model; a nested function cannot.
     model.save_pretrained = partial(_save_marked, model, adapter_name)
 
 
-def unmark_saves_(model: PeftModel) -> None:
-    """Let ``model.save_pretrained`` write as PEFT does again, where nothing was fused or it was undone."""
-    vars(model).pop("save_pretrained", None)
-
-
 def unmark_folder(folder: Path) -> None:
-    """Remove the mark from a folder into which a whole adapter was written."""
+    """Remove the mark from a folder that now holds the trained adapter."""
     for name in (RENAMED, NOTE):
         (folder / name).unlink(missing_ok=True)
 
@@ -52,8 +48,8 @@ def _save_marked(model: PeftModel, adapter_name: str, *args: object, **kwargs: o
         return
     folder = Path(options["save_directory"]) / (adapter_name if adapter_name != "default" else "")
     try:
-        (folder / CONFIG).replace(folder / RENAMED)
-    except FileNotFoundError:  # every process saves, and another one was first
+        (folder / CONFIG_NAME).replace(folder / RENAMED)
+    except FileNotFoundError:  # every process saves, and another one came first
         return
     (folder / NOTE).write_text(TEXT)
     if not Path(options["save_directory"]).name.startswith("checkpoint-"):

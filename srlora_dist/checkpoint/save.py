@@ -9,17 +9,21 @@ from pathlib import Path
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from srlora_dist.checkpoint.export import NOT_TRAINED, exported_parts
+from srlora_dist.checkpoint.export import exported_parts
 from srlora_dist.checkpoint.export_parts import ExportParts
 from srlora_dist.checkpoint.files import MANIFEST, clean_up
 from srlora_dist.checkpoint.folder_lock import HeldFolders
-from srlora_dist.checkpoint.format import LEDGER, Checkpoint, describe_sites, find_checkpoint, write_checkpoint
+from srlora_dist.checkpoint.format import (
+    LEDGER,
+    NOT_TRAINED,
+    Checkpoint,
+    describe_sites,
+    find_checkpoint,
+    write_checkpoint,
+)
 from srlora_dist.checkpoint.ledger import Ledger
 from srlora_dist.checkpoint.training_state import gather_training_state
 from srlora_dist.storage.base import Storage
-
-AVERAGES = "averages"
-"""File of a checkpoint with the moving averages."""
 
 
 def save_run(

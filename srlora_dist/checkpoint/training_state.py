@@ -11,12 +11,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from srlora_dist.checkpoint.format import BUFFERS, MOMENTS, TRAINED
 from srlora_dist.layers.adapter import find_peft_model
 from srlora_dist.storage.base import Storage
 from srlora_dist.storage.trial import why_not_saved
-
-WEIGHTS, MOMENTS, BUFFERS = "trainable", "moments", "buffers"
-"""Names of the files."""
 
 SAME_STATE = {"Adam": "AdamW", "DeepSpeedCPUAdam": "AdamW", "FusedAdam": "AdamW"}
 """Optimizers whose state is that of another one."""
@@ -75,7 +73,7 @@ def gather_training_state(
         optimizer["loss_scaler"] = {key: scaler[key] for key in SCALER_NUMBERS if key in scaler}
     state = {"trainable": dict(zip(names, map(list, shapes), strict=True)), "optimizer": optimizer}
     buffers = {name: buffer.detach().cpu().clone() for name, buffer in buffers.items()}
-    files = {WEIGHTS: collect(lambda owner: owner), MOMENTS: moments, BUFFERS: buffers}
+    files = {TRAINED: collect(lambda owner: owner), MOMENTS: moments, BUFFERS: buffers}
     return files, {**state, "buffers": sorted(buffers)}
 
 
@@ -126,7 +124,7 @@ def restore_training_state_(
     names = list(parameters)
     sizes = [storage.whole_shape(parameter).numel() for parameter in parameters.values()]
     pieces = {name: storage.owned_span(parameter) for name, parameter in parameters.items()}
-    for number, whole in storage.scatter_from_0(sizes, lambda j: read(WEIGHTS, names[j])):
+    for number, whole in storage.scatter_from_0(sizes, lambda j: read(TRAINED, names[j])):
         parameter, piece = parameters[names[number]], pieces[names[number]]
         for span, start in [(piece.of(piece.owner), piece.start), *storage.writable_copies_(parameter)]:
             span.copy_(whole[start : start + span.numel()])

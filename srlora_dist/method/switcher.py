@@ -14,11 +14,11 @@ from srlora_dist.checkpoint.export import export_adapter
 from srlora_dist.checkpoint.export_parts import ExportParts, warn_of_start
 from srlora_dist.checkpoint.files import Put, fill_folder
 from srlora_dist.checkpoint.folder_lock import HeldFolders
-from srlora_dist.checkpoint.format import Checkpoint, require_same_base
+from srlora_dist.checkpoint.format import AVERAGES, Checkpoint, require_same_base
 from srlora_dist.checkpoint.hf_saves import mark_saves_
 from srlora_dist.checkpoint.ledger import Ledger, SwitchReport
 from srlora_dist.checkpoint.ledger_files import require_entries
-from srlora_dist.checkpoint.save import AVERAGES, SavedRun, open_run, save_run
+from srlora_dist.checkpoint.save import SavedRun, open_run, save_run
 from srlora_dist.checkpoint.training_state import require_same_training, restore_training_state_
 from srlora_dist.config.method import SRLoRAConfig
 from srlora_dist.layers.adapter import find_peft_model

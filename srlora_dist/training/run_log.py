@@ -94,7 +94,7 @@ class RunLog:
             path = self.folder / name
             if not path.exists():
                 continue
-            kept = [json.dumps(line) + "\n" for line in read_lines(path) if line["step"] <= step]
+            kept = [json.dumps(line) + "\n" for line in read_jsonl(path) if line["step"] <= step]
             write_whole(path, lambda beside, kept=kept: beside.write_text("".join(kept)))
         self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
 
@@ -211,7 +211,7 @@ class Window:
         return accelerator.reduce(torch.stack([*totals]), "sum").tolist()
 
 
-def read_lines(path: Path) -> list[dict]:
+def read_jsonl(path: Path) -> list[dict]:
     """The objects of a ``.jsonl`` file; none if there is no file. A last line that was cut by a crash is left out."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]

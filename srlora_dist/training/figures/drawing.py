@@ -8,7 +8,7 @@ from srlora_dist.tasks.sources import task_title
 from srlora_dist.training.figures.intervals import draw_lengths, draw_site, find_site, why_no_intervals
 from srlora_dist.training.figures.loss import compare_losses, draw_loss
 from srlora_dist.training.figures.runs import RunFiles
-from srlora_dist.training.run_log import read_lines
+from srlora_dist.training.run_log import read_jsonl
 
 
 def draw(folder: str | Path, summary: dict[str, object]) -> list[Path]:
@@ -22,7 +22,7 @@ def draw(folder: str | Path, summary: dict[str, object]) -> list[Path]:
         The PNG files, in ``figures/``: ``loss.png`` and, after at least one switch, ``active_intervals.png`` and
         ``interval_lengths.png``; none where nothing was logged, as in a run that is resumed after its last step.
     """
-    if not read_lines(Path(folder) / "metrics.jsonl"):
+    if not read_jsonl(Path(folder) / "metrics.jsonl"):
         return []
     return compare([RunFiles.read(folder, summary)], Path(folder) / "figures")[0]
 

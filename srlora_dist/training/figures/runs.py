@@ -13,7 +13,7 @@ from srlora_dist.config.method import DEFAULT_TARGET_RANK
 from srlora_dist.config.option import flatten, unnamed
 from srlora_dist.config.run import RunConfig
 from srlora_dist.tasks.sources import model_title, task_title
-from srlora_dist.training.run_log import read_lines
+from srlora_dist.training.run_log import read_jsonl
 
 UNNAMED = unnamed(RunConfig, "figure") | {"method", "seed", "task.name", "model.name_or_path"}
 """Options by which runs of one label may differ: they say where things lie, or have their own place in a figure."""
@@ -62,7 +62,7 @@ class RunFiles:
             if summary is None:
                 path = folder / "summary.json"
                 summary = json.loads(path.read_text()) if path.is_file() else {}
-            metrics, switches = (read_lines(folder / f"{name}.jsonl") for name in ("metrics", "switches"))
+            metrics, switches = (read_jsonl(folder / f"{name}.jsonl") for name in ("metrics", "switches"))
         except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{folder} has a file that cannot be read ({error}): was it edited?") from error
         if not isinstance(config, dict) or not {"method", "task", "train"} <= config.keys():
