@@ -18,9 +18,9 @@ from accelerate.commands.launch import launch_command_parser
 from srlora_dist.commands.cli import main
 from tests.launch.conftest import ROOT, Bench
 from tests.launch.forks import Forks
-from tests.unit.test_images import write_classes, write_idx, write_vit
-from tests.unit.test_instruct import write_jsonl
-from tests.unit.test_instruct import write_model as write_chat_model
+from tests.unit.tasks.test_images import write_classes, write_idx, write_vit
+from tests.unit.tasks.test_instruct import write_jsonl
+from tests.unit.tasks.test_instruct import write_model as write_chat_model
 
 pytestmark = pytest.mark.slow
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -29,11 +29,11 @@ ELSEWHERE = {
     "make install": "it has run before this",
     "make cluster": "as root, with SLURM",
     "srlora doctor": "tests/launch/test_doctor.py",
-    "srlora svd": "tests/unit/test_commands.py",
-    "srlora inspect runs/one": "tests/unit/test_commands.py",
-    "srlora export runs/one": "tests/unit/test_commands.py",
-    "srlora merge runs/nf4": "tests/unit/test_merge.py",
-    "srlora plan": "tests/unit/test_plan.py",
+    "srlora svd": "tests/unit/commands/test_cli.py",
+    "srlora inspect runs/one": "tests/unit/commands/test_cli.py",
+    "srlora export runs/one": "tests/unit/commands/test_cli.py",
+    "srlora merge runs/nf4": "tests/unit/commands/test_merge.py",
+    "srlora plan": "tests/unit/commands/test_plan.py",
     "python benchmarks/engines_agree.py": "by hand: it takes minutes",
     "sbatch": "tests/cluster/test_slurm.py",
     "apt install": "it changes the machine",

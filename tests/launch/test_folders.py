@@ -11,7 +11,7 @@ import pytest
 from srlora_dist.checkpoint.folder_lock import FolderLock
 from tests.launch.conftest import Bench
 from tests.launch.forks import OPTIONS, Forks, assert_same_results
-from tests.unit.test_folder_lock import HOLD
+from tests.unit.checkpoint.test_folder_lock import HOLD
 
 RESTARTED = "import os; os.environ['SLURM_RESTART_COUNT'] = '1'"
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from tests.launch.conftest import ROOT, Bench
-from tests.unit.test_images import write_idx, write_vit
+from tests.unit.tasks.test_images import write_idx, write_vit
 
 STEPS = ["--max_steps=8", "--save_steps=8"]
 IN_ONE_PROCESS = {
@@ -62,7 +62,7 @@ LEARNING = {f"benchmarks/learning/{name}.py" for name in ("prepare", "run_studie
 PARTS = {"benchmarks/side_by_side.py", "benchmarks/stack.py"}
 PARTS |= {f"benchmarks/learning/{name}.py" for name in ("studies", "measures", "drawing")}
 ELSEWHERE = {
-    "examples/my_task.py": "tests/unit/test_own_task.py",
+    "examples/my_task.py": "tests/unit/tasks/test_custom.py",
     "launch/train.py": "tests/launch/test_docs.py",
     "launch/reproduce.py": "tests/launch/test_reproduce.py",
 }

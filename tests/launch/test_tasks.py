@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from tests.launch.conftest import Bench
 from tests.launch.forks import Forks, lines, untimed
-from tests.unit.test_images import write_classes, write_idx, write_vit
-from tests.unit.test_instruct import write_jsonl, write_model
+from tests.unit.tasks.test_images import write_classes, write_idx, write_vit
+from tests.unit.tasks.test_instruct import write_jsonl, write_model
 
 PICTURES = {
     "task__name": "fashion_mnist",

@@ -119,6 +119,16 @@ def test_a_circle_inside_a_room_is_seen() -> None:
     assert {"layers.matmul", "layers.pairs"} <= set(find_circle(modules))
 
 
+def test_unit_tests_mirror_the_rooms() -> None:
+    """``tests/unit/ROOM/test_MODULE.py``, or ``test_MODULE_WHAT.py`` where a module has several."""
+    modules = read_modules(PACKAGE)
+    for path in Path(__file__).parent.glob("*/test_*.py"):
+        room, name = path.parent.name, path.stem.removeprefix("test_")
+        if room in ROOMS:
+            of_room = {module.split(".")[1] for module in modules if module.startswith(f"{room}.")}
+            assert any(name == module or name.startswith(f"{module}_") for module in of_room), f"{path} tests no module"
+
+
 def test_only_the_seam_knows_ranks_and_engines() -> None:
     for name, tree in read_modules(PACKAGE).items():
         if room_of(name) != "storage":

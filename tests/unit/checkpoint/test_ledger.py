@@ -22,9 +22,9 @@ from srlora_dist import SRLoRAConfig, Switcher
 from srlora_dist.checkpoint.export import export_checkpoint
 from srlora_dist.checkpoint.format import Checkpoint
 from tests.ranks.engines import make_batch, make_net
-from tests.unit.test_checkpoint import flip, resume
-from tests.unit.test_folder_lock import HOLD
-from tests.unit.test_switcher import bound, take_steps
+from tests.unit.checkpoint.test_folder_lock import HOLD
+from tests.unit.checkpoint.test_save import flip, resume
+from tests.unit.method.test_switcher import bound, take_steps
 
 NUM_STEPS = 20
 

@@ -15,7 +15,7 @@ from torch import nn
 from srlora_dist import SRLoRAConfig, Switcher
 from srlora_dist.method.second_adapter import _same_gradients
 from tests.ranks.engines import make_batch, make_net
-from tests.unit.test_switcher import bound, take_steps
+from tests.unit.method.test_switcher import bound, take_steps
 
 NUM_STEPS = 20  # with a target of 10 directions there are switches after steps 6 and 13
 

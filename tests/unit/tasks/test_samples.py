@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from srlora_dist.tasks.labels import IGNORED
 from srlora_dist.tasks.registry import load_task
 from srlora_dist.tasks.task import Task
-from tests.unit.test_instruct import CHAT, MARKED, PLAIN, run_config, write_jsonl, write_model
+from tests.unit.tasks.test_instruct import CHAT, MARKED, PLAIN, run_config, write_jsonl, write_model
 
 DEFAULT_SYSTEM = "{% if messages[0].role != 'system' %}<|system|>one<|end|>\n{% endif %}"
 INDENTED = """{% for m in messages %}

@@ -20,8 +20,8 @@ from srlora_dist.config.run import RunConfig
 from srlora_dist.training.resume import first_difference
 from tests.ranks.engines import Net, make_batch
 from tests.ranks.hf_trainer import make_arguments, make_model, samples, switches
-from tests.unit.test_checkpoint import resume
-from tests.unit.test_switcher import bound, take_steps
+from tests.unit.checkpoint.test_save import resume
+from tests.unit.method.test_switcher import bound, take_steps
 
 FEWER = "asks for {} switches in {} steps, and as many as fit are made: {}"
 CLAMPED = "ignore:srlora.target_rank 32 is more than these matrices hold"

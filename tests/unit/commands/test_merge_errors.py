@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification
 
 from srlora_dist.commands.cli import main
 from tests.launch.conftest import write_model
-from tests.unit.test_merge import trained
+from tests.unit.commands.test_merge import trained
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-FOLDER = Path(__file__).parents[2] / "benchmarks" / "learning"
+FOLDER = Path(__file__).parents[3] / "benchmarks" / "learning"
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ from tests.ranks.hf_trainer import (
     samples,
     switches,
 )
-from tests.unit.test_folder_lock import HOLD
+from tests.unit.checkpoint.test_folder_lock import HOLD
 
 
 class StopAt(TrainerCallback):

@@ -14,8 +14,8 @@ from srlora_dist import SRLoRACallback, SRLoRAConfig, Switcher
 from srlora_dist.storage.trial import try_state
 from tests.ranks.engines import make_net
 from tests.ranks.hf_trainer import make_arguments, make_model, samples
-from tests.unit.test_optimizers import wide_net
-from tests.unit.test_switcher import take_steps
+from tests.unit.method.test_switcher import take_steps
+from tests.unit.training.test_optimization import wide_net
 
 RATE = 1e-2
 

@@ -16,7 +16,7 @@ from srlora_dist.layers.matmul import exact_matmul
 from srlora_dist.method.svd import compute_directions
 from tests.ranks.engines import make_batch
 from tests.ranks.hf_trainer import OPTIONS, make_arguments, make_model, samples, switches
-from tests.unit.test_switcher import bound, take_steps
+from tests.unit.method.test_switcher import bound, take_steps
 
 BY_BACKEND = hasattr(torch.backends, "fp32_precision")
 enable_tf32 = import_utils.enable_tf32.__wrapped__  # it does nothing when it is called a second time

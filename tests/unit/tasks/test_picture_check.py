@@ -15,7 +15,7 @@ from srlora_dist.config.paths import cache_dir
 from srlora_dist.tasks import image_files, picture_check
 from srlora_dist.tasks.registry import load_task
 from srlora_dist.tasks.same_rows import pack_names, put_rows_back_, unpack_names
-from tests.unit.test_images import run_config, vit, write_classes  # noqa: F401 (a fixture)
+from tests.unit.tasks.test_images import run_config, vit, write_classes  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")
 

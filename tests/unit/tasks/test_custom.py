@@ -11,7 +11,7 @@ import transformers
 from srlora_dist.config.run import ModelOptions, RunConfig, TaskOptions
 from srlora_dist.tasks.registry import check_task, load_task
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 EXAMPLE = ROOT / "examples" / "my_task.py"
 
 

@@ -29,7 +29,7 @@ from srlora_dist.method.memory import count_extra_memory
 from srlora_dist.storage.base import Storage
 from srlora_dist.storage.collectives import cut_into_buckets
 from srlora_dist.storage.find import find_storage
-from tests.unit.test_spans import tile
+from tests.unit.layers.test_spans import tile
 
 WORLD_SIZE = 1024
 NUM_LAYERS = LLAMAS["llama-70b"][2]

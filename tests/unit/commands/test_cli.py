@@ -17,7 +17,7 @@ from srlora_dist.commands.cli import COMMANDS, main, usage
 from srlora_dist.engine.preemption import SIGNALS
 from tests.launch.conftest import Bench, write_model, write_rte
 from tests.ranks.engines import make_net
-from tests.unit.test_switcher import take_steps
+from tests.unit.method.test_switcher import take_steps
 
 
 @pytest.fixture(scope="module")

@@ -584,4 +584,4 @@ def test_the_demo_loads_minilm(real_splits):
 
 
 def test_every_task_name_is_tested():
-    assert set(TASKS) == {"demo", *OFFICIAL, "lm", "instruct", *sources.NAMES}  # the last in test_images, test_instruct
+    assert set(TASKS) == {"demo", *OFFICIAL, "lm", "instruct", *sources.NAMES}  # the last two in files of their own

@@ -22,7 +22,7 @@ from srlora_dist.config.run import TrainOptions
 from srlora_dist.tasks.glue import GLUE
 from srlora_dist.tasks.registry import TASKS
 
-PRESETS = Path(__file__).parents[2] / "launch" / "paper"
+PRESETS = Path(__file__).parents[3] / "launch" / "paper"
 ALL_PRESETS = [(table, name) for table in TABLES.values() for name in table.tasks]
 
 
@@ -225,7 +225,9 @@ time.sleep(float(sys.argv[2]))
 def test_a_grid_names_the_one_that_runs_and_waits_for_a_run_that_a_killed_one_left(tmp_path) -> None:
     one = grid(tmp_path)
     with FolderLock(one.results, "another grid", "wait"):
-        program = f"from tests.unit.test_reproduce import *; run_grid(grid(Path({str(tmp_path)!r})), Path('no'))"
+        program = (
+            f"from tests.unit.benchmarks.test_reproduce import *; run_grid(grid(Path({str(tmp_path)!r})), Path('no'))"
+        )
         refused = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
         assert f"{one.results} is in use by process {os.getpid()} on host" in refused.stderr
         run = subprocess.Popen([sys.executable, "-c", HOLD, one.cells[0].folder, "1.5"], stdout=subprocess.PIPE)

@@ -16,7 +16,7 @@ from srlora_dist.tasks.text import text_task
 from srlora_dist.training.evaluation import Judged, _doubt
 from srlora_dist.training.loop_state import Progress
 from srlora_dist.training.outcome import doubts, is_better, require_a_best, require_a_step, require_finite_start
-from tests.unit.test_own_task import bert, run_config  # noqa: F401 (a fixture)
+from tests.unit.tasks.test_custom import bert, run_config  # noqa: F401 (a fixture)
 
 GOOD = {"text": ["is it so ?", "it is so .", "so ."], "labels": [1, 0, 1]}
 BAD = {

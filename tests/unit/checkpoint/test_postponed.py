@@ -8,8 +8,8 @@ import pytest
 
 from srlora_dist.checkpoint.files import write_files
 from srlora_dist.checkpoint.postponed import Postponed
-from tests.unit.test_ledger import assert_same_tensors, full_disk, start
-from tests.unit.test_switcher import take_steps
+from tests.unit.checkpoint.test_ledger import assert_same_tensors, full_disk, start
+from tests.unit.method.test_switcher import take_steps
 
 
 def files(letter: str) -> dict:

@@ -22,7 +22,7 @@ from srlora_dist.checkpoint.files import MANIFEST, clean_up, describe
 from srlora_dist.checkpoint.format import Checkpoint, find_checkpoint, remove_checkpoints
 from srlora_dist.checkpoint.random_state import random_state, restore_random_state
 from tests.ranks.engines import make_net
-from tests.unit.test_switcher import bound, take_steps, unfrozen
+from tests.unit.method.test_switcher import bound, take_steps, unfrozen
 
 
 @pytest.fixture
@@ -465,7 +465,7 @@ def test_a_checkpoint_holds_no_more_than_it_must(tmp_path) -> None:
 
 
 def _wide() -> torch.nn.Module:
-    from tests.unit.test_switcher import wide_net
+    from tests.unit.method.test_switcher import wide_net
 
     return wide_net((512, 384), rank=4)
 

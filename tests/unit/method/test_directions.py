@@ -24,7 +24,7 @@ from srlora_dist.method.svd import compute_directions
 from srlora_dist.storage.find import find_storage
 from tests import reference
 from tests.ranks.engines import make_net
-from tests.unit.test_switcher import bound, take_steps
+from tests.unit.method.test_switcher import bound, take_steps
 
 
 def directions_of(folder, scale: float = 1.0, target: int = 6) -> Directions:
