@@ -56,7 +56,7 @@ def measure(_rank: int, _num_ranks: int, num_layers: int, width: int, rounds: in
     switcher = make_switcher(model, RANK + fused * (rounds + WARM_UP + 1), cache)
     engine = prepare_stack("zero3", model)
     switcher.bind(engine.model, engine.optimizer)
-    switcher._watch.require_untouched = lambda: None  # the other contenders edit W on purpose
+    switcher._bound.watch.require_untouched = lambda: None  # the other contenders edit W on purpose
     with torch.enable_grad():
         train_step(engine, width)
     switcher.step()
@@ -90,7 +90,7 @@ def measure(_rank: int, _num_ranks: int, num_layers: int, width: int, rounds: in
 def small_bytes(switcher: Switcher, fused: int) -> int:
     """What a switch may send: scores, directions, factors, digests, and whether the ledger was written."""
     sizes = [sum(site.shape) for site in switcher.sites]
-    directions = sum(4 * fused * (size + 1) for size in sizes) + 4 * len(list(switcher._executor.buckets()))
+    directions = sum(4 * fused * (size + 1) for size in sizes) + 4 * len(list(switcher._bound.executor.buckets()))
     return sum(8 * RANK + 4 * RANK * size + 16 for size in sizes) + directions + 8
 
 

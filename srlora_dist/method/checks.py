@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import logging
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from srlora_dist.checkpoint.training_state import trained_parameters
 from srlora_dist.errors import RunStoppedError
 from srlora_dist.layers.adapter import find_peft_model
 from srlora_dist.layers.digest import digest_span
+from srlora_dist.method.extra_pass import evaluating, sample_outputs
 from srlora_dist.storage.base import Storage
+
+logger = logging.getLogger(__name__)
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 """Largest relative change of an output by type: a few times what rounding alone was measured to do (README)."""
-
-NUM_SAMPLES = 1 << 16
-"""Elements that are kept of each output tensor: logits can be larger than the model."""
 
 SMALL_OUTPUT = 1e-3
 """An output tensor is compared relative to its own size, or to this share of the largest one's if that is more."""
@@ -85,37 +83,6 @@ def largest_change(storage: Storage, tolerance: float | None, types: Iterable[to
     return max(TOLERANCES[kind] for kind in found if kind in TOLERANCES)
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode, and each of its modules back into the mode that it had."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-@torch.no_grad()
-def sample_outputs(call: Callable[[], object]) -> list[Tensor]:
-    """Evenly spaced elements of each floating-point tensor in what a model gives, however nested, in float32.
-
-    A compiled model is called as it was written. Collective: a forward pass.
-    """
-    with _uncompiled():
-        return samples(call())
-
-
-def samples(output: object) -> list[Tensor]:
-    """At most ``NUM_SAMPLES`` elements of each floating-point tensor in an output."""
-    leaves = [leaf for leaf in tree_leaves(output) if torch.is_tensor(leaf)]
-    if not leaves and hasattr(output, "__dict__"):  # a data class that is not registered
-        leaves = [leaf for leaf in tree_leaves(list(vars(output).values())) if torch.is_tensor(leaf)]
-    flat = (leaf.detach().reshape(-1) for leaf in leaves if leaf.is_floating_point() and leaf.numel())
-    return [tensor[:: -(-tensor.numel() // NUM_SAMPLES)].float().clone() for tensor in flat]
-
-
 def relative_change(now: list[Tensor], before: list[Tensor]) -> float:
     """The norm of the change of an output tensor relative to its norm before, of the tensor where it is largest.
 
@@ -138,35 +105,45 @@ def largest_on_any_rank(storage: Storage, change: float) -> float:
     return storage.all_reduce_(torch.tensor([change], dtype=torch.float64, device=storage.device), "max").item()
 
 
-def _uncompiled() -> AbstractContextManager:
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-
-
-def require_agreement(model: nn.Module, storage: Storage, num_steps: int) -> bool:
-    """Compare trained parameters, their moments under DDP, and the weights that SRLoRA edits or what stands for it.
+class AgreementCheck:
+    """Compares whatever several ranks hold copies of: trained parameters, under DDP their moments, and the weights.
 
     Args:
         model: The prepared model.
         storage: How it is held.
-        num_steps: Optimizer steps that were done, for the message.
-
-    Returns:
-        Whether there are copies at all.
-
-    Collective: see ``Storage.to_rest_layout_``; one all-reduce of 16 bytes per tensor.
-
-    Raises:
-        RunStoppedError: Some rank holds something else; the message names the first such tensor.
     """
-    storage.to_rest_layout_()
-    named = list(_copies(model, storage))
-    number = storage.find_difference([digest_span(copy) for _, copy in named])
-    if number is not None:
-        raise RunStoppedError(
-            f"after step {num_steps} the ranks hold different values of {named[number][0]}; they have drifted "
-            "apart, so the run stops. Restart from the last good checkpoint"
-        )
-    return bool(named)
+
+    def __init__(self, model: nn.Module, storage: Storage) -> None:
+        self._model, self.storage = model, storage
+        self._warned_of_nothing = False
+
+    def require(self, num_steps: int, every: int) -> None:
+        """Raise on every rank if the copies of any tensor differ; warn once if there are no copies.
+
+        Args:
+            num_steps: Optimizer steps that were done, for the message.
+            every: ``srlora.agreement_every``, for the warning.
+
+        Collective: see ``Storage.to_rest_layout_``; one all-reduce of 16 bytes per tensor.
+
+        Raises:
+            RunStoppedError: Some rank holds something else; the message names the first such tensor.
+        """
+        self.storage.to_rest_layout_()
+        named = list(_copies(self._model, self.storage))
+        number = self.storage.find_difference([digest_span(copy) for _, copy in named])
+        if number is not None:
+            raise RunStoppedError(
+                f"after step {num_steps} the ranks hold different values of {named[number][0]}; they have drifted "
+                "apart, so the run stops. Restart from the last good checkpoint"
+            )
+        if not named and not self._warned_of_nothing:
+            self._warned_of_nothing = True
+            logger.warning(
+                "srlora.agreement_every %d is without effect: on %s no rank holds a copy of what another one holds",
+                every,
+                self.storage.name,
+            )
 
 
 def _copies(model: nn.Module, storage: Storage) -> Iterator[tuple[str, Tensor]]:

@@ -10,11 +10,9 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from srlora_dist.checkpoint.random_state import random_state, restore_random_state
 from srlora_dist.config.method import SRLoRAConfig
@@ -22,13 +20,14 @@ from srlora_dist.errors import shorten_list
 from srlora_dist.layers.adapter import find_peft_model
 from srlora_dist.layers.bypassed import Usage
 from srlora_dist.layers.site import FUSED
-from srlora_dist.method.checks import (
+from srlora_dist.method.checks import largest_change, largest_on_any_rank, relative_change
+from srlora_dist.method.extra_pass import (
+    copy_inputs,
     evaluating,
-    largest_change,
-    largest_on_any_rank,
-    relative_change,
+    same_buffers,
     sample_outputs,
     samples,
+    set_compiled_calls_aside_,
 )
 from srlora_dist.method.first_switch import edited_back, undo_first_switch_
 from srlora_dist.storage.base import Storage
@@ -66,10 +65,11 @@ class FirstBatch:
         self._call: Callable[[], object] | None = None
         self._suspicious: list[int] = []
         self._before: list[Tensor] = []
-        self._change = -1.0
+        self._change = -1.0  # none yet
+        self.is_closed = False
         self._types: set[torch.dtype] = set()
         self._is_told = False
-        self._compiled = _set_compiled_calls_aside_(self._root)
+        self._compiled = set_compiled_calls_aside_(self._root)
         self._entrances = tuple(_entrances(model, self._root))
         # Before DeepSpeed's and FSDP2's own hooks, which gather weights.
         self._handles = [
@@ -80,6 +80,11 @@ class FirstBatch:
     @property
     def _tolerance(self) -> float:
         return largest_change(self.storage, self.config.switch_tolerance, self._types)
+
+    @property
+    def change(self) -> float | None:
+        """Relative change of the outputs by switch 0 that this rank saw; None before."""
+        return self._change if self._change >= 0 else None
 
     def __reduce__(self) -> tuple:
         return object.__new__, (FirstBatch,)  # likewise in a model that is pickled; it has no entrances
@@ -94,6 +99,7 @@ class FirstBatch:
         for module, call in self._compiled:
             module._compiled_call_impl = call
         self._handles, self._compiled, self._call, self._before = [], [], None, []
+        self.is_closed = True
 
     def judge(self) -> float:
         """Undo switch 0 and raise on every rank, if it moved the outputs; call it before the first optimizer step.
@@ -132,7 +138,7 @@ class FirstBatch:
         is_ours = not torch.compiler.is_compiling() and module in self._entrances
         if not is_ours or self._call is not None or not torch.is_grad_enabled():
             return
-        self._call = lambda: module(*(copies := _copies((args, kwargs)))[0], **copies[1])
+        self._call = lambda: module(*(copies := copy_inputs((args, kwargs)))[0], **copies[1])
         state = random_state()
         try:
             if self._compare():
@@ -199,7 +205,7 @@ class FirstBatch:
         """
         usage, outputs, error = Usage([site.lora for site in self.storage.sites]), None, None
         state = random_state()
-        with self._same_buffers(), evaluating(self._root) if evaluates else nullcontext(), usage.watching():
+        with same_buffers(self._root), evaluating(self._root) if evaluates else nullcontext(), usage.watching():
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # checkpointing warns that nothing has gradients
@@ -220,20 +226,6 @@ class FirstBatch:
             )
         count = len(self.storage.sites)
         return None if failed else outputs, flags[:count], flags[count : 2 * count], flags[2 * count :]
-
-    @contextmanager
-    def _same_buffers(self) -> Iterator[None]:
-        """Put buffers back that a forward pass moves, such as the averages of a batch norm."""
-        before = [
-            (module, name, buffer, buffer.clone())
-            for module in self._root.modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None
-        ]
-        yield
-        for module, name, buffer, kept in before:
-            module._buffers[name] = buffer
-            buffer.copy_(kept)
 
     @contextmanager
     def _as_before_switch_0(self) -> Iterator[None]:
@@ -279,24 +271,3 @@ def _entrances(model: nn.Module, peft_model: nn.Module) -> list[nn.Module]:
     wrappers = [module for module in model.modules() if hasattr(module, "_orig_mod")]
     around = [module for module in wrappers if any(inner is peft_model for inner in module.modules())]
     return around[:1] or [peft_model, peft_model.get_base_model()]
-
-
-def _set_compiled_calls_aside_(model: nn.Module) -> list[tuple[nn.Module, object]]:
-    """Let what ``module.compile()`` has compiled run as it was written, hooks too, and tell what to put back."""
-    compiled = [(module, module._compiled_call_impl) for module in model.modules() if module._compiled_call_impl]
-    for module, _ in compiled:
-        module._compiled_call_impl = None
-    return compiled
-
-
-def _copies(inputs: object) -> object:
-    """Inputs that a forward pass may change, and the batch's own pass gets as they were.
-
-    Raises:
-        TypeError: Something in them cannot be copied, such as a generator.
-    """
-
-    def copy(leaf: object) -> object:
-        return leaf.detach().clone() if torch.is_tensor(leaf) else deepcopy(leaf)
-
-    return tree_map(copy, inputs)

@@ -35,7 +35,7 @@ class Observer:
         scores: The statistics of the pairs; None where no switch is to come.
         pair_steps: Adam's bias correction by the age of a pair; None where it is not asked for.
         watch: Notices pairs that something else has moved.
-        agenda: Knows the next switch.
+        schedule: Knows the next switch.
         num_steps: Gives the steps that were reported so far.
 
     Attributes:
@@ -47,22 +47,22 @@ class Observer:
         scores: PairStatistics | None,
         pair_steps: PairSteps | None,
         watch: Watch,
-        agenda: SwitchSchedule,
+        schedule: SwitchSchedule,
         num_steps: Callable[[], int],
     ) -> None:
-        self.scores, self.pair_steps, self.watch, self.agenda = scores, pair_steps, watch, agenda
+        self.scores, self.pair_steps, self.watch, self.schedule = scores, pair_steps, watch, schedule
         self._num_steps = num_steps
         self._num_idle = 0
         self.stepped: set[int] = set()
 
     def counts_next(self) -> bool:
         """Whether the next step counts for the choice of a switch that is still to come."""
-        to_next = self.agenda.steps_to_next(self._num_steps())
+        to_next = self.schedule.steps_to_next(self._num_steps())
         if to_next is None or self.scores is None:
             return False
         if not self.scores.needs_gradients:
             return True
-        return self.agenda.window is None or to_next <= self.agenda.window
+        return self.schedule.window is None or to_next <= self.schedule.window
 
     def before(self, owners: list[Tensor]) -> None:
         """The optimizer is about to step these tensors; ZeRO steps one group after the other.
@@ -76,7 +76,7 @@ class Observer:
         if not self.stepped:
             self.watch.before_step()
         if self.counts_next():
-            if not self.stepped and self.agenda.steps_to_next(self._num_steps()) == self.agenda.window:
+            if not self.stepped and self.schedule.steps_to_next(self._num_steps()) == self.schedule.window:
                 self.scores.clear_()
             self.scores.observe_(owners)
         if self.pair_steps is not None:

@@ -40,7 +40,7 @@ def rehearse(model: nn.Module, storage: Storage, optimizer_reset: str, will_save
         error = failure
     storage.raise_together(error)
     if problem is not None:
-        warnings.warn(f"{problem}; save_checkpoint() will be refused", stacklevel=3)
+        warnings.warn(f"{problem}; save_checkpoint() will be refused", stacklevel=4)
 
 
 def _stepped(model: nn.Module, storage: Storage) -> list:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 
@@ -14,6 +16,8 @@ from srlora_dist.method.budget import choose_slots, num_next, plan_switches, win
 
 FREE = free_on_resume(SRLoRAConfig)
 """Options of the method that may be others when a run is resumed."""
+
+logger = logging.getLogger(__name__)
 
 
 class SwitchSchedule:
@@ -68,16 +72,25 @@ class SwitchSchedule:
             chosen.append([] if site.left_out else slots)
         return chosen
 
-    def missing_switches(self, num_steps: int) -> str | None:
-        """What to say of a run that ends after this step with switches still to come, or None."""
+    def warn_of_missing_switches(self, num_steps: int) -> None:
+        """Warn if a run that ends after this step had switches still to come."""
         missing = [due for due in self.due_steps if due > num_steps]
-        if not missing:
-            return None
-        return (
-            f"{len(missing)} of {len(self.due_steps)} switches have not happened, for they were planned for "
-            f"{self.num_training_steps} optimizer steps and there were {num_steps}: the loader was shorter, or "
-            "num_training_steps counts micro-batches; in the middle of a run call export(..., is_last=False)"
-        )
+        if missing:
+            warnings.warn(
+                f"{len(missing)} of {len(self.due_steps)} switches have not happened, for they were planned for "
+                f"{self.num_training_steps} optimizer steps and there were {num_steps}: the loader was shorter, or "
+                "num_training_steps counts micro-batches; in the middle of a run call export(..., is_last=False)",
+                stacklevel=3,
+            )
+
+    def warn_of_overrun(self, num_steps: int) -> None:
+        """Warn at the first step beyond those that the switches were planned for."""
+        if num_steps == self.num_training_steps + 1:
+            logger.warning(
+                "this is step %d of %d: the switches were planned for too short a run",
+                num_steps,
+                self.num_training_steps,
+            )
 
     def plan(self) -> dict[str, object]:
         """What has to be the same on every rank; a folder may have another name there."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,10 +15,11 @@ from srlora_dist.config.method import SRLoRAConfig
 from srlora_dist.errors import RunStoppedError
 from srlora_dist.layers.digest import combine, digest_span
 from srlora_dist.layers.matmul import exact_matmul
-from srlora_dist.layers.site import PAIR_DIM
 from srlora_dist.method.budget import next_directions
+from srlora_dist.method.checks import OutputCheck
 from srlora_dist.method.directions import Directions
 from srlora_dist.method.second_adapter import append_pairs_
+from srlora_dist.method.snapshot import take_snapshot
 from srlora_dist.method.statistics import PairStatistics, sum_by_pair
 from srlora_dist.method.svd import Triplet, compute_directions
 from srlora_dist.storage.base import Storage
@@ -32,31 +33,70 @@ class SwitchExecutor:
 
     Args:
         storage: How the ranks hold the weights; its sites are switched.
-        directions: Of every site.
-        ledger: On rank 0; None elsewhere.
-        importance: The statistics to reset; None where nothing is tracked.
+        directions: Gives the directions of every site.
+        ledger: The ledger on rank 0; None elsewhere.
+        statistics: Statistics of the pairs, reset where pairs restart; None where nothing is tracked.
         config: Options.
+
+    Attributes:
+        check: Compares the outputs before and after each switch; None for no comparison.
     """
+
+    check: OutputCheck | None = None
 
     def __init__(
         self,
         storage: Storage,
         directions: Directions,
         ledger: Ledger | None,
-        importance: PairStatistics | None,
+        statistics: PairStatistics | None,
         config: SRLoRAConfig,
     ) -> None:
         self.storage, self.sites = storage, storage.sites
-        self.directions, self.ledger, self.importance, self.config = directions, ledger, importance, config
+        self.directions, self.ledger, self.statistics, self.config = directions, ledger, statistics, config
         self._compression: list[float] = []
 
-    @torch.no_grad()
     def run(self, report: SwitchReport, slots: list[list[int]], scores: list[Tensor] | None) -> SwitchReport:
+        """Switch, and undo the switch if the check finds that it moved the outputs by too much.
+
+        Args:
+            report: Step and number of the switch; gets everything else.
+            slots: Slots of each site that are fused and restarted.
+            scores: All scores of each site; None for switch 0.
+
+        Collective: see :meth:`fuse_and_restart`; with a check two forward passes, and see :func:`take_snapshot`.
+        """
+        before = self.check.output() if self.check is not None else None
+        if before is None:
+            return self.fuse_and_restart(report, slots, scores)
+        put_back = take_snapshot(self.storage, self.statistics)
+        self.fuse_and_restart(report, slots, scores)
+        report.relative_output_change = self.check.relative_change(before)
+        report.undone = report.relative_output_change > self.check.tolerance
+        if not report.undone:
+            return report
+        put_back()
+        if self.ledger is not None:
+            self.ledger.forget_switch()
+        logger.warning(
+            "switch %d after step %d changed the output by %.2e of its norm, more than srlora.switch_tolerance "
+            "%.2e, and was undone: training goes on with the pairs it had",
+            report.switch,
+            report.step,
+            report.relative_output_change,
+            self.check.tolerance,
+        )
+        return report
+
+    @torch.no_grad()
+    def fuse_and_restart(
+        self, report: SwitchReport, slots: list[list[int]], scores: list[Tensor] | None
+    ) -> SwitchReport:
         """Fuse and restart the given slots of every site; switch 0 has no scores and fuses nothing.
 
         Args:
             report: Step and number of the switch; gets the part of each site.
-            slots: Of each site; a site without any is left alone.
+            slots: Slots of each site; a site without any is left alone.
             scores: All scores of each site.
 
         Collective: for each bucket, under ZeRO-3 and FSDP2, an all-reduce of the factors, then one broadcast of the
@@ -96,7 +136,8 @@ class SwitchExecutor:
         if any(self._compression):
             logger.warning(
                 "switch %d: second adapters were compressed to srlora.fused_rank, largest relative error %.2e",
-                *(report.switch, max(self._compression)),
+                report.switch,
+                max(self._compression),
             )
         self._compare(report, digests)
         return report
@@ -133,8 +174,8 @@ class SwitchExecutor:
         whole_a, whole_b = a.index_copy(0, index, new_a), b.index_copy(1, index, new_b)
         for factor, whole, moment in zip("AB", (whole_a, whole_b), second or (0.0, 0.0), strict=True):
             self.storage.write_pairs_(number, factor, chosen, whole, config.optimizer_reset, moment)
-        if self.importance is not None:
-            self.importance.reset_(number, chosen)
+        if self.statistics is not None:
+            self.statistics.reset_(number, chosen)
         part = SiteSwitch(site.name, slots, [site.held[slot] for slot in slots] if fuses else [], directions, scores)
         written = torch.cat([tensor.flatten().float() for tensor in (lefts, rights, whole_a, whole_b)])
         return part, combine(*slots, *directions, digest_span(written))
@@ -221,44 +262,6 @@ class SwitchExecutor:
                 else:
                     self._add_to_weight_(next(numbers), left, whole)
                     left = None
-
-    @torch.no_grad()
-    def snapshot(self) -> Callable[[], None]:
-        """Keep copies of all that a switch changes, in host memory; call what is returned to put them back.
-
-        Collective: under ZeRO-3 and FSDP2 an all-reduce of the factors, here and not when they are put back.
-        """
-        storage = self.storage
-        storage.to_rest_layout_()
-        factors = [
-            (parameter, PAIR_DIM[name], whole.clone())
-            for site in self.sites
-            for name, parameter in (("A", site.lora_a), ("B", site.lora_b), ("A", site.fused_a), ("B", site.fused_b))
-            if parameter is not None
-            for whole in storage.gather_parameters([parameter])
-        ]
-        numbers = [(site.num_taken, site.num_fused, list(site.held), list(site.born)) for site in self.sites]
-        kept = [[view.to("cpu", copy=True) for view in self._changed(number)] for number in range(len(self.sites))]
-
-        @torch.no_grad()
-        def put_back() -> None:
-            storage.to_rest_layout_()
-            for number, copies in enumerate(kept):
-                for view, copy in zip(self._changed(number), copies, strict=True):
-                    view.copy_(copy)
-            for parameter, pair_dim, whole in factors:
-                storage.write_parameter_(parameter, pair_dim, torch.arange(whole.shape[pair_dim]), whole)
-            for site, before in zip(self.sites, numbers, strict=True):
-                site.num_taken, site.num_fused, site.held, site.born = before
-            if self.ledger is not None:
-                self.ledger.forget_switch()
-
-        return put_back
-
-    def _changed(self, number: int) -> Iterator[Tensor]:
-        with self.storage.changed_by_switch(number) as views:
-            yield from views
-            yield from self.importance.of_site(number) if self.importance is not None else ()
 
     def buckets(self) -> Iterator[list[int]]:
         """Numbers of the sites that are switched together."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import srlora_dist.method.switch
 from srlora_dist import SRLoRAConfig, Switcher
 from srlora_dist.checkpoint.training_state import trained_parameters
 from srlora_dist.method.switch import SwitchExecutor
@@ -71,13 +72,13 @@ def undo(rank: int, world_size: int, engine_name: str, precision: str, zero: dic
         if number != 1:
             add(self, number, left, right)
 
-    snapshot = switcher._executor.snapshot
+    take_snapshot = srlora_dist.method.switch.take_snapshot
 
-    def note_and_snapshot() -> Callable[[], None]:
+    def note_and_snapshot(*args: object) -> Callable[[], None]:
         before.update(held(engine, switcher))
-        return snapshot()
+        return take_snapshot(*args)
 
-    switcher._executor.snapshot = note_and_snapshot
+    srlora_dist.method.switch.take_snapshot = note_and_snapshot
     for step in range(NUM_STEPS):
         if step + 1 == DUE[1]:
             SwitchExecutor._add_to_weight_ = forget_one

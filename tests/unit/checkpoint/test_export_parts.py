@@ -22,6 +22,7 @@ from transformers import (
 )
 
 import srlora_dist.layers.discovery
+import srlora_dist.method.bound_model
 import srlora_dist.method.switcher
 from srlora_dist import SRLoRAConfig, Switcher
 from srlora_dist.checkpoint.base_label import BaseLabel
@@ -289,7 +290,8 @@ def test_layers_that_are_no_sites_keep_their_rank_and_scale(
     def some_sites(*args: object) -> list[Site]:
         return [site for site in found(*args) if "up_proj" not in site.name and "layers.1" in site.name]
 
-    monkeypatch.setattr(srlora_dist.method.switcher, "find_sites", some_sites)
+    for module in (srlora_dist.method.switcher, srlora_dist.method.bound_model):
+        monkeypatch.setattr(module, "find_sites", some_sites)
     base = load(folders / "decoder")
     ranks = {"rank_pattern": {"up_proj": 3, "q_proj": 2}, "alpha_pattern": {"v_proj": 1.5, "k_proj": 4}}
     model = get_peft_model(base(), lora(use_rslora=rslora, **ranks))

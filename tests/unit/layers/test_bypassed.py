@@ -419,7 +419,7 @@ def test_autocast_is_no_reason_to_refuse_what_only_rounds(tmp_path) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         change = model(INPUTS.clone())
     assert change.dtype == torch.bfloat16
-    assert switcher._first_batch._change > 1e-4  # more than float32 would round
+    assert switcher.first_batch_change > 1e-4  # more than float32 would round
     step(model, optimizer, switcher)
     assert not any(site.left_out for site in switcher.sites)
 
@@ -478,8 +478,7 @@ def test_a_healthy_model_trains_as_without_the_check(base, names, tmp_path, capl
         model = adapt(base(), names)
         optimizer, switcher = bind(model, tmp_path)
         if not checks:
-            switcher._first_batch.close()
-            switcher._first_batch = None
+            switcher._bound.first_batch.close()
         x = INPUTS.clone()
         output = model({"x": x} if base is Penalised else x)
         output.square().mean().backward()

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from srlora_dist import SRLoRAConfig, Switcher
+from srlora_dist.method.directions import OriginalWeights
 
 TOKENS = torch.randint(0, 50, (4, 9), generator=torch.Generator().manual_seed(3))
 
@@ -69,7 +70,7 @@ def test_directions_of_a_transposed_layer_come_from_the_original_checkpoint(tmp_
     model = get_peft_model(gpt2(), LoraConfig(r=4, target_modules="all-linear"))
     switcher = train(model, tmp_path, directions_from=str(tmp_path / "original"))
     original = dict(gpt2().named_parameters())["transformer.h.0.attn.c_attn.weight"].T
-    read = switcher._directions._original.read(switcher.sites[0])
+    read = OriginalWeights(tmp_path / "original").read(switcher.sites[0])
     assert switcher.sites[0].name.endswith("c_attn")
     assert torch.equal(read, original)
 

@@ -64,7 +64,7 @@ class Training:
         self.optimizer = torch.optim.AdamW(factors, lr=1e-3)
         self.switcher.bind(self.model, self.optimizer)
         self.model(torch.randn(3, WIDTH))
-        self.switcher._judge_first_batch()  # once a run
+        self.switcher._bound.judge_first_batch()  # once a run
         self.num_elements = sum(factor.numel() for factor in factors)
         (self.hook,) = self.optimizer._optimizer_step_pre_hooks.values()
 

@@ -231,7 +231,7 @@ def test_a_switch_resets_the_chosen_slots_only(tmp_path, reset: str, first: int,
     site = switcher.sites[0]
     state = {key: optimizer.state[site.lora_a][key].clone() for key in ("exp_avg", "exp_avg_sq")}
     factors = site.lora_a.detach().clone(), site.lora_b.detach().clone()
-    head = optimizer.state[switcher._model.base_model.model.head.modules_to_save["default"].weight]["exp_avg"].clone()
+    head = optimizer.state[model.base_model.model.head.modules_to_save["default"].weight]["exp_avg"].clone()
     scores = switcher.statistics.of(switcher.storage.tracked[0], "mean").view(4, -1).clone()
     report = switcher.step()
     chosen = report.sites[0].slots
@@ -243,9 +243,7 @@ def test_a_switch_resets_the_chosen_slots_only(tmp_path, reset: str, first: int,
     assert torch.equal(site.lora_a[others], factors[0][others])
     assert torch.equal(site.lora_b[:, others], factors[1][:, others])
     assert not torch.equal(site.lora_a[chosen], factors[0][chosen])
-    assert torch.equal(
-        optimizer.state[switcher._model.base_model.model.head.modules_to_save["default"].weight]["exp_avg"], head
-    )
+    assert torch.equal(optimizer.state[model.base_model.model.head.modules_to_save["default"].weight]["exp_avg"], head)
     now = switcher.statistics.of(switcher.storage.tracked[0], "mean").view(4, -1)
     assert torch.equal(now[others], scores[others])
     assert not now[chosen].any()

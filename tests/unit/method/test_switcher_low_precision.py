@@ -171,7 +171,7 @@ def test_a_second_adapter_that_is_switched_off_is_noticed(tmp_path) -> None:
     model = net(torch.float32, (40, 72))
     switcher, _ = run(model, torch.float32, tmp_path, 6, fusion="adapter")
     model.set_adapter("default")
-    switcher._observer.stepped.add(0)  # an optimizer step
+    switcher._bound.observer.stepped.add(0)  # an optimizer step
     for call in (switcher.step, lambda: switcher.export(tmp_path / "adapter")):
         with pytest.raises(RuntimeError, match="'srlora_fused' of 0, which holds what was fused, is not active"):
             call()
