@@ -11,6 +11,7 @@ from typing import Literal
 from srlora_dist.config.checks import BELOW_ONE, COUNT, COUNT_OR_NONE, MOST, POSITIVE, expand_home, require
 from srlora_dist.config.method import SRLoRAConfig
 from srlora_dist.config.option import flatten, option, walk_options
+from srlora_dist.config.weight_type import WeightType
 
 RESUMABLE = ("lora", "pissa", "srlora")
 """The methods whose runs write checkpoints."""
@@ -79,9 +80,7 @@ class ModelOptions:
     @property
     def stored_as(self) -> str:
         """The type of the pretrained linear layers, which an adapter belongs to."""
-        if self.quantization == "none":
-            return self.dtype
-        return f"{self.quantization}{'-double' * self.double_quantization} computing in {self.dtype}"
+        return str(WeightType(self.dtype, self.quantization, self.double_quantization))
 
 
 @dataclass

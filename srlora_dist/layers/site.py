@@ -9,6 +9,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from srlora_dist.config.weight_type import WeightType
+
 FUSED = "srlora_fused"
 """Name of the frozen second adapter that holds what is fused where W itself is never written."""
 
@@ -102,7 +104,8 @@ def _stored_as(site: Site) -> str:
     if not site.quantised:
         return str(site.weight.dtype).removeprefix("torch.")
     computes_in = getattr(site.lora.get_base_layer(), "compute_dtype", None)
-    return site.quantised + (f" computing in {str(computes_in).removeprefix('torch.')}" if computes_in else "")
+    kind, _, double = site.quantised.partition("-")
+    return str(WeightType(str(computes_in or "").removeprefix("torch."), kind, bool(double)))
 
 
 def quantisation(layer: nn.Module) -> str:

@@ -37,7 +37,7 @@ def run(argv: list[str]) -> None:
         raise ValueError(
             f"{options.adapter} cannot be merged ({type(error).__name__}: {error}); SRLORA_DEBUG=1 shows where"
         ) from error
-    quantised = merger.stored_as.quantization != "none"
+    quantised = merger.weights.quantization != "none"
     print(f"base: {merger.base} in {about['weights']}{', which was dequantised' if quantised else ''}")
     print(f"merged in {about['dtype']}: {options.folder}, {about['bytes'] / 1e6:.1f} MB")
     print(f"logits of random inputs: relative difference {about['relative_difference']:.1e} from base and adapter")

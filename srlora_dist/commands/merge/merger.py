@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,7 +27,8 @@ from srlora_dist.checkpoint.base_label import BaseLabel
 from srlora_dist.checkpoint.files import write_folder
 from srlora_dist.commands.merge.adapter_file import read_config, read_shapes, require_pairs
 from srlora_dist.commands.merge.compare import logits, random_inputs, relative_difference
-from srlora_dist.commands.merge.stored_as import StoredAs
+from srlora_dist.commands.merge.load_options import load_options
+from srlora_dist.config.weight_type import WeightType
 from srlora_dist.errors import first_sentence, shorten_list
 from srlora_dist.layers.discovery import keep_payloads_
 from srlora_dist.tasks.loading import quiet
@@ -66,7 +68,7 @@ class Merger:
         if not self.base:
             raise ValueError(f"{adapter} does not name its base: give --base")
         self.label = BaseLabel.read(adapter / "adapter_model.safetensors")
-        self.stored_as = self._find_type(weights)
+        self.weights = self._find_type(weights)
         self.settings, self.auto_class = self._find_class()
 
     def merge(self, folder: Path, dtype: str | None = None) -> dict[str, object]:
@@ -95,7 +97,7 @@ class Merger:
             model = self._load()
             kept = dtype or str(model.dtype).removeprefix("torch.")
             about |= {"weights": self._describe(model), "dtype": kept}
-            if self.stored_as.quantization != "none":
+            if self.weights.quantization != "none":
                 model = _with_published_layers(model.dequantize())
             merged = self._merge(model.float(), inputs).to(getattr(torch, kept))
             rounded = logits(merged, inputs)
@@ -118,22 +120,25 @@ class Merger:
                 raise OSError(str(error)) from error
         return about | {"bytes": sum(path.stat().st_size for path in folder.iterdir())}
 
-    def _find_type(self, weights: str | None) -> StoredAs:
+    def _find_type(self, weights: str | None) -> WeightType:
         if self.label is None:
             logger.warning(
                 "%s does not say which base it belongs to: its weights are not checked, and taken in the type of %s",
-                *(self.adapter, "the checkpoint" if weights is None else weights),
+                self.adapter,
+                "the checkpoint" if weights is None else weights,
             )
-            return StoredAs() if weights is None else StoredAs.parse(weights)
-        own = StoredAs.parse(self.label.weights)
-        if weights is None or StoredAs.parse(weights) == own:
+            return WeightType() if weights is None else WeightType.parse(weights)
+        own = WeightType.parse(self.label.weights)
+        if weights is None or WeightType.parse(weights) == own:
             return own
         logger.warning(
             "%s belongs to weights in %s: in %s it gives something else, and the base cannot be checked",
-            *(self.adapter, self.label.weights, weights),
+            self.adapter,
+            self.label.weights,
+            weights,
         )
         self.label = None
-        return StoredAs.parse(weights)
+        return WeightType.parse(weights)
 
     def _require_its_base(self, adapted: PeftModel) -> None:
         """Stop where another base has the same shapes."""
@@ -190,8 +195,7 @@ class Merger:
         return merged
 
     def _describe(self, model: nn.Module) -> str:
-        kind, dtype = self.stored_as.quantization, str(model.dtype).removeprefix("torch.")
-        return dtype if kind == "none" else f"{kind}{'-double' * self.stored_as.double} computing in {dtype}"
+        return str(replace(self.weights, dtype=str(model.dtype).removeprefix("torch.")))
 
     def _find_class(self) -> tuple[PretrainedConfig, type]:
         """The configuration of the base with the classes of the adapter's head, and what loads it."""
@@ -224,7 +228,7 @@ class Merger:
 
     def _load(self) -> PreTrainedModel:
         options = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
-        options |= self.stored_as.options(self.auto_class, self.settings)
+        options |= load_options(self.weights, self.auto_class, self.settings)
         try:
             model, report = self.auto_class.from_pretrained(self.base, config=self.settings, **options)
         except Exception as error:  # of whatever is in its files

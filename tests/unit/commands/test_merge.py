@@ -27,7 +27,8 @@ from transformers import (
 from srlora_dist import SRLoRAConfig, Switcher
 from srlora_dist.checkpoint.base_label import BaseLabel
 from srlora_dist.commands.cli import main
-from srlora_dist.commands.merge.stored_as import StoredAs
+from srlora_dist.commands.merge.load_options import load_options
+from srlora_dist.config.weight_type import WeightType
 from srlora_dist.layers.digest import digest_span
 from srlora_dist.layers.site import quantisation
 from srlora_dist.storage.quantized import digest_layer_scales
@@ -155,12 +156,12 @@ def test_layers_that_dequantising_transposes_are_put_back(kind: str, tmp_path: P
 
 def test_a_quantised_base_stays_in_host_memory() -> None:
     """Transformers would put it on a GPU where there is one, and the inputs are not there."""
-    options = StoredAs("float32", "nf4").options(AutoModelForCausalLM, GPT2Config())
+    options = load_options(WeightType("float32", "nf4"), AutoModelForCausalLM, GPT2Config())
     assert options["device_map"] == {"": "cpu"}
 
 
 def test_a_decoders_output_layer_is_found_whatever_it_is_called() -> None:
-    options = StoredAs("float32", "nf4").options(AutoModelForCausalLM, GPT2Config())
+    options = load_options(WeightType("float32", "nf4"), AutoModelForCausalLM, GPT2Config())
     assert options["quantization_config"].llm_int8_skip_modules is None  # as the tasks load it
 
 
@@ -298,20 +299,20 @@ def test_a_merge_that_fails_leaves_nothing(classifier: tuple, tmp_path: Path, ca
 
 
 TYPES = {
-    "float32": StoredAs("float32"),
-    "int8": StoredAs("float32", "int8"),
-    "nf4 computing in bfloat16": StoredAs("bfloat16", "nf4"),
-    "fp4-double computing in float16": StoredAs("float16", "fp4", True),
-    "bfloat16 and int8": StoredAs("bfloat16", "int8"),  # some layers are not quantised
+    "float32": WeightType("float32"),
+    "int8": WeightType("float32", "int8"),
+    "nf4 computing in bfloat16": WeightType("bfloat16", "nf4"),
+    "fp4-double computing in float16": WeightType("float16", "fp4", True),
+    "bfloat16 and int8": WeightType("bfloat16", "int8"),  # some layers are not quantised
 }
 
 
 @pytest.mark.parametrize("text", TYPES)
 def test_types_are_read_as_they_are_written(text: str) -> None:
-    assert StoredAs.parse(text) == TYPES[text]
+    assert WeightType.parse(text) == TYPES[text]
 
 
 @pytest.mark.parametrize("text", ["", "int4", "float32 and bfloat16", "nf4 and int8", "float32 computing in float32"])
 def test_a_type_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="give --weights as float32"):
-        StoredAs.parse(text)
+        WeightType.parse(text)
