@@ -104,3 +104,10 @@ def defines(path: Path, names: list[str]) -> bool:
             return False
         body = found[0].body
     return True
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_paths_of_the_repository_that_a_page_names_exist(page: Path) -> None:
+    folders = "srlora_dist|tests|benchmarks|launch|examples|docs|ds_configs"
+    named = re.findall(rf"`(?:\.venv/bin/pytest |python )?((?:{folders})/[\w./-]*(?:\.\w+|/))", page.read_text())
+    assert [name for name in named if not (ROOT / name).exists()] == []
