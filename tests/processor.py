@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 
-from srlora_dist.storage.process_group import deepspeed_types
+from srlora_dist.storage.capabilities import deepspeed_types
 
 
 @cache

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from srlora_dist.checkpoint.format import BUFFERS, MOMENTS, TRAINED
 from srlora_dist.layers.adapter import find_peft_model
 from srlora_dist.storage.base import Storage
-from srlora_dist.storage.trial import why_not_saved
+from srlora_dist.storage.optimizer_trial import why_not_saved
 
 SAME_STATE = {"Adam": "AdamW", "DeepSpeedCPUAdam": "AdamW", "FusedAdam": "AdamW"}
 """Optimizers whose state is that of another one."""

@@ -7,7 +7,7 @@ from torch import nn
 
 from srlora_dist.config.run import ModelOptions
 from srlora_dist.layers.site import FUSED
-from srlora_dist.storage.process_group import deepspeed_types
+from srlora_dist.storage.capabilities import deepspeed_types
 
 MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 """What Accelerate calls the forward pass on weights of each type."""

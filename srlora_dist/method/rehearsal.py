@@ -10,7 +10,7 @@ from srlora_dist.checkpoint.training_state import trained_parameters
 from srlora_dist.storage.base import Storage
 from srlora_dist.storage.factor_spans import local_part
 from srlora_dist.storage.optimizer_state import require_resettable
-from srlora_dist.storage.trial import try_state
+from srlora_dist.storage.optimizer_trial import try_state
 
 
 def rehearse(model: nn.Module, storage: Storage, optimizer_reset: str, will_save: bool) -> None:

@@ -1,1 +1,1 @@
-"""The seam: how ranks hold tensors and talk to each other; one file a kind."""
+"""The seam: how ranks hold tensors and talk to each other; one file per kind of storage."""

@@ -1,4 +1,4 @@
-"""Which elements of the factors and of their optimizer state this rank holds, and where they lie."""
+"""Which spans of the factors and of their optimizer state this rank holds, and where they lie."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 @dataclass(eq=False)
 class OwnedSpan:
-    """A span of a parameter: the same one of the weight, the gradient and the moments that this rank's optimizer holds.
+    """The span of a parameter that this rank's optimizer holds: of its weight, its gradient and its moments alike.
 
     Args:
-        owner: The tensor that the optimizer steps: the parameter itself, or a flat fragment of several.
-        offset: Offset in the flattened owner.
-        start: Offset in the flattened parameter.
-        numel: Length, 0 where this rank holds nothing of it.
+        owner: The tensor that the optimizer steps: the parameter itself, or a flat fragment of several parameters.
+        offset: Offset of the span in the flattened owner, in elements.
+        start: Offset of the span in the flattened parameter, in elements.
+        numel: Length of the span; 0 if this rank holds nothing of the parameter.
     """
 
     owner: Tensor
@@ -26,16 +26,16 @@ class OwnedSpan:
     numel: int
 
     def of(self, tensor: Tensor) -> Tensor:
-        """This span of the owner's weight, gradient or moment, a view."""
+        """This span of the owner, of its gradient or of one of its moments, as a view."""
         return local_part(tensor).view(-1)[self.offset : self.offset + self.numel]
 
 
 @dataclass(eq=False)
 class FactorSpan(OwnedSpan):
-    """The piece of one factor.
+    """The span of one factor.
 
     Args:
-        site: Number of the site.
+        site: Index of the site.
         factor: ``"A"`` or ``"B"``.
     """
 
@@ -44,7 +44,7 @@ class FactorSpan(OwnedSpan):
 
 
 def by_site(spans: list[FactorSpan]) -> dict[int, list[FactorSpan]]:
-    """Runs by the number of their site."""
+    """Spans by the index of their site."""
     found: dict[int, list[FactorSpan]] = defaultdict(list)
     for span in spans:
         found[span.site].append(span)
@@ -52,7 +52,7 @@ def by_site(spans: list[FactorSpan]) -> dict[int, list[FactorSpan]]:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor: all of it, or its shard if it is a DTensor."""
-    # Without autograd to_local() makes no view, while to detach a DTensor takes long.
+    """This rank's part of a tensor: its shard if it is a DTensor, else all of it."""
+    # Detached after to_local(), because detaching a DTensor is slow; without autograd to_local() needs no detach.
     tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return tensor.detach() if torch.is_grad_enabled() else tensor

@@ -1,4 +1,4 @@
-"""The seam: the only folder that knows how ranks hold tensors and talk to each other; one file a kind."""
+"""Finds out which storage a prepared model and its optimizer need."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def find_storage(model: nn.Module, optimizer: object, sites: list[Site]) -> Stor
     """Find out how the prepared model and optimizer hold the sites.
 
     Args:
-        model: What ``accelerator.prepare`` or the engine returned.
-        optimizer: Likewise; wrappers are followed through their ``optimizer`` attribute to the innermost one.
+        model: The model that ``accelerator.prepare`` or the engine returned.
+        optimizer: The optimizer that it returned. Wrappers are followed through their ``optimizer`` attribute.
         sites: The sites of that model.
 
     Raises:
-        ValueError: The storage is not supported; the message says what to use instead. Or this process is one of
-            several that do not know of each other.
+        ValueError: The storage is not supported, and the message says what to use instead. Or several processes were
+            started that do not know of each other.
     """
     require_group()
     layers = [optimizer]
@@ -37,6 +37,31 @@ def find_storage(model: nn.Module, optimizer: object, sites: list[Site]) -> Stor
         raise ValueError(
             f"found no torch.optim.Optimizer inside {type(optimizer).__name__}: pass what prepare returned"
         )
+    storage = _find_deepspeed(model, layers, sites)
+    if storage is not None:
+        return storage
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise ValueError("FSDP1 is not supported: set fsdp_version to 2, or use torch.distributed.fsdp.fully_shard")
+    sharded = _sharded_modules(model)
+    if sharded:
+        from srlora_dist.storage.fsdp2 import Fsdp2Storage  # seconds of imports that other runs do without
+
+        return Fsdp2Storage(innermost, sites, sharded)
+    return PlainStorage(innermost, sites)
+
+
+def _find_deepspeed(model: nn.Module, layers: list[object], sites: list[Site]) -> Storage | None:
+    """The storage of a DeepSpeed engine; None where there is no DeepSpeed.
+
+    Args:
+        model: The prepared model.
+        layers: The wrappers of the optimizer from outside to inside, the innermost optimizer last.
+        sites: The sites of the model.
+
+    Raises:
+        ValueError: DeepSpeed holds the tensors in a way that is not supported.
+    """
+    innermost = layers[-1]
     for layer in layers:
         if _is_a(layer, "deepspeed.runtime.zero.stage3", "DeepSpeedZeroOptimizer_Stage3"):
             if getattr(model, "is_deepcompile_enabled", lambda: False)():
@@ -54,22 +79,15 @@ def find_storage(model: nn.Module, optimizer: object, sites: list[Site]) -> Stor
                 f"DeepSpeed's {type(layer).__name__} is not supported: use ZeRO stage 1, 2 or 3, or stage 0 with "
                 "torch.optim.AdamW, and leave data_types.grad_accum_dtype out"
             )
-    # The HF Trainer hands over the model that is in the engine.
+    # The HF Trainer hands over the model inside the engine, so the wrapper of the optimizer has to tell.
     wrapped = any(_is_a(layer, "accelerate.utils.deepspeed", "DeepSpeedOptimizerWrapper") for layer in layers)
     if wrapped or _is_a(model, "deepspeed.runtime.engine", "DeepSpeedEngine"):  # it leaves the optimizer as it is
         return Zero0Storage(innermost, sites, None)
-    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
-        raise ValueError("FSDP1 is not supported: set fsdp_version to 2, or use torch.distributed.fsdp.fully_shard")
-    sharded = _sharded_modules(model)
-    if sharded:
-        from srlora_dist.storage.fsdp2 import Fsdp2Storage  # seconds of imports that other runs do without
-
-        return Fsdp2Storage(innermost, sites, sharded)
-    return PlainStorage(innermost, sites)
+    return None
 
 
 def release_gathered(model: nn.Module) -> None:
-    """Make FSDP2 modules that hold gathered weights hold their shards again, so that parameters are what they were."""
+    """Let FSDP2 modules drop the weights that they have gathered, so that their parameters are shards again."""
     for module in _sharded_modules(model):
         module.reshard()
 
@@ -80,10 +98,10 @@ def _sharded_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def _is_a(thing: object, module: str, name: str) -> bool:
-    """Whether a thing is of just this kind, without importing a package that the run does not use.
+    """Whether an object is of exactly this class. Does not import the package of the class.
 
     Raises:
-        ValueError: It is of a kind made from this one, which may hold its tensors in another way.
+        ValueError: The object is of a subclass, which may hold its tensors in another way.
     """
     kind = getattr(sys.modules.get(module), name, None)
     if kind is None or not isinstance(thing, kind):

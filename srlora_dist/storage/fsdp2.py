@@ -1,4 +1,4 @@
-"""PyTorch's FSDP2 (``fully_shard``): each parameter is a DTensor, and a rank holds some of its rows, perhaps none."""
+"""PyTorch's FSDP2 (``fully_shard``): each parameter is a DTensor, and a rank holds some of its rows, or none."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from srlora_dist.storage.sharded import ShardedStorage
 
 
 class Fsdp2Storage(ShardedStorage):
-    """The optimizer steps the DTensors themselves; its moments are DTensors that are cut in the same way."""
+    """The optimizer steps the DTensors themselves; its moments are DTensors that are sharded in the same way."""
 
     name = "fsdp2"
 
@@ -25,7 +25,7 @@ class Fsdp2Storage(ShardedStorage):
         super().__init__(optimizer, sites)
         for site in sites:
             _require_rows(site, self.world_size)
-        kind = sites[0].lora_a.device_mesh.device_type  # parameters may be offloaded, messages go by the mesh's device
+        kind = sites[0].lora_a.device_mesh.device_type  # parameters may be offloaded to the CPU
         self.device = torch.device(kind, torch.accelerator.current_device_index()) if kind != "cpu" else self.device
         self._sharded = sharded
         self._stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -49,12 +49,13 @@ class Fsdp2Storage(ShardedStorage):
         return local_part(parameter).view(-1), rows(parameter.shape, self.world_size, self.rank).start
 
     def to_rest_layout_(self) -> None:
-        """Drop gathered weights that FSDP keeps after a forward pass: it would compute on with them after an edit."""
+        """Drop the gathered weights that FSDP keeps after a forward pass, which an edit would not reach."""
         for module in self._sharded:
             module.reshard()
 
 
 def _require_rows(site: Site, world_size: int) -> None:
+    """Raise unless every parameter of a site is sharded by rows over all ranks."""
     if site.quantised == "int8" or not isinstance(site.weight, DTensor):
         require_cuttable(site)
     for parameter in (site.weight, site.lora_a, site.lora_b, site.fused_a, site.fused_b):
@@ -73,7 +74,7 @@ def _require_rows(site: Site, world_size: int) -> None:
 
 
 def _known_as(parameter: DTensor) -> str:
-    """What users call a placement that is not supported."""
+    """The usual name of a placement that is not supported."""
     if any(placement.is_replicate() for placement in parameter.placements) and parameter.device_mesh.ndim > 1:
         return ", which is HSDP"
     return ", which is FSDP2 with tensor parallelism" if parameter.device_mesh.ndim > 1 else ""

@@ -33,7 +33,7 @@ def require_resettable(optimizer: Optimizer, optimizer_reset: str, iterates: Seq
     Args:
         optimizer: The innermost torch optimizer.
         optimizer_reset: ``srlora.optimizer_reset``.
-        iterates: Names of the parts of its state that hold weights; see :func:`~srlora_dist.storage.trial.try_state`.
+        iterates: Names of the parts of its state that hold weights; see ``optimizer_trial.py``.
 
     Raises:
         ValueError: The optimizer cannot be reset in this way. The message gives the reason and the remedy.

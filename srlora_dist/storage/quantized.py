@@ -1,4 +1,4 @@
-"""Reads bitsandbytes weights: their payload is never written, only dequantised on rank 0 for the directions."""
+"""Reads bitsandbytes weights. Their payload is never written, only dequantised to compute the directions."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def dequantise(site: Site, payload: Tensor) -> Tensor:
     """W of a quantised site, (m, n) in float32.
 
     Args:
-        site: Its scales are whole on every rank, however the payload is cut.
-        payload: The whole payload, just as it is stored.
+        site: The site. Every rank has all of its scales, however the payload is sharded.
+        payload: The whole payload as it is stored.
 
     Raises:
-        ValueError: The payload is not as bitsandbytes wrote it.
+        ValueError: The payload is no longer as bitsandbytes wrote it.
     """
     from bitsandbytes import functional  # there is such a weight, so the package is installed
 
@@ -33,15 +33,15 @@ def dequantise(site: Site, payload: Tensor) -> Tensor:
             "do not run the model in evaluation mode before the Switcher is made"
         )
     state = copy.copy(state)
-    state.dtype = torch.float32  # it would round to the type that the weight was loaded in; the forward pass does not
+    state.dtype = torch.float32  # else it rounds to the type that the weight was loaded in, unlike the forward pass
     return functional.dequantize_4bit(payload.view(torch.uint8).view(-1, 1), state).view(m, n)
 
 
 def require_cuttable(site: Site) -> None:
-    """Stop where FSDP2 cannot cut a quantised weight.
+    """Check that FSDP2 can shard a quantised weight.
 
     Raises:
-        ValueError: It is int8, or a 4-bit payload of integers, which Accelerate leaves out of FSDP2.
+        ValueError: The weight is int8, or its 4-bit payload is stored as integers, which Accelerate does not shard.
     """
     if site.quantised == "int8":
         raise ValueError(f"{site.name} is int8, which bitsandbytes cannot use under FSDP2: choose NF4, or ZeRO-3")
@@ -54,12 +54,12 @@ def require_cuttable(site: Site) -> None:
 
 
 def digest_scales(site: Site) -> int:
-    """Digest of the scales, which belong to a quantised W as much as its payload does."""
+    """Digest of the scales of a quantised W."""
     return digest_layer_scales(site.lora.get_base_layer(), site.quantised)
 
 
 def digest_layer_scales(layer: nn.Module, kind: str) -> int:
-    """The same of a layer without an adapter; ``kind`` is how it is quantised."""
+    """Digest of the scales of a layer without an adapter; ``kind`` is how it is quantised."""
     if kind == "int8":
         return digest_span(_scales(layer), 1)
     state = _state(layer)
@@ -67,7 +67,7 @@ def digest_layer_scales(layer: nn.Module, kind: str) -> int:
 
 
 def _state(layer: nn.Module) -> object:
-    """Shape, scales and kind of a 4-bit weight; FSDP2 leaves them on the layer alone."""
+    """Shape, scales and kind of a 4-bit weight. FSDP2 leaves them on the layer only."""
     return getattr(layer.weight, "quant_state", None) or layer.quant_state
 
 

@@ -1,4 +1,4 @@
-"""Every rank holds every weight and factor whole: one process, or DDP."""
+"""Every rank holds every weight and factor whole: a single process, or DDP."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from srlora_dist.storage.optimizer_state import not_stepped_error
 
 
 class ReplicatedStorage(Storage):
-    """What the kinds share that keep whole weights on every rank; the sites are dealt to ranks by size."""
+    """The storages that keep whole weights on every rank. Each site is assigned to one rank, balanced by size."""
 
     def __init__(self, optimizer: Optimizer, sites: list[Site]) -> None:
         super().__init__(optimizer, sites)
@@ -58,7 +58,7 @@ class ReplicatedStorage(Storage):
 
 
 class PlainStorage(ReplicatedStorage):
-    """Also the optimizer holds everything; a rank tracks only the sites that were dealt to it."""
+    """The optimizer holds everything too. A rank tracks only the sites that are assigned to it."""
 
     cuts_optimizer = False
 
@@ -70,7 +70,7 @@ class PlainStorage(ReplicatedStorage):
         self.tracked = [span for span in self.held if self.dealt_to[span.site] == self.rank]
 
     def find_owners(self) -> dict[int, Tensor]:
-        """What the optimizer steps for each trained parameter, by the parameter's ``id``."""
+        """The tensor that the optimizer steps for each trained parameter, by the parameter's ``id``."""
         return {id(parameter): parameter for group in self.optimizer.param_groups for parameter in group["params"]}
 
     def owned_span(self, parameter: nn.Parameter) -> OwnedSpan:

@@ -1,4 +1,4 @@
-"""What ZeRO-3 and FSDP2 share: each parameter is cut into one contiguous span a rank, some of which may be empty."""
+"""What ZeRO-3 and FSDP2 share: each rank holds one contiguous span of each parameter, which may be empty."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from srlora_dist.storage.base import Storage
 
 
 class ShardedStorage(Storage):
-    """A rank edits, tracks and resets its own spans; only the small factors are ever gathered."""
+    """Each rank edits, tracks and resets its own spans. Only the small factors are gathered during training."""
 
     gathers = True
 
     @abstractmethod
     def largest_span(self, parameter: nn.Parameter) -> int:
-        """Elements of the longest span that a rank holds of a parameter."""
+        """Elements of the longest span of a parameter on any rank."""
 
     def disjoint_span(self, number: int) -> tuple[Tensor, int]:
         return self.local_span(self.sites[number].weight)
@@ -38,8 +38,8 @@ class ShardedStorage(Storage):
     def gather_parameters(self, parameters: list[nn.Parameter]) -> list[Tensor]:
         """See :meth:`Storage.gather_parameters`.
 
-        Collective: one all-reduce of the parameters laid end to end, in float32; it is exact, for only one rank adds to
-        an element.
+        Collective: one all-reduce of the parameters laid end to end, in float32. It is exact, because only one rank
+            contributes to each element.
         """
         shapes = [self.whole_shape(parameter) for parameter in parameters]
         packed = torch.zeros(sum(shape.numel() for shape in shapes), device=self.device)

@@ -1,7 +1,7 @@
 """DeepSpeed without ZeRO: whole weights, gradients and moments on every rank, as under DDP.
 
-In float32 the optimizer steps the model's own parameters, whatever their gradients are. In 16 bits DeepSpeed gives it a
-float32 copy of each, from which the parameter is rebuilt after a step, so a written pair must go to both.
+In float32 the optimizer steps the model's own parameters. In 16 bits DeepSpeed gives it a float32 copy of each, from
+which the parameter is rebuilt after a step, so a pair must be written to both.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from srlora_dist.storage.replicated import PlainStorage
 
 
 class Zero0Storage(PlainStorage):
-    """Plain storage with the float32 copies of DeepSpeed's wrapper, if there is one."""
+    """Plain storage plus the float32 copies of DeepSpeed's wrapper, if there is one."""
 
     def __init__(self, optimizer: Optimizer, sites: list[Site], wrapper: object | None) -> None:
         self._wrapper = wrapper
@@ -34,14 +34,14 @@ class Zero0Storage(PlainStorage):
     def find_owners(self) -> dict[int, Tensor]:
         if self._wrapper is None:
             return super().find_owners()
-        return {id(parameter): copy for parameter, copy in _pairs(self._wrapper)}
+        return {id(parameter): copy for parameter, copy in _parameters_and_copies(self._wrapper)}
 
     @override
     def on_optimizer_step(
         self, before: Callable[[list[Tensor]], None], after: Callable[[list[Tensor]], None]
     ) -> list[RemovableHandle]:
         def if_it_happens(hook: Callable[[list[Tensor]], None], owners: list[Tensor]) -> None:
-            # A step that leave_out_bad_steps_ turned into nothing did not.
+            # leave_out_bad_steps_ turns a step with a bad gradient into nothing.
             if not getattr(self.optimizer, "overflow", False):
                 hook(owners)
 
@@ -49,13 +49,13 @@ class Zero0Storage(PlainStorage):
 
 
 def leave_out_bad_steps_(optimizer: Optimizer) -> None:
-    """Make steps with a NaN or infinite gradient do nothing, as DeepSpeed's own wrappers do; it has none for float32.
+    """Skip steps with a NaN or infinite gradient, as DeepSpeed's wrappers do; for float32 it has no wrapper.
 
-    The gradients have been averaged, so every rank sees the same. ``overflow`` is where DeepSpeed and Accelerate look
-    for a step that was left out.
+    The gradients are averaged already, so all ranks skip the same steps. DeepSpeed and Accelerate look at ``overflow``
+    for a skipped step.
 
     Args:
-        optimizer: Before it is prepared, and before anything else observes its steps.
+        optimizer: The optimizer, not yet prepared, and before anything else observes its steps.
     """
     optimizer.overflow = False
 
@@ -70,20 +70,20 @@ def leave_out_bad_steps_(optimizer: Optimizer) -> None:
     optimizer.register_step_pre_hook(pre_hook)
 
 
-def _pairs(wrapper: object) -> list[tuple[Tensor, Tensor]]:
+def _parameters_and_copies(wrapper: object) -> list[tuple[Tensor, Tensor]]:
     """Each trained parameter with its float32 copy."""
     groups = zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)
     return [pair for parameters, copies in groups for pair in zip(parameters, copies, strict=True)]
 
 
 def _undo_trial_step_(optimizer: Optimizer, wrapper: object) -> None:
-    """Take back the step without a gradient by which DeepSpeed makes the moments: it counts, and it decays the copies.
+    """Undo the step without gradients by which DeepSpeed allocates moments: it is counted, and it decays the copies.
 
-    Once something was trained there are moments other than 0, and nothing is done.
+    Does nothing once training has begun, which shows in moments other than 0.
     """
     moments = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
     if any(bool(moment.any()) for moment in moments if moment.dim()):
         return
     optimizer.state.clear()
-    for parameter, copy in _pairs(wrapper):
+    for parameter, copy in _parameters_and_copies(wrapper):
         copy.detach().copy_(parameter.detach())

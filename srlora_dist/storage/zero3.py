@@ -1,8 +1,8 @@
-"""DeepSpeed ZeRO-3: every parameter is flattened and cut into one span a rank, the last one padded.
+"""DeepSpeed ZeRO-3: every parameter is flattened and cut into one span per rank, the last one padded.
 
-``parameter.ds_tensor`` is this rank's span; small parameters ("persistent" ones) are also kept whole in
-``parameter.data`` while they are AVAILABLE. The optimizer steps flat fp32 sub-groups, which hold the spans of the
-trainable parameters end to end. hpZ keeps a second span, cut among the ranks of a node, for the backward pass.
+``parameter.ds_tensor`` is this rank's span. Small parameters ("persistent" ones) are also whole in ``parameter.data``
+while they are AVAILABLE. The optimizer steps flat fp32 sub-groups, which hold the spans of the trainable parameters end
+to end. hpZ keeps a second span for the backward pass, cut among the ranks of a node.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from srlora_dist.storage.sharded import ShardedStorage
 
 
 class Zero3Storage(ShardedStorage):
-    """The map from DeepSpeed's flat sub-groups to sites, and the copies that it keeps beside a span."""
+    """Maps DeepSpeed's flat sub-groups to sites, and keeps the copies beside a span up to date."""
 
     name = "zero3"
 
@@ -54,7 +54,7 @@ class Zero3Storage(ShardedStorage):
 
     def weight_copies(self, number: int) -> Iterator[Tensor]:
         site = self.sites[number]
-        if _is_whole(site.weight):  # and then so is the residual
+        if _is_whole(site.weight):  # then the residual is whole, too
             yield from (t.detach() for t in (site.weight, self.residuals.get(number)) if t is not None)
         yield from self.copies(factor for factor in (site.fused_a, site.fused_b) if factor is not None)
 
@@ -82,7 +82,7 @@ class Zero3Storage(ShardedStorage):
 
     def weight_to_edit(self, number: int) -> tuple[Tensor, int]:
         weight = self.sites[number].weight
-        # Of a weight that is there whole all of it, by the same call on every rank.
+        # A whole weight is edited whole, by the same call on every rank, so that all copies get the same bits.
         return (weight.detach().view(-1), 0) if _is_whole(weight) else self.local_span(weight)
 
     def held_bytes(self, parameter: nn.Parameter) -> int:
@@ -97,13 +97,13 @@ class Zero3Storage(ShardedStorage):
         _forget_secondary(weight)
 
     def to_rest_layout_(self) -> None:
-        """Hold the persistent weights whole and the others in spans, whatever the last forward pass left behind.
+        """Make persistent weights whole and all others sharded, whatever the last forward pass has left.
 
-        A residual belongs to the one or the other, and so does what a snapshot keeps. Otherwise ranks would round the
-        same element differently.
+        Residuals and snapshots cover either the whole weight or this rank's span. With another layout than theirs,
+        ranks would round the same element differently.
 
-        Collective: where a forward pass without a backward one went before, an all-gather of the persistent weights,
-            which the next forward pass then does without.
+        Collective: after a forward pass without a backward pass, an all-gather of the persistent weights. The next
+            forward pass then does not gather them.
         """
         weights = [site.weight for site in self.sites if not site.quantised]
         waiting = [weight for weight in weights if weight.ds_persist and not _is_whole(weight)]
@@ -114,9 +114,10 @@ class Zero3Storage(ShardedStorage):
                 weight.partition()
 
     def forget_fetch_order(self) -> None:
-        """DeepSpeed takes the first pass for all steps to come: after one without a backward pass it gathers twice.
+        """Make DeepSpeed record the order of its gathers anew.
 
-        What it releases when, by that order, is in a cache that it does not clear.
+        It takes the order of the first pass for all steps to come, and after a forward-only pass it would gather
+        everything twice. It never clears its cache of what to release when, so that is cleared here.
         """
         if not self._coordinator.is_invalid_trace():
             self._coordinator._invalidate_trace()
@@ -135,10 +136,10 @@ class Zero3Storage(ShardedStorage):
 
 
 def require_async_io() -> None:
-    """Stop where DeepSpeed cannot make the extension that reads and writes NVMe.
+    """Check that DeepSpeed can build the extension that reads and writes NVMe.
 
     Raises:
-        ValueError: What it is made from is missing.
+        ValueError: The library that it needs is missing.
     """
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
@@ -147,7 +148,7 @@ def require_async_io() -> None:
 
 
 def _offsets(parameters: list[nn.Parameter]) -> list[int]:
-    """Where each parameter's span begins in the flat tensor of its sub-group."""
+    """Offset of each parameter's span in the flat tensor of its sub-group."""
     offsets = [0]
     for parameter in parameters[:-1]:
         offsets.append(offsets[-1] + parameter.partition_numel())
@@ -159,17 +160,17 @@ def _is_whole(parameter: nn.Parameter) -> bool:
 
 
 def _is_away(parameter: nn.Parameter) -> bool:
-    """Whether this rank's span lies on NVMe: DeepSpeed puts spans of 1 MiB and more there."""
+    """Whether this rank's span lies on NVMe, where DeepSpeed puts spans of 1 MiB and more."""
     return parameter.ds_tensor.status.name == "NOT_AVAILABLE"
 
 
 def _forget_secondary(parameter: nn.Parameter) -> None:
-    """Drop the span that hpZ keeps for the backward pass; the next forward pass makes a new one."""
+    """Drop the span that hpZ keeps for the backward pass. The next forward pass makes a new one."""
     parameter.ds_secondary_tensor = None
 
 
 def _refuse_unsupported(sites: list[Site], zero_optimizer: object) -> None:
-    """Raise where a part of the weights or of the optimizer is not where this file expects it."""
+    """Raise if some weights or optimizer state are not where this file expects them."""
     if zero_optimizer.swap_optimizer:
         raise ValueError("offload_optimizer to nvme is not supported: set offload_optimizer.device to cpu or none")
     if zero_optimizer.offload_optimizer and zero_optimizer.partial_offload < 1:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from srlora_dist.commands.doctor.found import Found
 from srlora_dist.config.paths import cache_dir, require_writable
-from srlora_dist.storage.process_group import deepspeed_types, quantised_error
+from srlora_dist.storage.capabilities import deepspeed_types, quantised_error
 
 LEAST_SPACE, LEAST_SHARED = 5e9, 2.5e8
 """Bytes: of a disk for directions and checkpoints of a small model, and of the shared memory of several processes."""

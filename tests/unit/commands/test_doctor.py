@@ -13,7 +13,7 @@ import torch
 from srlora_dist.commands.cli import main
 from srlora_dist.commands.doctor.machine import check_compiler, check_deepspeed_types, check_disks, check_quantisation
 from srlora_dist.commands.doctor.packages import check_packages
-from srlora_dist.storage.process_group import quantised_error
+from srlora_dist.storage.capabilities import quantised_error
 
 METADATA = """Metadata-Version: 2.1
 Name: srlora-dist

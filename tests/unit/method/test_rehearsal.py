@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 
 from srlora_dist import SRLoRACallback, SRLoRAConfig, Switcher
-from srlora_dist.storage.trial import try_state
+from srlora_dist.storage.optimizer_trial import try_state
 from tests.ranks.engines import make_net
 from tests.ranks.hf_trainer import make_arguments, make_model, samples
 from tests.unit.method.test_switcher import take_steps
