@@ -1,7 +1,7 @@
 """The trained parameters and their optimizer's moments as whole tensors by name, the same on any engine and world size.
 
-Each rank's optimizer holds a piece of a parameter: all of it, some rows, or a span of a flat fragment. The fp32 weights
-and each of the moments are put together on rank 0 to be saved, and cut again, perhaps otherwise, to be restored.
+Each rank's optimizer holds a span of a parameter: all of it, some rows, or a part of a flat fragment. To save, the fp32
+weights and each of the moments are put together on rank 0. To restore, they are cut again, perhaps in another way.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from srlora_dist.checkpoint.format import BUFFERS, MOMENTS, TRAINED
 from srlora_dist.layers.adapter import find_peft_model
 from srlora_dist.storage.base import Storage
+from srlora_dist.storage.factor_spans import OwnedSpan
 from srlora_dist.storage.optimizer_trial import why_not_saved
 
 SAME_STATE = {"Adam": "AdamW", "DeepSpeedCPUAdam": "AdamW", "FusedAdam": "AdamW"}
-"""Optimizers whose state is that of another one."""
+"""Optimizers that keep the same state as another one."""
 
 GROUP_NUMBERS = ("lr", "step")
 SCALER_NUMBERS = ("cur_scale", "cur_iter", "cur_hysteresis", "last_overflow_iter")
@@ -37,32 +38,33 @@ def gather_training_state(
 
     Args:
         model: The prepared model.
-        storage: How it is held.
-        buffers: Those that a resumed run needs, such as the averages of a batch norm; the ones of rank 0 are kept.
+        storage: How the ranks hold the model.
+        buffers: Buffers that a resumed run needs, such as the averages of a batch norm. Those of rank 0 are kept.
 
     Returns:
-        Whole tensors in float32 by file and name, on rank 0 (empty files elsewhere), and a part of ``state.json``.
+        Whole tensors in float32 by file and name, on rank 0 (empty files on the other ranks), and entries of
+        ``state.json``.
 
-    Collective: every rank must call it; the weights and each moment are collected, see ``Collectives.gather_to_0``.
+    Collective: every rank must call it; gathers the weights and each moment, see ``Collectives.gather_to_0``.
 
     Raises:
-        ValueError: The optimizer's state cannot be cut by elements.
+        ValueError: The optimizer's state cannot be cut into spans.
     """
     parameters = trained_parameters(model)
     names, shapes = list(parameters), [storage.whole_shape(parameter) for parameter in parameters.values()]
     sizes = [shape.numel() for shape in shapes]
-    pieces = [storage.owned_span(parameter) for parameter in parameters.values()]
-    scalars, kinds = _state_of_pieces(storage, dict(zip(names, pieces, strict=True)))
+    spans = [storage.owned_span(parameter) for parameter in parameters.values()]
+    scalars, kinds = _optimizer_state(storage, dict(zip(names, spans, strict=True)))
 
-    def collect(read: Callable[[Tensor], Tensor | None]) -> dict[str, Tensor]:
-        held = [(j, piece, read(piece.owner)) for j, piece in enumerate(pieces) if piece.numel]
-        parts = [(j, piece.start, piece.of(tensor)) for j, piece, tensor in held if tensor is not None]
+    def gather(read: Callable[[Tensor], Tensor | None]) -> dict[str, Tensor]:
+        held = [(j, span, read(span.owner)) for j, span in enumerate(spans) if span.numel]
+        parts = [(j, span.start, span.of(tensor)) for j, span, tensor in held if tensor is not None]
         wholes = storage.gather_to_0(sizes, parts, storage.cuts_optimizer)
         return {name: whole.view(shape) for name, whole, shape in zip(names, wholes, shapes, strict=bool(wholes))}
 
     moments = {}
     for kind in kinds:
-        wholes = collect(lambda owner, kind=kind: storage.optimizer.state.get(owner, {}).get(kind))
+        wholes = gather(lambda owner, kind=kind: storage.optimizer.state.get(owner, {}).get(kind))
         moments |= {f"{kind}.{name}": whole for name, whole in wholes.items() if name in scalars}
     groups = [
         {key: float(group[key]) for key in GROUP_NUMBERS if key in group} for group in storage.optimizer.param_groups
@@ -73,15 +75,15 @@ def gather_training_state(
         optimizer["loss_scaler"] = {key: scaler[key] for key in SCALER_NUMBERS if key in scaler}
     state = {"trainable": dict(zip(names, map(list, shapes), strict=True)), "optimizer": optimizer}
     buffers = {name: buffer.detach().cpu().clone() for name, buffer in buffers.items()}
-    files = {TRAINED: collect(lambda owner: owner), MOMENTS: moments, BUFFERS: buffers}
+    files = {TRAINED: gather(lambda owner: owner), MOMENTS: moments, BUFFERS: buffers}
     return files, {**state, "buffers": sorted(buffers)}
 
 
 def require_same_training(model: nn.Module, storage: Storage, state: dict[str, object]) -> None:
-    """Refuse the training state of other parameters or another optimizer.
+    """Check that a training state is of the same parameters and the same optimizer.
 
     Raises:
-        ValueError: With the first difference and the remedy.
+        ValueError: It is not. The message names the first difference and the remedy.
     """
     parameters = trained_parameters(model)
     shapes = {name: list(storage.whole_shape(parameter)) for name, parameter in parameters.items()}
@@ -107,15 +109,15 @@ def require_same_training(model: nn.Module, storage: Storage, state: dict[str, o
 def restore_training_state_(
     model: nn.Module, storage: Storage, state: dict[str, object], read: Callable[[str, str], Tensor]
 ) -> None:
-    """Put back what :func:`gather_training_state` gave, into whatever pieces this rank holds.
+    """Put back what :func:`gather_training_state` returned, into the spans that this rank holds now.
 
     Args:
         model: The prepared model.
-        storage: How it is held.
-        state: The part of ``state.json``, on every rank.
-        read: Gives a tensor by file and name; called on rank 0 alone.
+        storage: How the ranks hold the model.
+        state: The entries of ``state.json``, on every rank.
+        read: Returns a tensor by file and name; called on rank 0 only.
 
-    Collective: every rank must call it; the weights and each moment are spread, see ``Collectives.scatter_from_0``.
+    Collective: every rank must call it; sends the weights and each moment, see ``Collectives.scatter_from_0``.
 
     Raises:
         ValueError: A tensor cannot be read.
@@ -123,10 +125,10 @@ def restore_training_state_(
     parameters, optimizer = trained_parameters(model), storage.optimizer
     names = list(parameters)
     sizes = [storage.whole_shape(parameter).numel() for parameter in parameters.values()]
-    pieces = {name: storage.owned_span(parameter) for name, parameter in parameters.items()}
+    spans = {name: storage.owned_span(parameter) for name, parameter in parameters.items()}
     for number, whole in storage.scatter_from_0(sizes, lambda j: read(TRAINED, names[j])):
-        parameter, piece = parameters[names[number]], pieces[names[number]]
-        for span, start in [(piece.of(piece.owner), piece.start), *storage.writable_copies_(parameter)]:
+        parameter, owned = parameters[names[number]], spans[names[number]]
+        for span, start in [(owned.of(owned.owner), owned.start), *storage.writable_copies_(parameter)]:
             span.copy_(whole[start : start + span.numel()])
     buffers = dict(find_peft_model(model).named_buffers())
     for name in state["buffers"]:
@@ -135,33 +137,33 @@ def restore_training_state_(
     saved = state["optimizer"]
     stepped = [name for name in names if name in saved["scalars"]]
     sizes = [size for name, size in zip(names, sizes, strict=True) if name in saved["scalars"]]
-    for piece in pieces.values():  # not by the groups, which ZeRO-3 fills for the moment of a step
-        optimizer.state[piece.owner] = {}
+    for owned in spans.values():  # the optimizer's groups are no use: ZeRO-3 fills them only during a step
+        optimizer.state[owned.owner] = {}
     for kind in saved["moments"]:
         for number, whole in storage.scatter_from_0(sizes, lambda j, kind=kind: read(MOMENTS, f"{kind}.{stepped[j]}")):
-            piece = pieces[stepped[number]]
-            if piece.numel:
-                moment = optimizer.state[piece.owner].setdefault(kind, torch.zeros_like(piece.owner.detach()))
-                piece.of(moment).copy_(whole[piece.start : piece.start + piece.numel])
+            owned = spans[stepped[number]]
+            if owned.numel:
+                moment = optimizer.state[owned.owner].setdefault(kind, torch.zeros_like(owned.owner.detach()))
+                owned.of(moment).copy_(whole[owned.start : owned.start + owned.numel])
     for name in stepped:
-        if pieces[name].numel:
-            _restore_scalars_(optimizer, pieces[name].owner, saved["scalars"][name])
+        if spans[name].numel:
+            _restore_scalars_(optimizer, spans[name].owner, saved["scalars"][name])
     for group, numbers in zip(optimizer.param_groups, saved["groups"], strict=True):
         group.update({key: int(value) if key == "step" else value for key, value in numbers.items()})
     if storage.loss_scaler is not None:
         vars(storage.loss_scaler).update(saved.get("loss_scaler", {}))
 
 
-def _state_of_pieces(storage: Storage, pieces: dict[str, object]) -> tuple[dict[str, dict[str, float]], list[str]]:
-    """For each parameter that was ever stepped its numbers, and the names of all moments.
+def _optimizer_state(storage: Storage, spans: dict[str, OwnedSpan]) -> tuple[dict[str, dict[str, float]], list[str]]:
+    """The optimizer's numbers for each parameter that was ever stepped, and the names of all moments.
 
-    Collective: an all-gather of both, because a rank without a piece of a parameter has no state of it.
+    Collective: an all-gather of both, because a rank that holds nothing of a parameter has no state of it.
     """
     scalars, kinds, error = {}, set(), None
-    for name, piece in pieces.items():
-        state = storage.optimizer.state.get(piece.owner, {}) if piece.numel else {}
+    for name, span in spans.items():
+        state = storage.optimizer.state.get(span.owner, {}) if span.numel else {}
         for key, value in state.items():
-            problem = why_not_saved(type(storage.optimizer).__name__, key, value, piece.owner)
+            problem = why_not_saved(type(storage.optimizer).__name__, key, value, span.owner)
             if problem is not None:
                 error = ValueError(problem)
             elif not torch.is_tensor(value) or value.dim() == 0:
@@ -178,7 +180,7 @@ def _state_of_pieces(storage: Storage, pieces: dict[str, object]) -> tuple[dict[
 
 
 def _restore_scalars_(optimizer: torch.optim.Optimizer, owner: Tensor, numbers: dict[str, float]) -> None:
-    """Step counts and the like, in the form in which this kind of optimizer keeps them."""
+    """Restore step counts and the like, in the form in which this optimizer keeps them."""
     on_device = optimizer.defaults.get("capturable") or optimizer.defaults.get("fused")
     for key, value in numbers.items():
         if type(optimizer).__module__.startswith("torch."):

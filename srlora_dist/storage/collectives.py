@@ -1,4 +1,4 @@
-"""How ranks talk to each other: every collective that does not depend on how tensors are held."""
+"""How ranks talk to each other: the collectives that do not depend on how tensors are held."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ BUCKET_ELEMENTS = 16 << 20
 
 
 def require_group() -> None:
-    """Stop where several processes were started and this one is in no group with others.
+    """Check that this process is not one of several that were started without a process group.
 
     Raises:
-        ValueError: The environment says so; see :func:`require_connected`.
+        ValueError: The environment shows that it is; see :func:`require_connected`.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         require_connected()
 
 
 class Collectives:
-    """The ranks of a run, or the one process of a run without a process group.
+    """The ranks of a run. Without a process group there is one rank, and nothing is sent.
 
     Args:
-        device: Where what is sent has to be.
+        device: Where tensors must be to be sent.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -59,23 +59,23 @@ class Collectives:
         return bool(self.broadcast_(torch.tensor([int(answer)], dtype=torch.int64, device=self.device)).item())
 
     def broadcast_object(self, thing: T | None) -> T:
-        """Rank 0's numbers and texts on every rank. Collective: two broadcasts."""
+        """Rank 0's object, of numbers and texts, on every rank. Collective: two broadcasts."""
         things = [thing]
         if self.distributed:
             dist.broadcast_object_list(things, src=0, device=self.device)
         return things[0]
 
     def gather_objects(self, thing: T) -> list[T]:
-        """Every rank's numbers and texts on every rank. Collective: two all-gathers."""
+        """The objects of all ranks, of numbers and texts, on every rank. Collective: two all-gathers."""
         things = [thing] * self.world_size
         if self.distributed:
             dist.all_gather_object(things, thing)
         return things
 
     def find_difference(self, digests: list[int]) -> int | None:
-        """The number of the first digest that is not the same on every rank, or None.
+        """Index of the first digest that is not the same on every rank, or None.
 
-        Collective: one all-reduce of 16 bytes a digest.
+        Collective: one all-reduce of 16 bytes per digest.
         """
         mine = torch.tensor([to_int64(digest) for digest in digests], dtype=torch.int64, device=self.device)
         # ~x falls as x rises, so the largest ~x belongs to the smallest x: both in one all-reduce.
@@ -84,55 +84,56 @@ class Collectives:
         return int(differs[0]) if len(differs) else None
 
     def gather_to_0(self, sizes: list[int], parts: list[tuple[int, int, Tensor]], is_cut: bool = True) -> list[Tensor]:
-        """Whole flat tensors in float32 on the CPU of rank 0, put together from what the ranks hold; [] elsewhere.
+        """Whole flat tensors in float32 on the CPU of rank 0, put together from spans; [] on the other ranks.
 
         Args:
             sizes: Elements of each tensor, the same on every rank.
-            parts: (tensor, first element, flat span) that this rank holds; over all ranks each element at most once.
-            is_cut: False where rank 0 holds everything itself.
+            parts: This rank's spans, each as (index of the tensor, offset, flat span). No element may be in the spans
+                of two ranks.
+            is_cut: False if rank 0 holds everything itself.
 
-        Collective: if cut, reduces to rank 0 of 4 bytes an element in all. They are exact, -0.0 and NaN too, because
-            bits are added, of which one rank's alone are not 0.
+        Collective: if cut, one reduce to rank 0 per bucket, in all 4 bytes per element. The result is exact, even for
+            -0.0 and NaN: bit patterns are added, and only one rank's are not 0.
         """
         wholes: list[Tensor] = []
         for bucket in cut_into_buckets(sizes):
             packed = torch.zeros(sum(sizes[j] for j in bucket), device=self.device)
-            pieces = dict(zip(bucket, packed.split([sizes[j] for j in bucket]), strict=True))
-            for number, start, span in parts:
-                if number in pieces and (is_cut or self.rank == 0):
-                    pieces[number][start : start + span.numel()] = span
+            tensors = dict(zip(bucket, packed.split([sizes[j] for j in bucket]), strict=True))
+            for index, start, span in parts:
+                if index in tensors and (is_cut or self.rank == 0):
+                    tensors[index][start : start + span.numel()] = span
             if is_cut and self.distributed:
                 dist.reduce(packed.view(torch.int32), dst=0)
             if self.rank == 0:
-                wholes += [piece.cpu() for piece in pieces.values()]
+                wholes += [tensor.cpu() for tensor in tensors.values()]
         return wholes
 
     def scatter_from_0(self, sizes: list[int], read: Callable[[int], Tensor]) -> Iterator[tuple[int, Tensor]]:
-        """Each tensor's number and the whole of it, flat and in float32, on every rank.
+        """The index of each tensor and the whole tensor, flat and in float32, on every rank.
 
         Args:
             sizes: Elements of each tensor, the same on every rank.
-            read: Gives a tensor by its number; called on rank 0 alone.
+            read: Returns a tensor by its index; called on rank 0 only.
 
-        Collective: for each bucket a broadcast of 4 bytes an element, and see :meth:`raise_together`.
+        Collective: one broadcast per bucket, 4 bytes per element, and see :meth:`raise_together`.
 
         Raises:
             ValueError: Rank 0 could not read a tensor, or it has another size.
         """
         for bucket in cut_into_buckets(sizes):
             packed = torch.zeros(sum(sizes[j] for j in bucket), device=self.device)
-            pieces = dict(zip(bucket, packed.split([sizes[j] for j in bucket]), strict=True))
+            tensors = dict(zip(bucket, packed.split([sizes[j] for j in bucket]), strict=True))
 
-            def fill(pieces: dict[int, Tensor] = pieces) -> None:
-                for number, piece in pieces.items():
-                    piece.copy_(read(number).flatten())
+            def fill(tensors: dict[int, Tensor] = tensors) -> None:
+                for index, tensor in tensors.items():
+                    tensor.copy_(read(index).flatten())
 
             self.on_rank_0("read a tensor", fill)
             self.broadcast_(packed)
-            yield from pieces.items()
+            yield from tensors.items()
 
     def on_rank_0(self, task: str, work: Callable[[], T]) -> T | None:
-        """Do what rank 0 alone does, files above all; None elsewhere. If it fails, every rank raises.
+        """Do work on rank 0 only, such as writing files; None on the other ranks. If it fails, every rank raises.
 
         Collective: see :meth:`raise_together`.
 
@@ -142,7 +143,11 @@ class Collectives:
         return self.run_on_ranks(task, work if self.rank == 0 else None)
 
     def run_on_ranks(self, task: str, work: Callable[[], T] | None) -> T | None:
-        """Do what only some ranks do; None on the others. If it fails on one, every rank raises.
+        """Do work on some ranks only; None on the others. If it fails on one of them, every rank raises.
+
+        Args:
+            task: Names the work in the message of an error.
+            work: The work of this rank, or None.
 
         Collective: see :meth:`raise_together`.
 
@@ -153,23 +158,23 @@ class Collectives:
         if work is not None:
             try:
                 result = work()
-            except Exception as failure:  # whatever it is, the other ranks wait
+            except Exception as failure:  # the other ranks wait, whatever it is
                 known = isinstance(failure, ValueError)
                 error = failure if known else OSError(f"cannot {task}: {failure or type(failure).__name__}")
         self.raise_together(error)
         return result
 
     def raise_together(self, error: Exception | None, kind: type[Exception] = ValueError) -> None:
-        """Raise on every rank if any has failed, so that no rank waits for one that is gone.
+        """Raise on every rank if any has failed, so that no rank waits for one that has ended.
 
         Args:
-            error: What went wrong on this rank, or None. The message names the rank if it is not rank 0.
-            kind: What is raised, the same on every rank.
+            error: The error of this rank, or None. The message names the rank if it is not rank 0.
+            kind: Type of the error that every rank raises.
 
         Collective: one all-reduce of 8 bytes; after a failure also the messages.
 
         Raises:
-            ValueError: At least one rank called this with an error; or an error of ``kind``.
+            ValueError: At least one rank called this with an error; another ``kind`` raises that type.
         """
         failed = torch.tensor([int(error is not None)], dtype=torch.int64, device=self.device)
         if not self.all_reduce_(failed, "max").item():
@@ -197,11 +202,11 @@ def cut_into_buckets(sizes: list[int]) -> Iterator[list[int]]:
 
 
 def run_together(work: Callable[[], T]) -> T:
-    """Do something on every rank, and raise on all of them if it failed on any: none waits for one that is gone.
+    """Do work on every rank, and raise on all of them if it failed on any, so that no rank waits in vain.
 
-    For what happens before a :class:`~srlora_dist.storage.base.Storage` is there. ``work`` itself must not communicate.
+    For use before there is a :class:`~srlora_dist.storage.base.Storage`. ``work`` itself must not communicate.
 
-    Collective: every rank calls it; see :meth:`Collectives.raise_together`.
+    Collective: every rank must call it; see :meth:`Collectives.raise_together`.
 
     Raises:
         ValueError: ``work`` raised ValueError or OSError on a rank.

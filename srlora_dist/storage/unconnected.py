@@ -1,4 +1,4 @@
-"""Whether this process is one of several that do not know of each other, so that each would train by itself."""
+"""Detects processes that a launcher started together but that are in no process group, so each would train alone."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ RANKS = {
     "JOB_COMPLETION_INDEX": "an indexed Job of Kubernetes",
     "VC_TASK_INDEX": "Volcano",
 }
-"""Variables with the number of this process. Some launchers say no more: then the first one cannot know of others."""
+"""Variables with the rank of this process. Some launchers set nothing else, so rank 0 cannot know of other ranks."""
 REMEDY = (
     "start accelerate launch or torchrun, once on each node, as docs/multi-node.md says; or, where each is meant to "
     "train by itself, set WORLD_SIZE=1 and take {} out of its environment"
@@ -46,10 +46,10 @@ REMEDY = (
 
 
 def require_connected() -> None:
-    """Stop where the environment says that there are others, for a process that is in no group of several.
+    """Check that the environment shows no other processes. Only for a process without a process group.
 
     Raises:
-        ValueError: There are others; the message names the variable and the remedy.
+        ValueError: There are other processes. The message names the variable and the remedy.
     """
     if "WORLD_SIZE" in os.environ:
         if os.environ["WORLD_SIZE"] not in ("", "0", "1"):
@@ -77,7 +77,7 @@ def require_connected() -> None:
 
 
 def _size(name: str) -> int:
-    """How many processes or hosts a variable tells of; 1 where it says no number, as ``auto``, the GPUs of a node."""
+    """Number of processes or hosts that a variable names; 1 if it holds no number, such as ``auto``."""
     text = os.environ[name]
     if name in HOSTS:
         try:
