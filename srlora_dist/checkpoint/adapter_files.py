@@ -1,4 +1,4 @@
-"""The files of a plain PEFT adapter: pairs of scale 1, what belongs to them, and which base they belong to."""
+"""Writes the files of a plain PEFT adapter: the pairs with scale 1, the configuration and a model card."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class About:
     """What an adapter's files say beside its tensors.
 
     Args:
-        config: Of the adapter that was trained.
-        scales: Of each site, by its name.
-        other_layers: Rank and scale of each LoRA layer that is no site, by its name in ``rank_pattern``.
-        base: What the adapter belongs to.
+        config: PEFT's configuration of the trained adapter.
+        scales: Scale of each site, by the site's name.
+        other_layers: Rank and scale of each LoRA layer that is not a site, by its name in ``rank_pattern``.
+        base: The base that the adapter belongs to.
     """
 
     config: PeftConfig
@@ -50,12 +50,12 @@ def write_adapter(
     """Write the adapter's files.
 
     Args:
-        tensors: By PEFT's names; the live pairs among them.
-        about: What the files say.
-        added: What was added to each site's W, scale excluded, but for sites whose W is among the tensors; None for a
-            run without switches.
+        tensors: All tensors by PEFT's names, the live pairs among them.
+        about: What the files say beside the tensors.
+        added: What was added to each site's W, without the scale, except for sites whose W is among the tensors; None
+            for a run without switches.
         folder: Where to write.
-        max_rank: Truncate to this rank, or None.
+        max_rank: Truncate to this rank; None is exact.
         put: Puts the files into the folder.
     """
     config = copy.deepcopy(about.config)
@@ -72,7 +72,7 @@ def write_adapter(
         CONFIG_NAME: lambda path: config.save_pretrained(str(path.parent)),
     }
     put(folder, files)
-    if (folder / CONFIG_NAME).exists():  # else the files wait for room
+    if (folder / CONFIG_NAME).exists():  # else the disk is full, and the files wait in memory
         unmark_folder(folder)
 
 
@@ -82,7 +82,7 @@ def _join_pairs_(
     added: dict[str, tuple[Tensor, Tensor]],
     max_rank: int | None,
 ) -> dict[str, int]:
-    """Put what was added to W and the live pairs together, as pairs of scale 1; gives the rank of each site."""
+    """Join what was added to W and the live pairs to pairs of scale 1, and return the rank of each site."""
     ranks, errors = {}, []
     for name, scale in scales.items():
         a_name, b_name = (f"base_model.model.{name}.lora_{factor}.weight" for factor in "AB")
@@ -99,13 +99,16 @@ def _join_pairs_(
     if errors:
         logger.warning(
             "export to rank %d: relative error of the change of W, mean %.2e, largest %.2e over %d sites",
-            *(max_rank, sum(errors) / len(errors), max(errors), len(errors)),
+            max_rank,
+            sum(errors) / len(errors),
+            max(errors),
+            len(errors),
         )
     return ranks
 
 
 def _readme(config: PeftConfig, base: str) -> str:
-    """A model card that says which weights the adapter belongs to: others differ from them by a rounding."""
+    """A model card that says in which type of weights the base must be loaded; another type rounds differently."""
     name = config.base_model_name_or_path
     header = [f"base_model: {name}"] * bool(name) + ["library_name: peft", "tags: [lora, srlora]"]
     return "\n".join(["---", *header, "---", ""]) + (
@@ -116,13 +119,13 @@ def _readme(config: PeftConfig, base: str) -> str:
 
 
 def _set_ranks(config: PeftConfig, ranks: dict[str, int], other_layers: dict[str, tuple[int, float]]) -> None:
-    """Scale 1 at each site (alpha = rank), and what it was at other layers; names are escaped for PEFT.
+    """Set rank and alpha of each layer: scale 1 at the sites (alpha = rank), unchanged at other layers.
 
-    Layers of another rank or alpha than most sites are listed.
+    Layers whose rank or alpha differs from that of most sites are listed by name, escaped as PEFT's patterns need.
     """
     config.use_rslora = False
     config.init_lora_weights = True
-    for options in ("eva_config", "corda_config", "loftq_config", "lora_ga_config"):  # of other ways to start
+    for options in ("eva_config", "corda_config", "loftq_config", "lora_ga_config"):  # of other initialisations
         if getattr(config, options, None):
             setattr(config, options, {} if options == "loftq_config" else None)
     config.r = max(ranks.values(), key=list(ranks.values()).count)

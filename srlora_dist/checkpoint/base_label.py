@@ -1,7 +1,7 @@
-"""Which base an adapter belongs to, as the file of its tensors says: the type of W, and a digest of it at each site.
+"""Labels an adapter with the base that it belongs to: the type of the weights, and a digest of W at each site.
 
-The digest of a quantised W is that of its scales, the largest numbers of its blocks: those are the same wherever the
-model was quantised, while a processor may round one of many millions of payload bits in another way than a GPU.
+For a quantised W the digest is that of its scales, which are the largest values of its blocks. They are the same
+wherever the model was quantised, while a CPU and a GPU may round a few bits of the payload differently.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from srlora_dist.layers.site import Site, describe_base, quantisation
 from srlora_dist.storage.quantized import digest_layer_scales, digest_scales
 
 KEY = "srlora_base"
-"""In the metadata of ``adapter_model.safetensors``."""
+"""Key of the label in the metadata of ``adapter_model.safetensors``."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class BaseLabel:
     """The base that an adapter was trained on.
 
     Args:
-        weights: The type of the adapted weights, as ``describe_base`` says it.
-        digests: Of the untouched W of each site, by its name; sites that the adapter brings W of are left out.
-        vocab_size: Rows of the embeddings, where they were resized.
+        weights: The type of the adapted weights, in the words of ``describe_base``.
+        digests: Digest of each site's untouched W, by the site's name. Sites whose W the adapter holds are left out.
+        vocab_size: Rows of the embeddings, if they were resized.
     """
 
     weights: str
@@ -39,7 +39,14 @@ class BaseLabel:
     def of(
         cls, sites: list[Site], digests: list[int], leave_out: list[str] = (), vocab_size: int | None = None
     ) -> BaseLabel:
-        """The label of what is trained; ``digests`` are of each site's untouched W."""
+        """The label of a model.
+
+        Args:
+            sites: The sites of the model.
+            digests: Digest of each site's untouched W.
+            leave_out: Names of the sites whose W the adapter holds.
+            vocab_size: Rows of the embeddings, if they were resized.
+        """
         named = {
             site.name: f"{digest_scales(site) if site.quantised else digest:016x}"
             for site, digest in zip(sites, digests, strict=True)
@@ -49,10 +56,10 @@ class BaseLabel:
 
     @classmethod
     def from_dict(cls, values: dict[str, object]) -> BaseLabel:
-        """What ``as_dict`` gave.
+        """The label from what ``as_dict`` returned.
 
         Raises:
-            ValueError, KeyError, TypeError: It is something else.
+            ValueError, KeyError, TypeError: The values are not those of a label.
         """
         size = values.get("vocab_size")
         if size is not None and not (isinstance(size, int) and size > 0):
@@ -61,10 +68,10 @@ class BaseLabel:
 
     @classmethod
     def read(cls, path: object) -> BaseLabel | None:
-        """The label of a file of an adapter; None where it has none, as one that something else has written.
+        """The label in an adapter's file of tensors; None if it has none, because another program wrote it.
 
         Raises:
-            ValueError: There is one, and it cannot be read.
+            ValueError: There is a label, but it cannot be read.
         """
         with safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get(KEY)
@@ -74,21 +81,21 @@ class BaseLabel:
             raise ValueError(f"the metadata {KEY} of {path} cannot be read ({error!r})") from error
 
     def as_dict(self) -> dict[str, object]:
-        """For JSON."""
+        """The label as JSON can hold it."""
         return asdict(self)
 
     def metadata(self) -> dict[str, str]:
-        """For a file of safetensors."""
+        """The label as metadata of a safetensors file."""
         return {KEY: json.dumps(self.as_dict())}
 
     def differing(self, model: nn.Module) -> list[str]:
-        """The sites at which another base has other weights.
+        """Names of the sites at which a model's weights differ from those of this base.
 
-        Quantised ones count where more than half of them differ: one scale of a double quantisation may be rounded in
-        another way on another device.
+        Quantised sites count only if more than half of them differ, because another device may round a scale of a
+        double quantisation differently.
 
         Args:
-            model: The base, with an adapter or without, in the type that the adapter belongs to.
+            model: The model, with an adapter or without, in the type that the adapter belongs to.
         """
         found: dict[bool, list[str]] = {True: [], False: []}
         num_quantised = 0

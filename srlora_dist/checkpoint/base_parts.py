@@ -1,4 +1,4 @@
-"""What of a PEFT model belongs to its base, and which parts of that another load of the base would not have."""
+"""Which parameters of a PEFT model belong to its base, and which of them another load of the base would lack."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def adapters_of(module: nn.Module) -> Iterator[tuple[str, nn.Module | nn.Parameter]]:
-    """Each adapter's name with each of its parts in a layer of PEFT."""
+    """The parts of all adapters in a layer of PEFT, each with the adapter's name."""
     for attribute in module.adapter_layer_names:
         parts = attrgetter(attribute)(module)
         if isinstance(parts, (nn.ModuleDict, nn.ParameterDict)):
@@ -39,7 +39,7 @@ def of_adapters(peft_model: PeftModel) -> Iterator[nn.Parameter]:
 
 
 def _of_base(peft_model: PeftModel) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters of the base, but for the copies that PEFT keeps of modules it trains whole."""
+    """The parameters of the base, without the copies that PEFT keeps of modules it trains whole."""
     owned = {id(tensor) for tensor in of_adapters(peft_model)}
     kept = {
         f"{name}.original_module."
@@ -57,17 +57,23 @@ def was_loaded(parameter: nn.Parameter) -> bool:
 
 
 def never_loaded(peft_model: PeftModel) -> dict[str, None]:
-    """What started at random in a model that Transformers has loaded, so that another load has other numbers there.
+    """Parameters that Transformers initialised at random, so that another load has other values there.
 
-    Nothing where most of a model is without the mark, for then something else has taken the marks off.
+    Transformers marks each parameter that it loads. If most of a model has no mark, something has removed the marks,
+    and the result is empty.
     """
     base = dict(_of_base(peft_model))
-    fresh = [name for name, p in base.items() if not was_loaded(p) and type(p) is nn.Parameter]  # no quantised ones
+    fresh = [
+        name for name, p in base.items() if not was_loaded(p) and type(p) is nn.Parameter
+    ]  # without quantised ones
     return dict.fromkeys(fresh if len(fresh) * 2 < len(base) else [])
 
 
 def new_heads(peft_model: PeftModel, sites: list[Site]) -> dict[str, None]:
-    """Sites that look like new heads, where Transformers has left no marks: by their names, or beside the body."""
+    """Parameters of the sites that look like new heads: by their names, or because they lie outside of the body.
+
+    For models on which Transformers has left no marks.
+    """
     base = peft_model.get_base_model()
     body = getattr(base, "base_model_prefix", "")
     output = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
@@ -81,7 +87,7 @@ def new_heads(peft_model: PeftModel, sites: list[Site]) -> dict[str, None]:
 
 
 def _vocab_size(config: object) -> int | None:
-    """None for a model without one vocabulary."""
+    """Size of the vocabulary; None for a model with none or several."""
     size = getattr(config, "vocab_size", None)
     if size is None and hasattr(config, "get_text_config"):
         try:
@@ -92,9 +98,9 @@ def _vocab_size(config: object) -> int | None:
 
 
 def resized_embeddings(peft_model: PeftModel) -> tuple[int | None, dict[str, None]]:
-    """Size of the vocabulary and parameters of the embeddings, if the configuration that was loaded has another one.
+    """Size of the vocabulary and the parameters of the embeddings, if the published configuration has another size.
 
-    PEFT asks the same, of the hub; this looks into what is on this machine alone.
+    PEFT asks the hub for it; this function reads only what is on this machine.
     """
     base = peft_model.get_base_model()
     config = getattr(base, "config", None)
@@ -121,7 +127,7 @@ def resized_embeddings(peft_model: PeftModel) -> tuple[int | None, dict[str, Non
 
 
 def lasting_buffers(peft_model: PeftModel) -> list[str]:
-    """Names of the buffers that a state dict holds."""
+    """Names of the persistent buffers, which a state dict holds."""
     return [
         f"{prefix}.{name}" if prefix else name
         for prefix, module in peft_model.named_modules()

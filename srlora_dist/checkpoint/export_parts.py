@@ -1,8 +1,8 @@
-"""Which tensors an export holds beside the live pairs: all that another load of the base would lack.
+"""Decides which tensors an export holds beside the live pairs: all that another load of the base would lack.
 
-That is what is trained, wherever it is; buffers that training moves; parameters that no checkpoint held when
-Transformers loaded the model; and embeddings that were resized. PEFT saves a part of this by itself. The rest is saved
-under the names of the base's own parameters, which ``PeftModel.from_pretrained`` puts in place as well.
+These are all other trained parameters; buffers that training changes; parameters that were in no checkpoint when
+Transformers loaded the model; and resized embeddings. PEFT itself saves some of them. The others are saved under the
+names of the base's own parameters, from which ``PeftModel.from_pretrained`` loads them as well.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ logger = logging.getLogger(__name__)
 
 
 class ExportParts:
-    """The rule of what is exported and kept in checkpoints, made before a model is prepared and completed by ``bind``.
+    """What is exported and kept in checkpoints. Made before the model is prepared, and completed by ``bind``.
 
     Args:
         model: The PEFT model, not yet prepared.
-        sites: Its sites.
+        sites: The sites of the model.
         adapter_name: The adapter that is trained.
 
     Attributes:
-        own_weights: Sites whose W another load of the base would not have, such as a new head: W itself is exported.
-        names: The parameter or buffer of the PEFT model for each name in the export, known after ``bind``.
-        other_layers: Rank and scale of each LoRA layer of the adapter that is no site, likewise.
-        base: The base that the adapter belongs to, likewise.
+        own_weights: Sites whose W another load of the base would lack, such as a new head. Their W itself is exported.
+        names: The parameter or buffer of the PEFT model behind each name in the export. Known after ``bind``.
+        other_layers: Rank and scale of each LoRA layer of the adapter that is not a site. Known after ``bind``.
+        base: The base that the adapter belongs to. Known after ``bind``.
 
     Raises:
-        ValueError: Another adapter is trained, too, which the export would lack.
+        ValueError: Another adapter is trained too, which the export would lack.
     """
 
     def __init__(self, model: nn.Module, sites: list[Site], adapter_name: str) -> None:
@@ -75,15 +75,15 @@ class ExportParts:
         self._named_lost = False
 
     def bind(self, model: nn.Module, sites: list[Site], digests: list[int]) -> None:
-        """Decide what the export will hold, from what is trained now, and say what PEFT would have left out.
+        """Decide what the export will hold, from what is trained now, and warn of what PEFT would have left out.
 
         Args:
-            model: The prepared model; its buffers are as in the untouched base.
-            sites: Its sites.
-            digests: Of each site's untouched W.
+            model: The prepared model. Its buffers must still be as in the untouched base.
+            sites: The sites of the model.
+            digests: Digest of each site's untouched W.
 
         Raises:
-            ValueError: Another adapter is trained, too.
+            ValueError: Another adapter is trained too.
         """
         peft_model = find_peft_model(model)
         self.require_alone(model, sites)
@@ -109,7 +109,7 @@ class ExportParts:
         return {name: found[name] for name in self.names.values() if name in found}
 
     def buffers(self, model: nn.Module) -> dict[str, Tensor]:
-        """The buffers that the export holds: of modules that are trained whole, and others that have moved."""
+        """The buffers that the export holds: those of modules that are trained whole, and others that have changed."""
         peft_model = find_peft_model(model)
         found, lasting = dict(peft_model.named_buffers()), lasting_buffers(peft_model)
         moved = [name for name, buffer in found.items() if self._digests.get(name) != digest_span(buffer)]
@@ -121,10 +121,11 @@ class ExportParts:
         return {name: found[name] for name in names if name in found}
 
     def require_alone(self, model: nn.Module, sites: list[Site]) -> None:
-        """Notice other adapters that compute along, and where the one that is trained does not.
+        """Check that the trained adapter is active, and that no other adapter is trained; warn of frozen active ones.
 
         Raises:
-            ValueError: What is written would lack what another adapter learns; with the layers and the remedy.
+            ValueError: The adapter is not active, or another one is trained, which the export would lack. The message
+                names the layers and the remedy.
         """
         asleep = [site.name for site in sites if self.adapter_name not in site.lora.active_adapters]
         if asleep:
@@ -151,7 +152,7 @@ class ExportParts:
                 )
 
     def _named_by_peft(self, peft_model: PeftModel) -> dict[str, str]:
-        """What PEFT itself saves of the adapter, without its look at the hub for the size of the vocabulary."""
+        """The names under which PEFT itself saves the adapter. Does not ask the hub for the vocabulary's size."""
         tensors = [name for name, _ in peft_model.named_parameters(remove_duplicate=False)]
         names = {name: name for name in [*tensors, *lasting_buffers(peft_model)] if f".{FUSED}." not in name}
         return get_peft_model_state_dict(
@@ -171,7 +172,7 @@ class ExportParts:
 
 
 def _active_beside(peft_model: PeftModel, adapter_name: str) -> Iterator[tuple[str, str, bool]]:
-    """Each other adapter that computes along, the layer where it does, and whether it is trained there."""
+    """Each other active adapter, with a layer where it is active and whether it is trained there."""
     for name, module in peft_model.named_modules():
         if not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             continue
@@ -182,7 +183,7 @@ def _active_beside(peft_model: PeftModel, adapter_name: str) -> Iterator[tuple[s
 
 
 def _moving(peft_model: PeftModel, names: dict[str, str]) -> list[str]:
-    """Modules with statistics that the forward pass in training mode moves, but for those that PEFT saves whole."""
+    """Modules whose statistics change in training mode, such as a batch norm, without those that PEFT saves whole."""
     saved = set(names.values())
     return [
         name
@@ -197,11 +198,11 @@ def _moving(peft_model: PeftModel, names: dict[str, str]) -> list[str]:
 def _other_layers(
     peft_model: PeftModel, sites: list[Site], adapter_name: str
 ) -> Iterator[tuple[str, tuple[int, float]]]:
-    """By the names that PEFT looks up in ``rank_pattern``."""
+    """Rank and scale of the LoRA layers that are not sites, by the names that PEFT looks up in ``rank_pattern``."""
     known = {id(site.lora) for site in sites}
     for name, layer in peft_model.get_base_model().named_modules():
         if isinstance(layer, LoraLayer) and adapter_name in layer.scaling and id(layer) not in known:
-            if isinstance(layer, ParamWrapper):  # one around the other for each parameter of a module
+            if isinstance(layer, ParamWrapper):  # they are nested, one for each parameter of a module
                 while name.endswith(".base_layer"):
                     name = name.removesuffix(".base_layer")
                 name = f"{name}.{layer.parameter_name}"
@@ -209,7 +210,7 @@ def _other_layers(
 
 
 def _warn_of_what_is_outside(model: nn.Module, peft_model: PeftModel) -> None:
-    """Warn of what the model around the PEFT model trains."""
+    """Warn of trained parameters of a model that wraps the PEFT model."""
     known = {id(parameter) for parameter in peft_model.parameters()}
     outside = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]
     if outside:
@@ -221,7 +222,7 @@ def _warn_of_what_is_outside(model: nn.Module, peft_model: PeftModel) -> None:
 
 
 def warn_of_start(model: nn.Module, adapter_name: str) -> None:
-    """Warn where A was initialised in a way of its own, such as EVA, which switch 0 overwrites."""
+    """Warn if A was initialised in a special way, such as EVA, because switch 0 overwrites it."""
     way = getattr(find_peft_model(model).peft_config[adapter_name], "init_lora_weights", True)
     if isinstance(way, str) and way != "gaussian":
         warnings.warn(

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and folders of them that are listed with checksums."""
+"""Writes files and folders whole or not at all, and checks them by a manifest with checksums."""
 
 from __future__ import annotations
 
@@ -15,47 +15,46 @@ from pathlib import Path, PurePosixPath
 
 MANIFEST = "manifest.json"
 BESIDE, REPLACED = ".srlora_tmp", ".srlora_old"
-"""Endings of a hidden folder that is being written or removed, and of one that is being replaced."""
+"""Endings of hidden folders: of one that is being written or removed, and of one that is being replaced."""
 PART, ALIVE = ".srlora_part", "alive"
-"""Ending of a hidden folder in which single files are written, and a file in it that its process holds locked."""
+"""Ending of a hidden folder in which single files are written, and a file in it that the writing process locks."""
 SECONDS_TO_LOCK, SECONDS_WITHOUT_LOCKS = 60.0, 86400.0
-"""Age of a folder of parts that was left behind by a killed process: without such a file, and where none can be locked.
-"""
+"""Age at which a hidden folder counts as left by a killed process: without a lock file, and where locks do not work."""
 KINDS = (".safetensors", ".json")
-"""Endings of the files that a folder may hold: none of them can run code when it is read."""
+"""Endings of the files that a folder may hold. Reading such files cannot run code."""
 
 
 Files = dict[str, Callable[[Path], None]]
-"""For the name of each file what writes a new one at the path that it is given."""
+"""For the name of each file, a function that writes a new file at the given path."""
 Put = Callable[[Path, Files], None]
-"""Puts such files into a folder: :func:`fill_folder`, or what a run does that goes on where a disk is full."""
+"""Puts such files into a folder: :func:`fill_folder`, or :meth:`Postponed.put` of a run that survives a full disk."""
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file beside its place, sync it and rename it.
+    """Write a file in a hidden folder beside its path, sync it and rename it.
 
     Args:
-        path: Where it will be.
-        write: Writes a new file at the path that it is given.
+        path: Final path of the file.
+        write: Writes a new file at the given path.
 
     Raises:
-        OSError: It could not be written; what was at the place before is still there.
+        OSError: The file could not be written. An earlier file at the path is still there.
     """
     write_files(path.parent, {path.name: write})
 
 
 def write_files(folder: Path, files: Files) -> None:
-    """Write files that belong together beside their places, and rename them once all of them are written.
+    """Write files that belong together in a hidden folder, and rename them once all of them are written.
 
-    What a killed process left of its own files in this folder is removed.
+    Also removes what killed processes have left in the folder.
 
     Args:
-        folder: Where they will be.
-        files: If there are several, nobody can use the others without the last one: a kill between two renames leaves
-            a folder without it.
+        folder: Final folder of the files.
+        files: The files. If there are several, the last one must be the one without which the others are unusable: a
+            kill between two renames leaves the folder without it.
 
     Raises:
-        OSError: One could not be written; what was there before still is.
+        OSError: A file could not be written. Earlier files in the folder are still there.
     """
     remove_abandoned(folder)
     with _workplace(folder, next(iter(files))) as place:
@@ -71,13 +70,13 @@ def write_files(folder: Path, files: Files) -> None:
 
 
 def fill_folder(folder: Path, files: Files) -> None:
-    """Make a folder if it is not there yet, and write files into it as :func:`write_files` does."""
+    """Make a folder if it does not exist yet, and write files into it as :func:`write_files` does."""
     folder.mkdir(parents=True, exist_ok=True)
     write_files(folder, files)
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Remove what killed processes left behind in a folder while they wrote single files; others are left alone."""
+    """Remove the hidden folders of killed processes from a folder. Those of living processes stay."""
     for part in folder.glob(f".*{PART}"):
         with contextlib.suppress(OSError):
             if _is_abandoned(part):
@@ -87,16 +86,16 @@ def remove_abandoned(folder: Path) -> None:
 def write_folder(
     folder: Path, fill: Callable[[Path], dict[str, dict[str, object]] | None], about: dict[str, object]
 ) -> None:
-    """Write a folder beside its place, list its files in a manifest, sync everything and rename it.
+    """Write a folder beside its final path, list its files in a manifest, sync everything and rename it.
 
     Args:
-        folder: Where it will be; one that is there already is replaced.
-        fill: Writes ``.safetensors`` and ``.json`` files into the folder that it is given. It may return what
-            :func:`describe` gives for some of them, by their paths in the folder, where it knows that already.
-        about: Kept in the manifest beside the list: which format it is, above all.
+        folder: Final path of the folder. An earlier folder there is replaced.
+        fill: Writes ``.safetensors`` and ``.json`` files into the given folder. It may return the size and checksum
+            (see :func:`describe`) of files for which it knows them, by their paths in the folder.
+        about: Further entries of the manifest, above all the format.
 
     Raises:
-        OSError: It could not be written; what was at the place before is still there.
+        OSError: The folder could not be written. An earlier folder there is still there.
     """
     temporary, old = (folder.with_name(f".{folder.name}{ending}") for ending in (BESIDE, REPLACED))
     if old.exists() and not folder.exists():
@@ -132,7 +131,7 @@ def read_manifest(folder: Path) -> dict[str, object]:
     """The manifest of a folder.
 
     Raises:
-        ValueError: There is none, or it is not one of :func:`write_folder`.
+        ValueError: There is no manifest, or :func:`write_folder` has not written it.
     """
     path = folder / MANIFEST
     try:
@@ -149,7 +148,7 @@ def require_unharmed(folder: Path, manifest: dict[str, object]) -> None:
     """Compare every file of a folder with its manifest.
 
     Raises:
-        ValueError: One is missing, has another size or checksum, is a link, lies elsewhere or is of another kind.
+        ValueError: A file is missing, is a link, lies outside of the folder, or has another ending, size or checksum.
     """
     for name, listed in manifest["files"].items():
         path = _require_regular(folder, name)
@@ -171,10 +170,10 @@ def describe(path: Path) -> dict[str, object]:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Give a file that is never changed in place a second name, or copy it where the file system refuses that.
+    """Hard-link a file that is never changed in place, or copy it where the file system refuses links.
 
     Raises:
-        OSError: It can neither be linked nor be copied.
+        OSError: The file can be neither linked nor copied.
     """
     try:
         os.link(source, target)
@@ -183,7 +182,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def folders_with_manifest(parent: Path) -> Iterator[Path]:
-    """The folders in a folder that hold a manifest; those still being written are hidden and left out."""
+    """The subfolders that hold a manifest, without the hidden ones that are still being written."""
     if parent.is_dir():
         for path in sorted(parent.iterdir()):
             if path.is_dir() and not path.name.startswith(".") and (path / MANIFEST).exists():
@@ -191,9 +190,9 @@ def folders_with_manifest(parent: Path) -> Iterator[Path]:
 
 
 def clean_up(parent: Path) -> None:
-    """Remove what a killed :func:`write_folder` left in a folder, and put back what it was about to replace.
+    """Remove what a killed :func:`write_folder` has left in a folder, and put back what it was about to replace.
 
-    Only for the one who writes there: another one's unfinished folder would go as well.
+    Only the process that writes there may call this: it also removes folders that another process is writing.
     """
     remove_abandoned(parent)
     for old in parent.glob(f".*{REPLACED}"):
@@ -207,7 +206,7 @@ def clean_up(parent: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder so that a crash leaves it there, or nothing that is taken for it."""
+    """Remove a folder; a crash leaves either all of it or a hidden rest, which nobody takes for the folder."""
     temporary = folder.with_name(f".{folder.name}{BESIDE}")
     folder.rename(temporary)
     shutil.rmtree(temporary)
@@ -215,9 +214,9 @@ def remove_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _workplace(folder: Path, name: str) -> Iterator[Path]:
-    """A hidden folder in a folder, removed at the end; others see by its lock whether this process is alive.
+    """A hidden folder to write in, removed at the end. Its lock shows other processes whether this one is alive.
 
-    Of its own, because libraries write beside a file too before they rename it.
+    It is a folder, because libraries write temporary files of their own beside the given path.
     """
     place = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=PART, dir=folder))
     try:
@@ -243,7 +242,7 @@ def _is_abandoned(part: Path) -> bool:
 
 
 def _require_regular(folder: Path, name: str) -> Path:
-    """The path of a listed file, which has to be a regular one below the folder, reached without a link."""
+    """The path of a listed file. It must be a regular file in the folder, reached without a symbolic link."""
     parts = PurePosixPath(name).parts
     if not parts or PurePosixPath(name).is_absolute() or ".." in parts or "\\" in name or "\0" in name:
         raise ValueError(f"the manifest of {folder} lists {name!r}, which is outside of the folder")
@@ -260,7 +259,7 @@ def _require_regular(folder: Path, name: str) -> Path:
 
 
 def _sync(path: Path) -> None:
-    """Make a file or the entries of a folder outlast a crash of the machine."""
+    """Write a file, or the entries of a folder, through to the disk, so that they outlast a crash of the machine."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)

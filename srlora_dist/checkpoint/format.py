@@ -1,7 +1,7 @@
 """A portable checkpoint: a folder of safetensors and JSON that any engine resumes on any number of ranks.
 
-It holds what a run has learnt and nothing of the pretrained weights: the trained parameters and their optimizer's
-moments, the moving averages, and the ledger, from which the edits of the pretrained weights are made again.
+It holds what the run has learnt: the trained parameters and their optimizer's moments, the moving averages, and the
+ledger. It does not hold the pretrained weights; a resume applies the ledger's edits to them again.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ AVERAGES, NOT_TRAINED = "averages", "exported"
 
 
 class Checkpoint:
-    """A checkpoint whose files are what its manifest says.
+    """A checkpoint that agrees with its manifest.
 
     Args:
-        folder: Of the checkpoint.
+        folder: Folder of the checkpoint.
 
     Attributes:
-        state: The content of ``state.json``.
-        step: Optimizer steps that the run had done.
+        state: Content of ``state.json``.
+        step: Number of optimizer steps that the run had taken.
 
     Raises:
-        ValueError: The folder is no checkpoint, of another version, or damaged; the message names the file.
+        ValueError: The folder is not a checkpoint, is of another version, or is damaged. The message names the file.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -72,27 +72,31 @@ class Checkpoint:
 
     @property
     def ledger(self) -> list[Path]:
-        """The entries of the ledger in order, those that the manifest lists; none for a run without switches."""
+        """The files of the ledger in order, as the manifest lists them; none for a run without switches."""
         return list(self.listed_ledger)
 
     @property
     def listed_ledger(self) -> dict[Path, dict[str, object]]:
-        """The same with what the manifest says of each, which was found to be true when this object was made."""
+        """The files of the ledger, each with its size and checksum, which were verified when this object was made."""
         names = [name for name in sorted(self._listed) if name.startswith(f"{LEDGER}/")]
         return {self.folder / name: self._listed[name] for name in names}
 
     @property
     def num_bytes(self) -> int:
-        """Size of all its files."""
+        """Size of all files, in bytes."""
         return sum(self.sizes.values())
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Bytes of each file, by its path in the folder; the manifest itself is left out."""
+        """Bytes of each file by its path in the folder, without the manifest."""
         return {name: listed["bytes"] for name, listed in self._listed.items()}
 
     def read(self, file: str, name: str) -> Tensor:
-        """One tensor of a file.
+        """Read one tensor of a file.
+
+        Args:
+            file: Name of the file, without its ending.
+            name: Name of the tensor.
 
         Raises:
             ValueError: There is no such tensor, or the file is not in the safetensors format.
@@ -118,15 +122,15 @@ def write_checkpoint(
     Args:
         parent: Folder of the run's checkpoints.
         state: Content of ``state.json``; ``step`` names the folder.
-        tensors: By file and name; a file without tensors is left out.
-        fill: Writes what else belongs into the folder that it is given; returns what is known, see
+        tensors: The tensors by file and name. A file without tensors is left out.
+        fill: Writes further files into the given folder, and returns what it knows about them, as in
             :func:`~srlora_dist.checkpoint.files.write_folder`.
 
     Returns:
-        The size of its files, in bytes.
+        The size of the files, in bytes.
 
     Raises:
-        OSError: It could not be written; the checkpoints that were there still are.
+        OSError: The checkpoint could not be written. Earlier checkpoints are still there.
     """
 
     def write(folder: Path) -> dict[str, dict[str, object]]:
@@ -145,16 +149,16 @@ def write_checkpoint(
 
 
 def find_checkpoint(parent: Path) -> Checkpoint | None:
-    """The last good checkpoint in a folder, by what the manifests say; damaged ones are passed over with a warning.
+    """The last good checkpoint in a folder, by the steps in the manifests. Damaged ones are skipped with a warning.
 
     Args:
         parent: A folder of checkpoints, or a checkpoint itself.
 
     Returns:
-        None if there is none.
+        The checkpoint, or None if the folder has none.
 
     Raises:
-        ValueError: There are checkpoints, but none of them is good.
+        ValueError: There are checkpoints, but all of them are damaged.
     """
     if (parent / MANIFEST).exists():
         return Checkpoint(parent)
@@ -174,12 +178,12 @@ def find_checkpoint(parent: Path) -> Checkpoint | None:
 
 
 def checkpoint_folders(parent: Path) -> list[Path]:
-    """The checkpoints in a folder, damaged ones too, by their steps."""
+    """The checkpoints in a folder in order of their steps, including damaged ones."""
     return sorted((folder for folder in folders_with_manifest(parent) if _step(folder) >= 0), key=_step)
 
 
 def remove_checkpoints(parent: Path, keep: set[int], newest: int) -> None:
-    """Remove the checkpoints of a folder but those of the given steps and so many of the newest."""
+    """Remove the checkpoints of a folder, except those of the steps ``keep`` and the ``newest`` last ones."""
     folders = checkpoint_folders(parent)
     for folder in folders[: max(0, len(folders) - newest)]:
         if _step(folder) not in keep:
@@ -187,14 +191,14 @@ def remove_checkpoints(parent: Path, keep: set[int], newest: int) -> None:
 
 
 def remove_later_checkpoints(parent: Path, step: int) -> None:
-    """Remove those of steps after this one: of a run that is taken up from here they are the future."""
+    """Remove the checkpoints after a step, which a run that resumes from that step will write again."""
     for folder in checkpoint_folders(parent):
         if _step(folder) > step:
             remove_folder(folder)
 
 
 def describe_sites(sites: list[Site], digests: list[int]) -> dict[str, object]:
-    """What a checkpoint says of the sites and of the pretrained weights that they belong to."""
+    """The entries of ``state.json`` about the sites and their pretrained weights."""
     return {
         "weights": describe_base(sites),
         "sites": [
@@ -217,10 +221,10 @@ def describe_sites(sites: list[Site], digests: list[int]) -> dict[str, object]:
 
 
 def require_same_base(state: dict[str, object], sites: list[Site], digests: list[int]) -> None:
-    """Refuse a checkpoint of another model, another adapter or other pretrained weights.
+    """Check that a checkpoint belongs to this model, this adapter and these pretrained weights.
 
     Raises:
-        ValueError: With the first difference and the remedy.
+        ValueError: It does not. The message names the first difference and the remedy.
     """
     now = describe_sites(sites, digests)
     theirs, ours = ([site["name"] for site in what["sites"]] for what in (state, now))
@@ -252,7 +256,7 @@ def require_same_base(state: dict[str, object], sites: list[Site], digests: list
 
 
 def _step(folder: Path) -> int:
-    """As the manifest says, by which the last checkpoint is found; -1 for what is not a checkpoint."""
+    """The step in a checkpoint's manifest; -1 if the folder is not a checkpoint."""
     try:
         manifest = read_manifest(folder)
         return int(manifest["step"]) if str(manifest["format"]).startswith("srlora-checkpoint") else -1

@@ -1,4 +1,4 @@
-"""What a full disk refuses and a run goes on without: kept in memory, and written once there is room."""
+"""Keeps in memory what a full disk refuses, so that the run can go on, and writes it once there is room."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ logger = logging.getLogger(__name__)
 
 
 class Postponed:
-    """Writes lines and files; for one process.
+    """Writes lines and files of one process.
 
     Args:
-        goes_on: Whether what cannot be written is kept and said; else it raises.
+        goes_on: Whether to keep what cannot be written and log a warning; otherwise the error is raised.
     """
 
     def __init__(self, goes_on: bool) -> None:
@@ -27,10 +27,10 @@ class Postponed:
         self._files: dict[Path, Files] = {}
 
     def append(self, path: Path, line: str) -> None:
-        """Append a line to a file, after those that it lacks.
+        """Append a line to a file, after the lines that are still to be written.
 
         Raises:
-            OSError: It cannot be written, and the run does not go on without.
+            OSError: The line cannot be written, and the run does not go on without it.
         """
         text = self._lines.pop(path, "") + line
         try:
@@ -45,11 +45,11 @@ class Postponed:
     def put(self, folder: Path, files: Files) -> None:
         """Write files that belong together, as :func:`~srlora_dist.checkpoint.files.fill_folder` does.
 
-        Those that wait for the same folder are given up: these take their place.
+        They replace files that still wait for the same folder.
 
         Raises:
-            OSError: They cannot be written, and the run does not go on without; nothing of them is there then.
-            SafetensorError: Likewise: it reports a full disk in its own way.
+            OSError: The files cannot be written, and the run does not go on without them. None of them is written.
+            SafetensorError: The same; safetensors reports a full disk in this way.
         """
         self._files.pop(folder, None)
         try:
@@ -61,21 +61,21 @@ class Postponed:
             logger.warning("going on with the files of %s in memory until they can be written: %s", folder, error)
 
     def retry(self) -> None:
-        """Write what waits, as far as that can be."""
+        """Try to write everything that waits."""
         for path in list(self._lines):
             self.append(path, "")
         for folder, files in list(self._files.items()):
             self.put(folder, files)
 
     def waits_for(self, folder: Path) -> bool:
-        """Whether files for this folder wait."""
+        """Whether files for this folder wait to be written."""
         return folder in self._files
 
     def require_written(self) -> None:
-        """Write what waits.
+        """Write everything that waits.
 
         Raises:
-            ValueError: Something still cannot be written; the message names it.
+            ValueError: Something still cannot be written. The message names the files.
         """
         self.retry()
         missing = [str(path) for path in (*self._files, *self._lines)]
@@ -87,7 +87,7 @@ class Postponed:
 
 
 def _append(path: Path, text: str) -> None:
-    """Append to a file; if that fails, the file is as it was."""
+    """Append to a file. On failure the file stays as it was."""
     with path.open("ab", buffering=0) as file:
         size, content = file.tell(), text.encode()
         try:

@@ -1,4 +1,4 @@
-"""The state of all random number generators of a process, as JSON can hold it."""
+"""The state of all random number generators of a process, in a form that JSON can hold."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def random_state() -> dict[str, object]:
-    """Of torch on the CPU and on this process's device, of NumPy and of Python."""
+    """The state of torch's generators on the CPU and on this process's device, of NumPy's and of Python's."""
     kind, keys, *rest = np.random.get_state()
     version, words, gauss = random.getstate()
     return {
@@ -22,7 +22,7 @@ def random_state() -> dict[str, object]:
 
 
 def restore_random_state(state: dict[str, object]) -> None:
-    """Put back what :func:`random_state` gave; that of a device that is not there is left out."""
+    """Put back what :func:`random_state` returned. The state of a GPU is skipped on a machine without one."""
     torch.set_rng_state(torch.from_numpy(_decode(state["torch"], np.uint8)))
     if state["device"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(torch.from_numpy(_decode(state["device"], np.uint8)))
