@@ -42,6 +42,7 @@ class Case:
 
     arguments: list[str]
     environment: dict[str, str] = field(default_factory=dict)
+    figures: bool = False
 
 
 @dataclass

@@ -21,9 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+OF_DEEPSPEED = ("deepspeed", "deepspeed.module_inject.auto_ep_layer", "deepspeed.ops.op_builder.all_ops")
+"""What its engines import when they are made."""
 sys.path.insert(0, str(ROOT))
 
-from tests.launch.one_by_one import load_main  # noqa: E402 (after the path is set)
+from tests.launch.one_by_one import leave_out_figures, load_main  # noqa: E402 (after the path is set)
 
 
 @dataclass
@@ -40,6 +42,7 @@ class Order:
         call: the how manieth.
         signal: By this signal.
         code: Python that each rank runs first.
+        figures: Whether the run draws its figures.
         limit: Seconds until all ranks must have ended.
     """
 
@@ -52,6 +55,7 @@ class Order:
     call: int = 1
     signal: int = signal.SIGKILL
     code: str = ""
+    figures: bool = False
     limit: float = 60
 
 
@@ -123,6 +127,8 @@ def _fork(main: Callable[[list[str]], int], order: Order, rank: int, shared: dic
             sizes = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": order.world_size}
             sizes["LOCAL_WORLD_SIZE"] = order.world_size
             os.environ.update({name: str(value) for name, value in sizes.items()})
+        if not order.figures:
+            leave_out_figures()
         if order.place is not None and rank == order.rank:
             _kill_at(order)
         exec(order.code, {})
@@ -158,8 +164,8 @@ def serve(lines: Iterator[str]) -> None:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no result
     main = load_main()
-    import deepspeed  # noqa: F401 (seconds of imports)
-
+    for module in OF_DEEPSPEED:
+        importlib.import_module(module)
     for line in lines:
         out.write(json.dumps(start(main, Order(**json.loads(line)))) + "\n")
         out.flush()

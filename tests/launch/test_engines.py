@@ -112,7 +112,8 @@ def more(bench: Bench, plain: tuple[Path, Ended]) -> dict[str, Ended]:
     for name in ("notes.txt", "figures/mine.png"):
         (folder / name).write_text("keep me")
     again = Case(["--config", str(plain[0] / "config.yaml"), "--output_dir", str(bench.run_folder("again"))])
-    return bench.run_all({"again": again} | {name: Case(bench.arguments("same", method=name)) for name in METHODS})
+    into_same = {name: Case(bench.arguments("same", method=name), figures=True) for name in METHODS}
+    return bench.run_all({"again": again} | into_same)
 
 
 def test_saved_configuration_runs_again(bench: Bench, plain: tuple[Path, Ended], more: dict[str, Ended]) -> None:

@@ -68,7 +68,7 @@ def test_a_run_that_goes_on_with_a_full_disk_loses_nothing(
     """From after step 3 to after step 10, and then to its very end."""
     assert undisturbed
     arguments = bench.arguments("full", **OPTIONS, checkpoint__if_disk_full="go_on")
-    ended = forks.start(yaml="cpu2", arguments=arguments, code=FULL.format(until=10))
+    ended = forks.start(yaml="cpu2", arguments=arguments, figures=True, code=FULL.format(until=10))
     text = ended["stderr"][0]
     assert ended["statuses"] == {"0": 0, "1": 0}, text
     for what in ("with 1 entries of the ledger in memory", "with the files of", "without a checkpoint of step 6"):
@@ -76,7 +76,7 @@ def test_a_run_that_goes_on_with_a_full_disk_loses_nothing(
     assert_same_results(bench.folder / "runs", "full", "cpu2")
 
     arguments = bench.arguments("full to the end", **OPTIONS, checkpoint__if_disk_full="go_on")
-    ended = forks.start(yaml="cpu2", arguments=arguments, code=FULL.format(until=99))
+    ended = forks.start(yaml="cpu2", arguments=arguments, figures=True, code=FULL.format(until=99))
     assert ended["statuses"] == {"0": 1, "1": 1}, ended["stderr"]
     assert "adapter_last" in ended["stderr"][0].split("error: the disk is full")[1]
     assert not (bench.run_folder("full to the end") / "summary.json").exists()

@@ -1,6 +1,6 @@
 """Real ranks (gloo processes) for tests: started once for each world size, given one job after the other.
 
-A job that hangs or raises on any rank is a failure with a message; its world is then killed and a later job starts a
+All of them are forked from one process that has imported what they need (preload.py), which takes seconds. A job that hangs or raises on any rank is a failure with a message; its world is then killed and a later job starts a
 new one.
 """
 
@@ -56,7 +56,8 @@ class World:
 
     def __init__(self, world_size: int) -> None:
         self.folder = tempfile.TemporaryDirectory()
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["tests.ranks.preload"])
         self.jobs = [context.Queue() for _ in range(world_size)]
         self.done = context.Queue()
         self.processes = [
