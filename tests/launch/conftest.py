@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import subprocess
@@ -51,6 +50,9 @@ class Bench:
 
     folder: Path
 
+    def __post_init__(self) -> None:
+        self.forks = Forks(self.environment())
+
     def arguments(self, name: str, **options: object) -> list[str]:
         """The command line of a short run into ``runs/name``; ``train__epochs=3`` becomes ``--train.epochs=3``."""
         chosen = {
@@ -95,13 +97,9 @@ class Bench:
         return self.launch(*arguments, before=("--config_file", f"launch/accelerate/{yaml}.yaml"), **more)
 
     def run_all(self, cases: dict[str, Case]) -> dict[str, Ended]:
-        """Each case in a plain process of its own; the imports are paid for once (see ``one_by_one.py``)."""
-        orders = self.folder / "cases.json"
-        orders.write_text(json.dumps({name: asdict(case) for name, case in cases.items()}))
-        script = str(Path(__file__).with_name("one_by_one.py"))
-        process = _run([sys.executable, script, str(orders)], self.environment(), limit=280)
-        assert process.returncode == 0, process.stderr
-        return {name: Ended(**result) for name, result in json.loads(process.stdout.splitlines()[-1]).items()}
+        """Each case in a plain process of its own, which is forked after the imports."""
+        results = self.forks.run_cases({name: asdict(case) for name, case in cases.items()})
+        return {name: Ended(**result) for name, result in results.items()}
 
 
 def _run(command: list[str], environment: dict[str, str], limit: int) -> Ended:
@@ -113,20 +111,20 @@ def _run(command: list[str], environment: dict[str, str], limit: int) -> Ended:
 
 
 @pytest.fixture(scope="session")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     folder = tmp_path_factory.mktemp("bench")
     write_model(folder / "model")
     write_decoder(folder / "decoder")
     write_rte(folder / "glue")
     write_text(folder / "text")
-    return Bench(folder)
+    bench = Bench(folder)
+    yield bench
+    bench.forks.kill()
 
 
 @pytest.fixture(scope="session")
-def forks(bench: Bench) -> Iterator[Forks]:
-    forks = Forks(bench.environment())
-    yield forks
-    forks.kill()
+def forks(bench: Bench) -> Forks:
+    return bench.forks
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ OF_DEEPSPEED = ("deepspeed", "deepspeed.module_inject.auto_ep_layer", "deepspeed
 """What its engines import when they are made."""
 sys.path.insert(0, str(ROOT))
 
-from tests.launch.one_by_one import leave_out_figures, load_main  # noqa: E402 (after the path is set)
+from tests.launch.one_by_one import leave_out_figures, load_main, run_case  # noqa: E402 (after the path is set)
 
 
 @dataclass
@@ -160,14 +160,19 @@ def _kill_at(order: Order) -> None:
 
 
 def serve(lines: Iterator[str]) -> None:
-    """One order a line, one result a line."""
+    """One order per line, or the cases of conftest.py; one result per line."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no result
     main = load_main()
     for module in OF_DEEPSPEED:
         importlib.import_module(module)
     for line in lines:
-        out.write(json.dumps(start(main, Order(**json.loads(line)))) + "\n")
+        order = json.loads(line)
+        if "cases" in order:
+            result = {name: run_case(main, **case) for name, case in order["cases"].items()}
+        else:
+            result = start(main, Order(**order))
+        out.write(json.dumps(result) + "\n")
         out.flush()
 
 

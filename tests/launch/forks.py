@@ -32,12 +32,20 @@ class Forks:
         self.process: subprocess.Popen | None = None
 
     def start(self, limit: float = 100, **order: object) -> dict:
+        """Run ``forked.Order``."""
+        return self._ask({"world_size": 2, "limit": limit, **order}, limit)
+
+    def run_cases(self, cases: dict[str, dict], limit: float = 280) -> dict[str, dict]:
+        """Run each ``conftest.Case`` in a process of its own, one after the other."""
+        return self._ask({"cases": cases}, limit)
+
+    def _ask(self, order: dict, limit: float) -> dict:
         if self.process is None:
             command = [sys.executable, str(Path(__file__).with_name("forked.py"))]
             options = {"cwd": ROOT, "env": self.environment, "text": True, "start_new_session": True}
             self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **options)
         try:
-            self.process.stdin.write(json.dumps({"world_size": 2, "limit": limit, **order}) + "\n")
+            self.process.stdin.write(json.dumps(order) + "\n")
             self.process.stdin.flush()
             # The first one waits for the imports.
             ready, _, _ = select.select([self.process.stdout], [], [], limit + 60)

@@ -1,9 +1,8 @@
-"""Runs ``srlora train`` for each command line in a JSON file, each in a child that is forked after the imports."""
+"""Runs ``srlora train`` for one command line after the other, each in a child that is forked after the imports."""
 
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import signal
 import sys
@@ -11,9 +10,6 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 LIMIT_SECONDS = 60
 LATER_IMPORTS = (
@@ -25,7 +21,7 @@ LATER_IMPORTS = (
 """What a run imports when it knows its options and its task, which takes seconds."""
 
 
-def run(
+def run_case(
     main: Callable[[list[str]], int], arguments: list[str], environment: dict[str, str], figures: bool
 ) -> dict[str, object]:
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
@@ -76,9 +72,3 @@ def load_main() -> Callable[[list[str]], int]:
 def leave_out_figures() -> None:
     """For this process; they take a third of the time of a short run."""
     importlib.import_module("srlora_dist.training.trainer").draw = lambda folder, summary: []
-
-
-if __name__ == "__main__":
-    main = load_main()
-    cases = json.loads(Path(sys.argv[1]).read_text())
-    sys.stdout.write(json.dumps({name: run(main, **case) for name, case in cases.items()}) + "\n")

@@ -1,7 +1,7 @@
 """Real ranks (gloo processes) for tests: started once for each world size, given one job after the other.
 
-All of them are forked from one process that has imported what they need (preload.py), which takes seconds. A job that hangs or raises on any rank is a failure with a message; its world is then killed and a later job starts a
-new one.
+All of them are forked from one process that has imported what they need (preload.py), which takes seconds. A job that
+hangs or raises on any rank is a failure with a message; its world is then killed and a later job starts a new one.
 """
 
 from __future__ import annotations
