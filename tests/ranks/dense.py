@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.ranks.engines import SHAPES, dequantised, make_batch, make_odd_net
-from tests.reference import Reference, Site
+from tests.reference import OtherChoices, Reference, RoundedSite, Site
 
 
 class Masters:
@@ -49,8 +49,12 @@ def reference_run(precision: str, masters_in_fp32: bool, options: dict) -> dict:
         if precision not in ("fp32", "bf16"):
             weight = _stand_in_for_weight(layer.base_layer, precision)
         used_type = dtype if masters_in_fp32 else torch.float32
-        sites[name] = Site(weight, a, b, layer.scaling["default"], min(options["target"], *SHAPES[name]), used_type)
-    reference = Reference(sites, options["ratio"], *options["betas"], **options.get("choices", {}))
+        kind = RoundedSite if precision == "bf16" else Site
+        sites[name] = kind(weight, a, b, layer.scaling["default"], min(options["target"], *SHAPES[name]))
+        if precision == "bf16":
+            sites[name].used_type = used_type
+    choices = options.get("choices", {})
+    reference = (OtherChoices if choices else Reference)(sites, options["ratio"], *options["betas"], **choices)
     masters.publish()
     optimizer = torch.optim.AdamW(masters.stepped, lr=1.0, weight_decay=0)
     losses, parts, scores, due, still = [], [], [], list(options["due"]), True
@@ -63,16 +67,17 @@ def reference_run(precision: str, masters_in_fp32: bool, options: dict) -> dict:
         masters.take_gradients()
         torch.nn.utils.clip_grad_norm_(masters.stepped, options["clip"])
         reference.observe()
-        reference.step(optimizer, step + 1)
+        reference.step(optimizer, step + 1) if choices else optimizer.step()
         losses.append(loss.detach())
         still = step + 1 in due
         later = [k for k, at in enumerate(due) if at > step + 1]
-        if not still and later and reference.interval is not None and reference.settled(step + 1):
+        if not still and later and choices.get("interval") and reference.settled(step + 1):
             due[later[0]], still = step + 1, True
         if still:
             scores.append({name: reference.scores(site) for name, site in sites.items()})
             held = {name: list(site.holds) for name, site in sites.items()}
-            chosen = {name: slots for name, slots in reference.switch(optimizer, step + 1).items() if slots}
+            taken = reference.switch(optimizer, step + 1) if choices else reference.switch(optimizer)
+            chosen = {name: slots for name, slots in taken.items() if slots}
             pick = {
                 name: ([held[name][k] for k in ks], [sites[name].holds[k] for k in ks]) for name, ks in chosen.items()
             }
