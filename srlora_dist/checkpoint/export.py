@@ -69,7 +69,7 @@ def export_adapter(
         added = None
         if ledger is not None or fused:
             own_w = parts.own_weights
-            in_place = [s.name for s in sites if s.fused_a is None and not s.left_out and s.name not in own_w]
+            in_place = [s.name for s in sites if s.fused_a is None and not s.state.left_out and s.name not in own_w]
             added = fused | (ledger.factors(in_place) if ledger is not None else {})
         scales = {site.name: site.scale for site in sites}
         about = About(peft_model.peft_config[parts.adapter_name], scales, parts.other_layers, parts.base)
@@ -206,6 +206,6 @@ def _gather_fused(storage: Storage, sites: list[Site]) -> dict[str, tuple[Tensor
     gathered = iter(storage.gather_parameters([f for site in with_second for f in (site.fused_a, site.fused_b)]))
     added = {}
     for site in with_second:
-        a, b = next(gathered)[: site.num_fused], next(gathered)[:, : site.num_fused]
+        a, b = next(gathered)[: site.state.num_fused], next(gathered)[:, : site.state.num_fused]
         added[site.name] = b.float().cpu(), a.float().cpu()
     return added

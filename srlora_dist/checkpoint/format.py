@@ -207,12 +207,12 @@ def describe_sites(sites: list[Site], digests: list[int]) -> dict[str, object]:
                 "shape": list(site.shape),
                 "rank": site.rank,
                 "scale": site.scale,
-                "target_rank": site.target_rank,
+                "target_rank": site.state.target_rank,
                 "fused_rank": site.fused_rank,
-                "num_taken": site.num_taken,
-                "held": site.held,
-                "born": site.born,
-                "left_out": site.left_out,
+                "num_taken": site.state.num_taken,
+                "held": site.state.held,
+                "born": site.state.born,
+                "left_out": site.state.left_out,
                 "digest": f"{digest:016x}",
             }
             for site, digest in zip(sites, digests, strict=True)

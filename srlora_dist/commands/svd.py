@@ -68,7 +68,7 @@ def _prepare(config: RunConfig, accelerator: Accelerator) -> Directions:
 
 def _summary(directions: Directions, seconds: float) -> str:
     sites = directions.storage.sites
-    kinds = Counter((site.shape, site.target_rank) for site in sites)
+    kinds = Counter((site.shape, site.state.target_rank) for site in sites)
     rows = [f"{f'{m} x {n}':>15}{count:>7}{target:>12}" for ((m, n), target), count in sorted(kinds.items())]
     values = {name: numbers for name, numbers in directions.singular_values().items() if numbers}
     top, low = max(values, key=lambda name: values[name][0]), min(values, key=lambda name: values[name][-1])

@@ -1,15 +1,16 @@
-"""One adapted linear layer: its W, A and B, their shapes and types. It knows no ranks."""
+"""Describes one adapted linear layer: its W, A and B, with their shapes and types. It knows no ranks."""
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from srlora_dist.config.weight_type import WeightType
+from srlora_dist.layers.site_state import SiteState
 
 FUSED = "srlora_fused"
 """Name of the frozen second adapter that holds what is fused where W itself is never written."""
@@ -20,28 +21,21 @@ class Site:
     """One adapted linear layer, ``y = x (W + scale * B A)^T``.
 
     Args:
-        name: Of the layer in the untouched base model.
+        name: Name of the layer in the untouched base model.
         lora: PEFT's layer around it.
         weight: W, stored as (m, n); or as (n, m) if ``transposed``, or as a packed payload if ``quantised``. Under
             ZeRO-3 a placeholder that knows its shape.
         lora_a: A, shape (r, n).
         lora_b: B, shape (m, r).
         shape: (m, n).
-        rank: r.
+        rank: r, the number of pairs.
         scale: ``alpha / r``, or ``alpha / sqrt(r)`` with rsLoRA.
-        transposed: W is stored as its transpose (GPT-2's Conv1D).
+        transposed: Whether W is stored as its transpose (GPT-2's Conv1D).
         quantised: ``nf4``, ``fp4``, ``int8``, with ``-double`` where the scales are quantised too; else empty.
-        fused_a: Rows of the second adapter, (R, n), or None where W is edited in place.
-        fused_b: Columns of the second adapter, (m, R), likewise; its scale is that of the site.
-        fused_rank: R, the pairs that the second adapter has room for.
-        num_fused: Those of them in use.
-        target_rank: Directions to use by the end of training, at most min(m, n).
-        num_starts: Pairs that may be started in the whole run: as many as there are directions, or more where the site
-            goes on without unused ones.
-        num_taken: Number of the next direction; those used so far, while there are unused ones.
-        held: The direction that the pair in each slot was started along, -1 for none.
-        born: Optimizer steps that had been taken when it was started.
-        left_out: The first batch has shown that the model bypasses the layer: W is untouched, and no switch takes it.
+        fused_a: A of the second adapter, shape (R, n), or None where W is edited in place.
+        fused_b: B of the second adapter, shape (m, R), or None likewise; its scale is that of the site.
+        fused_rank: R, the number of pairs that the second adapter has room for.
+        state: How far the method has got here.
     """
 
     name: str
@@ -57,18 +51,12 @@ class Site:
     fused_a: nn.Parameter | None = None
     fused_b: nn.Parameter | None = None
     fused_rank: int = 0
-    num_fused: int = 0
-    target_rank: int = 0
-    num_starts: int = 0
-    num_taken: int = 0
-    held: list[int] | None = None
-    born: list[int] | None = None
-    left_out: bool = False
+    state: SiteState = field(default_factory=SiteState)
 
     @property
     def num_first(self) -> int:
-        """Directions that switch 0 takes: a small matrix may have fewer than the site has pairs."""
-        return min(self.rank, self.target_rank)
+        """Number of directions that switch 0 takes: a small matrix may have fewer than the site has pairs."""
+        return min(self.rank, self.state.target_rank)
 
     def factor(self, name: str) -> nn.Parameter:
         """The parameter called ``"A"`` or ``"B"``."""

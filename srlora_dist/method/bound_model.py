@@ -169,8 +169,7 @@ class BoundModel:
         storage.on_rank_0("count the ledger", lambda: require_entries(entries, state["num_switches"]))
         self.executor.replay(entries)
         for site, theirs in zip(self.sites, state["sites"], strict=True):
-            site.num_taken, site.held, site.born = theirs["num_taken"], list(theirs["held"]), list(theirs["born"])
-            site.left_out = theirs.get("left_out", False)
+            site.state.restore_(theirs)
         restore_training_state_(self.model, storage, state, saved.read)
         if self.observer.counts_next():
             self.statistics.restore_(lambda name: saved.read(AVERAGES, name))
@@ -282,6 +281,6 @@ def _find_same_sites(model: nn.Module, known_sites: list[Site], adapter_name: st
     if [(site.name, site.shape) for site in sites] != [(site.name, site.shape) for site in known_sites]:
         raise ValueError("bind() got another model than Switcher(): pass what prepare() made of the same one")
     for site, known in zip(sites, known_sites, strict=True):
-        site.target_rank, site.num_starts = known.target_rank, known.num_starts
-        site.held, site.born = [-1] * site.rank, [0] * site.rank
+        site.state = known.state
+        site.state.forget_pairs_(site.rank)
     return sites

@@ -134,9 +134,9 @@ def clamp_target_ranks(sites: list[Site], target_rank: int) -> None:
         )
     clamped = []
     for site in sites:
-        site.target_rank = site.num_starts = min(target_rank, *site.shape)
-        if site.target_rank < target_rank:
-            clamped.append(f"{site.name} {site.shape}: {site.target_rank}")
+        site.state.target_rank = site.state.num_starts = min(target_rank, *site.shape)
+        if site.state.target_rank < target_rank:
+            clamped.append(f"{site.name} {site.shape}: {site.state.target_rank}")
     if clamped:
         warnings.warn(
             f"srlora.target_rank {target_rank} is more than these matrices hold, clamped: {'; '.join(clamped)}",
@@ -153,12 +153,12 @@ def share_out_directions_(sites: list[Site], config: SRLoRAConfig) -> None:
     clamp_target_ranks(sites, config.num_directions)
     num_switches = config.num_switches
     if num_switches is None:
-        num_switches = count_switches(((site.rank, site.target_rank) for site in sites), config.fusion_ratio)
+        num_switches = count_switches(((site.rank, site.state.target_rank) for site in sites), config.fusion_ratio)
     for site in sites:
         # A matrix with fewer directions than the site has pairs has none to begin again with.
-        if config.exhausted != "stop" and site.target_rank >= site.rank:
+        if config.exhausted != "stop" and site.state.target_rank >= site.rank:
             in_all = site.rank + num_switches * num_fused(site.rank, config.fusion_ratio)
-            site.num_starts = max(site.num_starts, in_all)
+            site.state.num_starts = max(site.state.num_starts, in_all)
 
 
 def plan_switches(sites: list[Site], config: SRLoRAConfig, num_training_steps: int) -> list[int]:
@@ -167,9 +167,9 @@ def plan_switches(sites: list[Site], config: SRLoRAConfig, num_training_steps: i
     Raises:
         ValueError: There are more switches than steps.
     """
-    ranks = [(site.rank, site.target_rank) for site in sites]
+    ranks = [(site.rank, site.state.target_rank) for site in sites]
     num_switches, most = config.num_switches, count_switches(ranks, config.fusion_ratio)
-    goes_on = any(site.num_starts > site.target_rank for site in sites)
+    goes_on = any(site.state.num_starts > site.state.target_rank for site in sites)
     if num_switches is not None and num_switches > most and not goes_on:
         warnings.warn(
             f"srlora.num_switches is {num_switches}, but the directions of srlora.target_rank {config.num_directions} "
@@ -183,9 +183,10 @@ def plan_switches(sites: list[Site], config: SRLoRAConfig, num_training_steps: i
 
 def num_next(site: Site, fusion_ratio: float) -> int:
     """Pairs that the next switch fuses at a site."""
-    if site.num_starts > site.target_rank:  # it goes on
+    state = site.state
+    if state.num_starts > state.target_rank:  # it goes on
         return num_fused(site.rank, fusion_ratio)
-    return num_to_fuse(site.rank, site.target_rank, site.num_taken, fusion_ratio)
+    return num_to_fuse(site.rank, state.target_rank, state.num_taken, fusion_ratio)
 
 
 def next_directions(site: Site, slots: list[int], exhausted: str) -> tuple[list[int], int]:
@@ -197,9 +198,9 @@ def next_directions(site: Site, slots: list[int], exhausted: str) -> tuple[list[
         exhausted: ``srlora.exhausted``. With ``wrap`` the numbers begin again at 0, without those of pairs that stay.
             With ``renew`` all that a switch needs have numbers from ``target_rank`` on once too few are left below.
     """
-    count, first, target = len(slots), site.num_taken, site.target_rank
+    count, first, target = len(slots), site.state.num_taken, site.state.target_rank
     if exhausted == "wrap":
-        staying = {direction for slot, direction in enumerate(site.held) if slot not in slots}
+        staying = {direction for slot, direction in enumerate(site.state.held) if slot not in slots}
         found: list[int] = []
         while len(found) < count:
             found += [first % target] if first % target not in staying else []

@@ -130,7 +130,8 @@ def directions_exhausted(report: SwitchReport, sites: list[Site]) -> Finding | N
     holds no more was named already when its target was clamped.
     """
     taking = {part.site for part in report.sites}
-    exhausted = [site.name for site in sites if site.num_taken >= site.target_rank == site.num_starts]
+    states = [(site.name, site.state) for site in sites]
+    exhausted = [name for name, state in states if state.num_taken >= state.target_rank == state.num_starts]
     last = [name for name in exhausted if name in taking]
     if report.switch == 0 or not last:
         return None
@@ -186,11 +187,11 @@ def noise_level_directions(
     worst, lowest, num_directions, num_noisy = ("", 0.0, 0.0), None, 0, 0
     for site in sites:
         known = values.get(site.name) or []
-        if len(known) <= site.num_taken:
+        if len(known) <= site.state.num_taken:
             continue
         kind = stored_as or site.quantised.partition("-")[0] or str(site.weight.dtype).removeprefix("torch.")
         edge = noise_edge(known, site.shape, NOISE[kind])
-        noisy = [k for k in range(site.num_taken, len(known)) if known[k] <= edge]
+        noisy = [k for k in range(site.state.num_taken, len(known)) if known[k] <= edge]
         if noisy:
             num_noisy, num_directions = num_noisy + 1, num_directions + len(noisy)
             if lowest is None or noisy[0] < lowest:

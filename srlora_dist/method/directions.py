@@ -174,7 +174,7 @@ class Directions:
         storage = self.storage
         self.digests = storage.digest_weights()
         entries = zip(storage.sites, self.digests, strict=True)
-        return [METHOD, *([site.name, *site.shape, site.target_rank, digest] for site, digest in entries)]
+        return [METHOD, *([site.name, *site.shape, site.state.target_rank, digest] for site, digest in entries)]
 
     def _find(self, fingerprint: list) -> bool:
         """Whether the file is there and its content matches its own digest; a damaged one is reported."""
@@ -237,7 +237,7 @@ class Directions:
         try:
             given = stored is not None
             weight = storage.widen(number, stored) if given else self._original.read(site).to(storage.device)
-            left, values, right = compute_directions(weight, site.target_rank)
+            left, values, right = compute_directions(weight, site.state.target_rank)
         except (ArithmeticError, RuntimeError) as error:
             raise ValueError(f"cannot factor {site.name}: {error}") from error
         return {number: (left.T.contiguous().cpu(), values.cpu(), right.cpu())}
@@ -249,7 +249,7 @@ class Directions:
         if not self.shares:
             made = [part for number in sorted(made) for part in made[number]]
             return dict(zip(names, made, strict=True)) if self.storage.rank == 0 else {}
-        ranks = [(site.target_rank, *site.shape) for site in sites]
+        ranks = [(site.state.target_rank, *site.shape) for site in sites]
         shapes = [shape for k, m, n in ranks for shape in ((k, m), (k,), (k, n))]
         mine = ((3 * number + j, part) for number, triplet in made.items() for j, part in enumerate(triplet))
         parts = [(number, 0, part.flatten()) for number, part in mine]

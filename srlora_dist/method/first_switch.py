@@ -67,7 +67,7 @@ def leave_out_(model: nn.Module, storage: Storage, config: SRLoRAConfig, numbers
         raise ValueError(f"SRLoRA cannot work on a layer that {BYPASSED}: {bypassed}; {LEAVE_OUT}")
     undo_first_switch_(storage, numbers, config.start)
     for number in numbers:
-        sites[number].left_out = True
+        sites[number].state.left_out = True
     warnings.warn(
         f"SRLoRA leaves out {bypassed} (a layer that {BYPASSED}): its pairs do nothing, with or without SRLoRA",
         stacklevel=2,
@@ -91,11 +91,10 @@ def undo_first_switch_(storage: Storage, numbers: list[int], start: str) -> None
         if site.fused_a is not None:
             for factor, parameter in (("A", site.fused_a), ("B", site.fused_b)):
                 nothing = torch.zeros(site.fused_shape(factor), dtype=parameter.dtype, device=storage.device)
-                storage.write_parameter_(parameter, PAIR_DIM[factor], torch.arange(site.num_fused), nothing)
+                storage.write_parameter_(parameter, PAIR_DIM[factor], torch.arange(site.state.num_fused), nothing)
         nothing = torch.zeros(site.factor_shape("B"), dtype=site.lora_b.dtype, device=storage.device)
         storage.write_pairs_(number, "B", torch.arange(site.rank), nothing, "keep")
-        site.num_taken, site.num_fused = 0, 0
-        site.held, site.born = [-1] * site.rank, [0] * site.rank
+        site.state.forget_pairs_(site.rank)
 
 
 @torch.no_grad()

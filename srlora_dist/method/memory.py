@@ -75,7 +75,7 @@ def count_extra_memory(
 def ledger_bytes(site: Site, num_switches: int, config: SRLoRAConfig) -> int:
     """Of a site's columns and rows in the ledger after switch 0 and so many others."""
     most = site.rank + num_switches * num_fused(site.rank, config.fusion_ratio)
-    restarted = max(0, min(site.num_starts, most) - site.rank)
+    restarted = max(0, min(site.state.num_starts, most) - site.rank)
     pairs = restarted if config.start == "zero_b" else site.num_first + 2 * restarted
     return site.lora_a.element_size() * sum(site.shape) * pairs
 

@@ -41,7 +41,7 @@ class PairSteps:
         for span in self._restarted(owners):
             at, slots = self._places[span]
             beta1, beta2 = betas[id(span.owner)]
-            born = self.storage.sites[span.site].born
+            born = self.storage.sites[span.site].state.born
             ratios = [_correction(step - k, beta1, beta2) / _correction(step, beta1, beta2) for k in born]
             before, weight = self._before.pop(span), span.of(span.owner)
             ratio = torch.tensor(ratios, dtype=weight.dtype, device=weight.device)[slots]
@@ -53,9 +53,10 @@ class PairSteps:
 
     def _find_places(self, span: FactorSpan) -> bool:
         site = self.storage.sites[span.site]
-        if self._born.get(span) != tuple(site.born):
-            self._born[span] = tuple(site.born)
-            slots = torch.tensor([slot for slot, born in enumerate(site.born) if born > 0], dtype=torch.int64)
+        if self._born.get(span) != tuple(site.state.born):
+            self._born[span] = tuple(site.state.born)
+            restarted = [slot for slot, born in enumerate(site.state.born) if born > 0]
+            slots = torch.tensor(restarted, dtype=torch.int64)
             shape, pair_dim = site.factor_shape(span.factor), PAIR_DIM[span.factor]
             at = places_of_pairs(span.start, span.numel, shape, pair_dim, slots)
             whole = at + span.start

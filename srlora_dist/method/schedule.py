@@ -66,10 +66,10 @@ class SwitchSchedule:
         """Eq. 8 at every site: the slots that a switch after this step fuses."""
         config, chosen = self.config, []
         for site, score in zip(sites, scores, strict=True):
-            ages = [sum(born < due <= num_steps for due in self.due_steps) for born in site.born]
+            ages = [sum(born < due <= num_steps for due in self.due_steps) for born in site.state.born]
             count = num_next(site, config.fusion_ratio)
             slots = choose_slots(score, count, ages, config.choose, config.grace)
-            chosen.append([] if site.left_out else slots)
+            chosen.append([] if site.state.left_out else slots)
         return chosen
 
     def warn_of_missing_switches(self, num_steps: int) -> None:

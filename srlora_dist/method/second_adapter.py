@@ -58,9 +58,9 @@ def add_second_adapters_(sites: list[Site], config: SRLoRAConfig) -> list[Remova
         warnings.warn(f"srlora.fused_rank {budget} is without effect: no weight needs a second adapter", stacklevel=3)
     hooks = []
     for site in needing:
-        most = site.num_starts - site.num_first  # those that are fused
+        most = site.state.num_starts - site.num_first  # those that are fused
         if config.start == "pissa":
-            most += site.num_starts  # what they began with was taken
+            most += site.state.num_starts  # what they began with was taken
         hooks += _add_to_layer_(site, max(1, most) if budget is None else min(budget, max(1, most)))
     return hooks
 
@@ -143,14 +143,14 @@ def append_pairs_(storage: Storage, number: int, left: Tensor, right: Tensor) ->
         broadcast of it, so that all ranks hold what rank 0 made.
     """
     site, error = storage.sites[number], 0.0
-    first = site.num_fused
+    first = site.state.num_fused
     if first + left.shape[1] > site.fused_rank:
         held_a, held_b = storage.gather_parameters([site.fused_a, site.fused_b])
         left, right = torch.cat([held_b[:, :first], left], 1), torch.cat([held_a[:first], right], 0)
         left, right, error = _compress(storage, left, right, site.fused_rank)
         first = 0
-    site.num_fused = first + left.shape[1]
-    slots = torch.arange(first, site.num_fused)
+    site.state.num_fused = first + left.shape[1]
+    slots = torch.arange(first, site.state.num_fused)
     for factor, parameter, new in (("A", site.fused_a, right), ("B", site.fused_b, left)):
         whole = new.new_zeros(site.fused_shape(factor))
         whole.index_copy_(PAIR_DIM[factor], slots.to(whole.device), new)

@@ -33,7 +33,7 @@ def take_snapshot(storage: Storage, statistics: PairStatistics | None) -> Callab
         if parameter is not None
         for whole in storage.gather_parameters([parameter])
     ]
-    numbers = [(site.num_taken, site.num_fused, list(site.held), list(site.born)) for site in storage.sites]
+    states = [site.state.copy() for site in storage.sites]
     kept = [
         [view.to("cpu", copy=True) for view in _changed_tensors(storage, statistics, number)]
         for number in range(len(storage.sites))
@@ -47,8 +47,8 @@ def take_snapshot(storage: Storage, statistics: PairStatistics | None) -> Callab
                 view.copy_(copy)
         for parameter, pair_dim, whole in factors:
             storage.write_parameter_(parameter, pair_dim, torch.arange(whole.shape[pair_dim]), whole)
-        for site, before in zip(storage.sites, numbers, strict=True):
-            site.num_taken, site.num_fused, site.held, site.born = before
+        for site, before in zip(storage.sites, states, strict=True):
+            site.state = before
 
     return put_back
 

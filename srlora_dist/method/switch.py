@@ -120,9 +120,9 @@ class SwitchExecutor:
             wanted, made = [], {}
             for number in bucket:
                 site = self.sites[number]
-                numbers, site.num_taken = next_directions(site, slots[number], self.config.exhausted)
+                numbers, site.state.num_taken = next_directions(site, slots[number], self.config.exhausted)
                 wanted.append((number, numbers))
-                if numbers[-1] >= site.target_rank:
+                if numbers[-1] >= site.state.target_rank:
                     made[number] = self._renew(number, slots[number], *factors[number])
             triplets = self.directions.take(wanted, made)
             for (number, numbers), triplet in zip(wanted, triplets, strict=True):
@@ -130,7 +130,8 @@ class SwitchExecutor:
                 more = seconds.get(number)
                 part = self._switch_site(number, slots[number], numbers, score, triplet, *factors[number], more)
                 for slot, direction in zip(slots[number], numbers, strict=True):
-                    self.sites[number].held[slot], self.sites[number].born[slot] = direction, report.step
+                    state = self.sites[number].state
+                    state.held[slot], state.born[slot] = direction, report.step
                 report.sites.append(part[0])
                 digests.append(part[1])
         if any(self._compression):
@@ -176,7 +177,8 @@ class SwitchExecutor:
             self.storage.write_pairs_(number, factor, chosen, whole, config.optimizer_reset, moment)
         if self.statistics is not None:
             self.statistics.reset_(number, chosen)
-        part = SiteSwitch(site.name, slots, [site.held[slot] for slot in slots] if fuses else [], directions, scores)
+        before = [site.state.held[slot] for slot in slots] if fuses else []
+        part = SiteSwitch(site.name, slots, before, directions, scores)
         written = torch.cat([tensor.flatten().float() for tensor in (lefts, rights, whole_a, whole_b)])
         return part, combine(*slots, *directions, digest_span(written))
 
@@ -194,7 +196,7 @@ class SwitchExecutor:
         parts = [(b[:, slots], a[slots])]
         if site.fused_a is not None:
             fused_a, fused_b = storage.gather_parameters([site.fused_a, site.fused_b])
-            parts.append((fused_b[:, : site.num_fused], fused_a[: site.num_fused]))
+            parts.append((fused_b[:, : site.state.num_fused], fused_a[: site.state.num_fused]))
 
         @exact_matmul()
         def factor() -> Triplet:

@@ -46,7 +46,7 @@ def _run(engine: str, world_size: int, folder: Path, resume_from: str | None) ->
     trainer.model.eval()
     return {
         "switches": switches(trainer),
-        "slots": [site.held for site in storage.sites],
+        "slots": [site.state.held for site in storage.sites],
         "weights": [storage.digest_weight(number) for number in range(len(storage.sites))],
         "trained": [whole.float().clone() for whole in storage.gather_parameters(list(named.values()))],
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
@@ -85,7 +85,7 @@ def alone(tmp_path_factory) -> dict:
     trainer.train()
     return {
         "switches": switches(trainer),
-        "slots": [site.held for site in callback.switcher.storage.sites],
+        "slots": [site.state.held for site in callback.switcher.storage.sites],
         "trained": [parameter.detach().clone() for parameter in trained_parameters(trainer.model).values()],
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
     }

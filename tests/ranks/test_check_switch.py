@@ -55,7 +55,7 @@ def held(engine: Engine, switcher: Switcher) -> dict:
         "residuals": [residual.clone() for residual in storage.residuals.values()],
         "tensors": [*optimizer.values(), *statistics, *model],
         "fused": [(f.clone() - 0 * f).detach() for f in storage.gather_parameters(fused)] if fused else [],
-        "notes": [(list(site.held), site.num_taken, site.num_fused) for site in storage.sites],
+        "notes": [(list(site.state.held), site.state.num_taken, site.state.num_fused) for site in storage.sites],
         "ledger": sum(1 for _ in switcher.ledger.entries()) if switcher.ledger else 0,
     }
 

@@ -116,7 +116,7 @@ def _train(
     switcher.export(f"{cache}/adapter")
     seen.update(state_of(switcher))
     seen["payload_after"] = [switcher.storage.digest_weight(number) for number in range(len(SITES))]
-    seen["held"] = {site.name: site.held for site in switcher.sites}
+    seen["held"] = {site.name: site.state.held for site in switcher.sites}
     seen["steps"], seen["due"] = switcher.num_steps, switcher.due_steps
     return seen
 

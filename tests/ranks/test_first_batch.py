@@ -65,7 +65,7 @@ def train(rank: int, world_size: int, engine: str, zero: dict, folder: str, fusi
         "storage": switcher.storage.name,
         "losses": torch.stack(losses),
         "slots": slots,
-        "left_out": [site.name for site in switcher.sites if site.left_out],
+        "left_out": [site.name for site in switcher.sites if site.state.left_out],
         "warned": [str(w.message) for w in caught if "leaves out second" in str(w.message)],
         "output": output,
     }

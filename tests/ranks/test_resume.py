@@ -65,7 +65,9 @@ def train(
         "parts": parts,
         "factors": [factor.detach().float().clone() for factor in whole],
         "weights": [storage.digest_weight(number) for number in range(len(storage.sites))],
-        "held": [(site.held, site.born, site.num_taken, site.num_fused) for site in storage.sites],
+        "held": [
+            (site.state.held, site.state.born, site.state.num_taken, site.state.num_fused) for site in storage.sites
+        ],
     }
 
 

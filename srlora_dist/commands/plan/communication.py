@@ -75,7 +75,7 @@ def restarted_pairs(blueprint: Blueprint) -> list[list[int]]:
     switches = [list(taken)]
     for _ in blueprint.due_steps:
         counts = [
-            num_to_fuse(site.rank, site.num_starts, done, blueprint.options.fusion_ratio)
+            num_to_fuse(site.rank, site.state.num_starts, done, blueprint.options.fusion_ratio)
             for site, done in zip(sites, taken, strict=True)
         ]
         taken = [done + count for done, count in zip(taken, counts, strict=True)]

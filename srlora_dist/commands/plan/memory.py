@@ -225,7 +225,7 @@ class Forecast:
 
     def directions_bytes(self) -> int:
         """The file of directions in ``srlora.svd_cache``; while it is made, rank 0 has them in host memory."""
-        return sum(FLOAT32 * site.target_rank * (sum(site.shape) + 1) for site in self.sites)
+        return sum(FLOAT32 * site.state.target_rank * (sum(site.shape) + 1) for site in self.sites)
 
     def model_bytes(self) -> int:
         """Size of the pretrained model as it is stored."""

@@ -122,7 +122,7 @@ def estimate(forecast: Forecast, device: Device) -> Seconds:
     took = [_switch_seconds(forecast, device, j, counts[j], messages[j]) for j in range(len(counts))]
     return Seconds(
         digests=weights * DIGEST_BYTES / memory,
-        directions=sum(svd_seconds(site.shape, site.target_rank, device) for site in blueprint.sites),
+        directions=sum(svd_seconds(site.shape, site.state.target_rank, device) for site in blueprint.sites),
         start_up_wire=wire_seconds(start_up(blueprint, cold=True), blueprint.world_size, device),
         first_switch=took[0],
         later_switch=max(took[1:], default=0.0),

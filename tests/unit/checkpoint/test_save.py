@@ -458,7 +458,7 @@ def test_a_checkpoint_holds_no_more_than_it_must(tmp_path) -> None:
     take_wide_steps(model, optimizer, switcher, 9)
     size = switcher.save_checkpoint(tmp_path / "checkpoints")
     pair = 4 * (512 + 384)
-    pairs_in_ledger = 4 + 2 * (switcher.sites[0].num_taken - 4)
+    pairs_in_ledger = 4 + 2 * (switcher.sites[0].state.num_taken - 4)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     expected = 3 * 4 * trained + 2 * 4 * pair + pairs_in_ledger * pair
     assert switcher.num_switches > 1

@@ -279,7 +279,7 @@ def test_a_layer_that_the_first_batch_bypasses_is_left_out(kind: str, fusion: st
     again.bind(
         resumed, torch.optim.AdamW([p for p in resumed.parameters() if p.requires_grad]), tmp_path / "checkpoints"
     )
-    assert [site.left_out for site in again.sites] == [False, left_out, False]
+    assert [site.state.left_out for site in again.sites] == [False, left_out, False]
     assert largest_change(all_outputs(resumed), all_outputs(model)) < 4e-6
 
 
@@ -387,7 +387,7 @@ def test_a_site_that_is_not_routed_to_stays_and_the_check_leaves_no_trace(check_
     assert all(map(torch.equal, weights, [layer.base_layer.weight for layer in base.experts]))
     got.sum().backward()
     switcher.storage.optimizer.step()
-    assert not any(site.left_out for site in switcher.sites)
+    assert not any(site.state.left_out for site in switcher.sites)
     base.num_calls = 0
     model(INPUTS.clone())
     assert base.num_calls == 1
@@ -408,7 +408,7 @@ def test_a_compiled_model_is_checked_as_it_was_written_and_compiles_without_a_br
     with pytest.warns(UserWarning, match="leaves out q"):
         step(compiled, optimizer, switcher)
     step(compiled, optimizer, switcher)
-    assert [site.left_out for site in switcher.sites] == [False, True, False]
+    assert [site.state.left_out for site in switcher.sites] == [False, True, False]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert not torch._dynamo.utils.counters["graph_break"]
 
@@ -421,7 +421,7 @@ def test_autocast_is_no_reason_to_refuse_what_only_rounds(tmp_path) -> None:
     assert change.dtype == torch.bfloat16
     assert switcher.first_batch_change > 1e-4  # more than float32 would round
     step(model, optimizer, switcher)
-    assert not any(site.left_out for site in switcher.sites)
+    assert not any(site.state.left_out for site in switcher.sites)
 
 
 def test_a_model_that_trains_in_evaluation_mode_is_checked(tmp_path) -> None:
@@ -485,7 +485,7 @@ def test_a_healthy_model_trains_as_without_the_check(base, names, tmp_path, capl
         optimizer.step()
         switcher.step()
         outputs.append(output.detach())
-        assert not any(site.left_out for site in switcher.sites)
+        assert not any(site.state.left_out for site in switcher.sites)
     assert base is Counts or torch.equal(*outputs)
     assert ("not checked" in caplog.text) == (base in (Counts, Penalised))
 

@@ -17,35 +17,35 @@ def sites_with(**options: object) -> list:
     with pytest.warns(UserWarning, match="clamped"):
         share_out_directions_(sites, SRLoRAConfig(target_rank=7, **options))
     for site in sites:
-        site.held, site.num_taken = list(range(site.rank)), site.rank
+        site.state.held, site.state.num_taken = list(range(site.rank)), site.rank
     return sites
 
 
 def test_a_site_stops_when_its_directions_are_out() -> None:
     site = sites_with()[0]
-    assert site.num_starts == site.target_rank == 7
-    site.num_taken = 6
+    assert site.state.num_starts == site.state.target_rank == 7
+    site.state.num_taken = 6
     assert num_next(site, 0.5) == 1
-    site.num_taken = 7
+    site.state.num_taken = 7
     assert num_next(site, 0.5) == 0
 
 
 def test_wrapping_leaves_out_the_directions_of_pairs_that_stay() -> None:
     site = sites_with(exhausted="wrap")[0]
-    assert site.num_starts == 4 + 5 * 2  # the second site asks for 5 switches
-    site.held, site.num_taken = [0, 5, 2, 6], 7
+    assert site.state.num_starts == 4 + 5 * 2  # the second site asks for 5 switches
+    site.state.held, site.state.num_taken = [0, 5, 2, 6], 7
     assert num_next(site, 0.5) == 2
     assert next_directions(site, [1, 3], "wrap") == ([1, 3], 11)  # 0 and 2 stay
     assert next_directions(site, [0, 1], "wrap") == ([0, 1], 9)  # the direction of a fused pair is free
-    site.num_taken = 6
+    site.state.num_taken = 6
     assert next_directions(site, [1, 3], "wrap") == ([6, 1], 9)
 
 
 def test_renewed_directions_have_numbers_of_their_own() -> None:
     site = sites_with(exhausted="renew")[0]
-    site.num_taken = 5
+    site.state.num_taken = 5
     assert next_directions(site, [0, 1], "renew") == ([5, 6], 7)
-    site.num_taken = 6  # one is left where two are needed
+    site.state.num_taken = 6  # one is left where two are needed
     assert next_directions(site, [0, 1], "renew") == ([7, 8], 9)
 
 

@@ -163,7 +163,7 @@ def site_of(weight: Tensor, stored_as: str) -> tuple[Site, Tensor]:
         setattr(net, f"is_loaded_in_{'8' if stored_as == 'int8' else '4'}bit", True)
         held = dequantised(net[0], stored_as)
     (site,) = find_sites(get_peft_model(net, LoraConfig(r=4, target_modules=["0"])))
-    site.target_rank = 32
+    site.state.target_rank = 32
     return site, torch.linalg.svdvals(held)
 
 
@@ -178,7 +178,7 @@ def test_what_a_low_rank_weight_has_beyond_its_rank_is_rounding(stored_as: str) 
     assert finding.figures["num_directions"] == 32 - finding.figures["lowest"]
     assert f"srlora.target_rank to {finding.figures['lowest']} or less" in finding.message
     assert noise_level_directions(0, [site], {"0": known["0"][:6]}) is None
-    site.num_taken = 30
+    site.state.num_taken = 30
     assert noise_level_directions(90, [site], known).figures["num_directions"] == 2
     assert noise_level_directions(90, [site], {"0": known["0"][:30]}) is None  # starts nothing
 

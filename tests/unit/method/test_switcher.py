@@ -119,7 +119,7 @@ def test_a_small_matrix_clamps_its_target_with_one_warning(tmp_path) -> None:
     with pytest.warns(UserWarning, match=r"clamped: first \(17, 13\): 13; second \(11, 17\): 11") as caught:
         _, _, switcher = bound(tmp_path, target_rank=40)
     assert len([w for w in caught if "clamped" in str(w.message)]) == 1
-    assert [site.target_rank for site in switcher.sites] == [13, 11]
+    assert [site.state.target_rank for site in switcher.sites] == [13, 11]
 
 
 @pytest.mark.filterwarnings("ignore:srlora.target_rank")
@@ -127,7 +127,7 @@ def test_directions_that_run_out_end_the_switches_not_the_training(tmp_path, cap
     model, optimizer, switcher = bound(tmp_path, steps=40, target_rank=30, fusion_ratio=0.25)
     with caplog.at_level(logging.INFO):
         reports = take_steps(model, optimizer, switcher, 40)
-    assert [site.num_taken for site in switcher.sites] == [12, 11]  # the ninth switch would fall on the end
+    assert [site.state.num_taken for site in switcher.sites] == [12, 11]  # the ninth switch would fall on the end
     assert [part.site for part in reports[-1].sites] == ["first"]  # only the larger one had a direction to give
     assert "second took the last directions; 1 of 2 sites have none left" in caplog.text
     assert switcher.num_steps == 40
@@ -140,7 +140,7 @@ def test_a_rank_above_the_matrix_keeps_the_surplus_pairs_as_plain_lora(tmp_path)
     with pytest.raises(ValueError, match="below"):
         Switcher(model, SRLoRAConfig(target_rank=4), 10)
     _, _, switcher = bound(tmp_path, model, target_rank=5)
-    assert switcher.sites[0].held == [0, 1, 2, -1, -1]
+    assert switcher.sites[0].state.held == [0, 1, 2, -1, -1]
     assert switcher.due_steps == []
     torch.testing.assert_close(model(x), before)
 

@@ -112,7 +112,7 @@ def test_a_quantised_weight_is_never_written_and_nothing_is_lost(precision: str,
     assert torch.equal(layer.weight, payload)
     site = switcher.sites[0]
     assert site.fused_rank == 2 * 38 - 2
-    assert site.num_fused == 2 * 37 - 2  # the last switch would fall on the end
+    assert site.state.num_fused == 2 * 37 - 2  # the last switch would fall on the end
     left, right = switcher.ledger.factors(["0"])["0"]
     stands_for = start + site.scale * site.fused_b.double() @ site.fused_a.double()
     assert (start + site.scale * left.double() @ right.double() - stands_for).norm() < 1e-6 * start.norm()
@@ -138,7 +138,7 @@ def test_a_second_adapter_over_its_budget_is_compressed_and_says_by_how_much(bud
     with caplog.at_level(logging.WARNING):
         switcher, changes = run(model, torch.float32, tmp_path, 20, fusion="adapter", fused_rank=budget)
     site = switcher.sites[0]
-    assert site.fused_a.shape[0] == site.num_fused == budget
+    assert site.fused_a.shape[0] == site.state.num_fused == budget
     assert "second adapters were compressed to srlora.fused_rank, largest relative error" in caplog.text
     switcher.export(tmp_path / "adapter")  # what the model holds, not what it would hold without the budget
     x = torch.randn(5, 72)
@@ -158,7 +158,7 @@ def test_a_matrix_with_fewer_directions_than_pairs_keeps_its_function_beside_a_s
     before = model(x)
     switcher = Switcher(model, SRLoRAConfig(target_rank=5, svd_cache=str(tmp_path), fusion="adapter"), 10)
     switcher.bind(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1))
-    assert switcher.sites[0].fused_rank == switcher.sites[0].num_fused == 3
+    assert switcher.sites[0].fused_rank == switcher.sites[0].state.num_fused == 3
     torch.testing.assert_close(model(x), before)
 
 
