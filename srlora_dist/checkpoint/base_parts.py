@@ -63,9 +63,8 @@ def never_loaded(peft_model: PeftModel) -> dict[str, None]:
     and the result is empty.
     """
     base = dict(_of_base(peft_model))
-    fresh = [
-        name for name, p in base.items() if not was_loaded(p) and type(p) is nn.Parameter
-    ]  # without quantised ones
+    # A quantised weight is of another class and has no mark.
+    fresh = [name for name, p in base.items() if not was_loaded(p) and type(p) is nn.Parameter]
     return dict.fromkeys(fresh if len(fresh) * 2 < len(base) else [])
 
 
