@@ -1,4 +1,4 @@
-"""Finds the LoRA adapter that a model was given, and says what is so where there is none to work on."""
+"""Finds the LoRA adapter of a model, and explains what is wrong where there is none to work on."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ MAKE_ONE = "peft.get_peft_model(model, LoraConfig(...))"
 
 
 def find_peft_model(model: nn.Module) -> PeftModel:
-    """The PEFT model in whatever it is wrapped in.
+    """Find the PEFT model in whatever it is wrapped in.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is no PEFT model.
     """
     modules = list(model.modules())
     peft_model = next((module for module in modules if isinstance(module, PeftModel)), None)
@@ -32,7 +32,7 @@ def require_lora(peft_model: PeftModel, adapter_name: str) -> None:
     """Raise where there is no such adapter, or where it is not LoRA.
 
     Raises:
-        ValueError: With those that there are, or with its type.
+        ValueError: There is no such adapter, or it is of another type; the message has what there is.
     """
     adapters = peft_model.peft_config
     if adapter_name not in adapters:
@@ -46,15 +46,15 @@ def require_lora(peft_model: PeftModel, adapter_name: str) -> None:
 
 
 def is_used(lora_b: Tensor) -> bool:
-    """Whether B is not 0, so that the adapter was trained or has a start of its own; False where it is not here."""
+    """Whether B is not 0, which means that the adapter was trained or has its own start; False on the meta device."""
     return not lora_b.is_meta and bool(lora_b.any())
 
 
 def used_adapter_error(where: str) -> ValueError:
-    """The one error of all places where an adapter turns out not to be new.
+    """The error for an adapter that turns out not to be new; several places raise it.
 
     Args:
-        where: Its layers.
+        where: The layers of the adapter.
     """
     return ValueError(
         f"the adapter at {where} is not freshly initialised (B is not 0), and switch 0 would overwrite it. To go on "

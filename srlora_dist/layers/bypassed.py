@@ -1,6 +1,6 @@
-"""Finds adapted layers that do not compute ``x W^T``: the model reads their weight, or they make it from other tensors.
+"""Finds adapted layers that do not compute ``x W^T``: the model reads their weight, or other tensors make it.
 
-PEFT's adapter does nothing at such a layer, or something else, so an edit of its W would change the function.
+At such a layer PEFT's adapter does nothing, or something else, so an edit of W would change the function.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Fault = tuple[str, str]
 
 
 def find_bypassed(base: nn.Module, layers: dict[str, LoraLayer]) -> dict[str, Fault]:
-    """Layers whose structure tells that they do not compute ``x W^T``, by name, before anything is edited.
+    """Find the layers whose structure shows that they do not compute ``x W^T``, before anything is edited.
 
     Args:
         base: The model that the names belong to, not yet prepared.
@@ -67,7 +67,7 @@ def _fault_of_weight(linear: nn.Module) -> Fault | None:
 
 
 def _fault_of_parent(parent: nn.Module, linear: nn.Module, layer: LoraLayer) -> Fault | None:
-    """Modules of PyTorch that hand the weight of a child to a kernel; one of them in evaluation mode alone."""
+    """Notice modules of PyTorch that pass the weight of a child to a kernel, one of them only in evaluation mode."""
     children = {
         nn.MultiheadAttention: ("out_proj",),
         nn.TransformerEncoderLayer: ("linear1", "linear2"),
@@ -81,7 +81,7 @@ def _fault_of_parent(parent: nn.Module, linear: nn.Module, layer: LoraLayer) -> 
 
 @torch.no_grad()
 def _fault_of_forward(linear: nn.Module) -> Fault | None:
-    """Try a layer whose class, instance or hooks may compute something else; bitsandbytes' own do so by design."""
+    """Try a layer whose class, instance or hooks may compute something else, except those of bitsandbytes."""
     kinds = {kind.__name__ for kind in type(linear).__mro__}
     ours = type(linear).forward in (nn.Linear.forward, Conv1D.forward) and "forward" not in vars(linear)
     hooked = linear._forward_hooks or linear._forward_pre_hooks
@@ -125,12 +125,12 @@ def is_all_linear(base: nn.Module, config: PeftConfig, adapter_name: str) -> boo
 class Usage:
     """Notes during forward passes which layers were called, and of which the weight was used from outside.
 
-    That is read from PEFT's layer, or the layer inside of it was called, which a model may have kept in a list.
+    From outside means: it was read from PEFT's layer, or the layer inside was called, which a model may keep in a list.
 
     Attributes:
-        called: Whether each layer was, in the order given.
-        read: Likewise.
-        types: Of what the layers gave, which autocast can make shorter than all weights.
+        called: For each layer, in the order given, whether it was called.
+        read: For each layer whether its weight was read.
+        types: Types of the layers' outputs, which autocast can make shorter than those of all weights.
     """
 
     def __init__(self, layers: list[LoraLayer]) -> None:

@@ -1,4 +1,4 @@
-"""A 64-bit digest of numbers that does not depend on how a matrix is cut into spans.
+"""Computes a 64-bit digest of numbers that does not depend on how a matrix is cut into spans.
 
 Each element's bits are multiplied by an odd number made from its position and the products are added modulo 2^64. An
 odd factor can be undone, so a change of any one element of up to 4 bytes changes the digest; the digests of a matrix's
@@ -21,7 +21,7 @@ def digest_span(span: Tensor, start: int = 0) -> int:
     """Digest of a span that starts at an element offset, in [0, 2^64).
 
     Args:
-        span: Any dtype of 1, 2, 4 or 8 bytes an element, those of 8 as two halves; read in row-major order.
+        span: Tensor of 1, 2, 4 or 8 bytes per element, read in row-major order; 8 bytes are read as two halves.
         start: Offset of its first element in the whole.
     """
     bits = span.detach().contiguous().flatten()
@@ -38,7 +38,7 @@ def digest_span(span: Tensor, start: int = 0) -> int:
 
 
 def _digest_rows(rows: Tensor, start: int) -> Tensor:
-    """Digest of a matrix (h, w) of integers, w at most ``_ROW``: one GEMM for two sums a row, in float64 for speed."""
+    """Digest of a matrix (h, w) of integers, w up to ``_ROW``: one GEMM gives both sums of a row, in float64."""
     height, width = rows.shape
     weighted, plain = (rows.double() @ _weights(rows.device)[:width]).long().unbind(1)
     offsets = torch.arange(start, start + height * width, width, device=rows.device)
@@ -47,7 +47,7 @@ def _digest_rows(rows: Tensor, start: int) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _weights(device: torch.device) -> Tensor:
-    """The position in a row and 1, (``_ROW``, 2)."""
+    """For each position in a row the position itself and 1, shape (``_ROW``, 2)."""
     positions = torch.arange(_ROW, dtype=torch.float64, device=device)
     return torch.stack([positions, torch.ones_like(positions)], 1)
 

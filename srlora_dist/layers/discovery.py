@@ -57,7 +57,7 @@ def find_sites(model: nn.Module, adapter_name: str = "default", only: Collection
 
 
 def _fit_layers(peft_model: PeftModel, layers: dict[str, LoraLayer], adapter_name: str) -> dict[str, LoraLayer]:
-    """The layers without those that cannot be worked on, whatever the options.
+    """Drop the layers that cannot be worked on, whatever the options.
 
     Raises:
         ValueError: The user has named such a layer, or there is no other.
@@ -95,7 +95,7 @@ def _named(layers: dict[str, LoraLayer], names: Collection[str]) -> dict[str, Lo
 
 
 def _shared_weights(model: nn.Module, layers: dict[str, LoraLayer]) -> dict[str, Fault]:
-    """Layers whose W is also the weight of another layer, which an edit would change too."""
+    """Find layers whose W is also the weight of another layer, which an edit would change too."""
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     return {
         name: ("shares its weight with others", LEAVE_OUT)

@@ -1,4 +1,4 @@
-"""Products of float32 matrices in float32: what is added to W has to be what the ledger says."""
+"""Multiplies float32 matrices in full float32, because what is added to W has to be what the ledger says."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 def exact_matmul() -> Iterator[None]:
     """Multiply float32 in float32, whatever faster precision the training allows itself, autocast too.
 
-    Afterwards every setting is what it was. From torch 2.9 on each backend has one of its own, and the older one for
-    all of them cannot even be read while they contradict it, as they do after ``TrainingArguments(tf32=True)``. So the
-    new ones are put first.
+    Afterwards every setting is what it was. From torch 2.9 on each backend has a setting of its own. The older common
+    setting cannot even be read while the backends contradict it, as they do after ``TrainingArguments(tf32=True)``. So
+    the settings of the backends are changed first.
     """
     of_backends = [(backend, backend.fp32_precision) for backend in _backends()]
     for backend, _ in of_backends:
@@ -35,7 +35,7 @@ def exact_matmul() -> Iterator[None]:
 
 
 def _backends() -> list[object]:
-    """What has a precision of its own for products in float32; nothing before torch 2.9."""
+    """The backends with their own precision for products in float32; none before torch 2.9."""
     places = (getattr(getattr(torch.backends, name, None), "matmul", None) for name in ("cuda", "mkldnn"))
     return [place for place in places if hasattr(place, "fp32_precision")]
 

@@ -1,4 +1,4 @@
-"""The algebra on spans: add a sum of rank-1 pairs to a span of a matrix, sum and fill a span by pair.
+"""Does the algebra on spans: adds a sum of rank-1 pairs to a span of a matrix, and averages or fills a span by pair.
 
 Every storage gives a rank one contiguous span of the row-major flattened matrix, so fusing, scoring and resetting are
 written once, here, for a span; the whole matrix is the span that starts at 0.
@@ -55,12 +55,12 @@ SUM_CHUNK = {"cpu": 1 << 20, "other": 1 << 24}
 def add_pairs_to_sum_(high: Tensor, low: Tensor, start: int, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
     """Add ``scale * left @ right`` to a span of an (m, n) matrix that is kept as the sum of two 16-bit terms.
 
-    Afterwards ``high`` is the sum rounded to 16 bits and ``low`` what that rounding left, so that additions to follow
-    start from the sum and not from its rounding: the error does not grow with their number.
+    Afterwards ``high`` is the sum rounded to 16 bits, and ``low`` is what that rounding lost. Later additions start
+    from the sum and not from its rounding, so the error does not grow with their number.
 
     Args:
         high: 1-D contiguous, the span as the model computes with it.
-        low: 1-D contiguous, what the span lacks, of the same length; may lie in host memory.
+        low: 1-D contiguous, the part that rounding lost, of the same length; may lie in host memory.
         start: Offset of the span in the flattened matrix, in elements.
         left: Columns, (m, k).
         right: Rows, (k, n).
@@ -81,7 +81,7 @@ def mean_by_pair(span: Tensor, start: int, shape: torch.Size, pair_dim: int) -> 
     Args:
         span: 1-D, a span of a factor of ``shape``.
         start: Offset of the span in the flattened factor.
-        shape: Of the whole factor: (r, n) for A, (m, r) for B.
+        shape: Shape of the whole factor: (r, n) for A, (m, r) for B.
         pair_dim: The dimension that counts pairs: 0 for A, 1 for B.
 
     Returns:
@@ -96,7 +96,7 @@ def fill_pairs_(span: Tensor, start: int, pair_dim: int, slots: Tensor, whole: T
     """Copy the given pairs of a whole factor into a span of it; the other pairs are left alone.
 
     Args:
-        span: 1-D, a span of the factor (or of an optimizer moment of it).
+        span: 1-D, a span of the factor or of one of its optimizer moments.
         start: Offset of the span in the flattened factor.
         pair_dim: The dimension that counts pairs: 0 for A, 1 for B.
         slots: (k,) int64, the pairs to fill.
@@ -112,8 +112,8 @@ def places_of_pairs(start: int, numel: int, shape: torch.Size, pair_dim: int, sl
 
     Args:
         start: Offset of the span in the flattened factor.
-        numel: Its length.
-        shape: Of the whole factor: (r, n) for A, (m, r) for B.
+        numel: Length of the span.
+        shape: Shape of the whole factor: (r, n) for A, (m, r) for B.
         pair_dim: The dimension that counts pairs: 0 for A, 1 for B.
         slots: (k,) int64 on the CPU, the pairs.
 
@@ -135,7 +135,7 @@ def truncate_pairs(
         left: Columns, (m, k).
         right: Rows, (k, n).
         rank: Pairs to keep.
-        dtype: Of the result.
+        dtype: Type of the result.
 
     Returns:
         Columns (m, rank), rows (rank, n), and the relative error of their product. Where the product cannot have that
@@ -161,7 +161,7 @@ def _norm_of_product(left: Tensor, right: Tensor) -> float:
 
 
 def replay_pairs(entries: Iterable[tuple[Tensor, Tensor]], rank: int) -> tuple[Tensor, Tensor]:
-    """What a second adapter of a rank holds after appending these (left, right), one after the other."""
+    """What a second adapter of this rank holds after these (left, right) were appended one after the other."""
     held: tuple[Tensor, Tensor] | None = None
     for left, right in entries:
         if held is not None:

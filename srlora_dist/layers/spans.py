@@ -1,4 +1,4 @@
-"""Which run of a flattened tensor a rank holds on each engine: the arithmetic alone, for storages and for plans."""
+"""Computes which span of a flattened tensor a rank holds on each engine, for storages and for plans."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Span(NamedTuple):
-    """A run of a row-major flattened tensor, in elements.
+    """A contiguous stretch of a row-major flattened tensor, in elements.
 
     Args:
         start: Offset of its first element.
@@ -21,17 +21,17 @@ class Span(NamedTuple):
 
 
 def whole(numel: int) -> Span:
-    """All of it, on every rank: one process, DDP, and the model's parameters under ZeRO-1 and ZeRO-2."""
+    """The whole tensor on every rank: one process, DDP, and the model's parameters under ZeRO-1 and ZeRO-2."""
     return Span(0, numel)
 
 
 def longest_padded(numel: int, world_size: int) -> int:
-    """ZeRO-3: elements that every rank allocates for its run of a parameter, the padding of the last ones included."""
+    """ZeRO-3: elements that every rank allocates for its span of a parameter, padding included."""
     return -(-numel // world_size)
 
 
 def padded(numel: int, world_size: int, rank: int) -> Span:
-    """ZeRO-3: equal runs of the flattened parameter, the last ones cut short by its end; the padding is left out."""
+    """ZeRO-3: equal spans of the flattened parameter; the last ones end with it, so padding is left out."""
     return _cut(numel, longest_padded(numel, world_size), rank)
 
 
@@ -41,7 +41,7 @@ def longest_rows(shape: Sequence[int], world_size: int) -> int:
 
 
 def rows(shape: Sequence[int], world_size: int, rank: int) -> Span:
-    """FSDP2: whole rows, dealt out like torch.chunk's: as many to each of the first ranks, so that fewest get some."""
+    """FSDP2: whole rows, split as torch.chunk does: the first ranks get equal numbers, the last ones may get none."""
     return _cut(prod(shape), longest_rows(shape, world_size), rank)
 
 
@@ -49,10 +49,10 @@ def fragment(offset: int, numel: int, fragment_numel: int, rank: int) -> Span:
     """ZeRO-1 and ZeRO-2: the part of a parameter that falls into a rank's fragment of the flat buffer of a group.
 
     Args:
-        offset: Of the parameter in the buffer.
-        numel: Of the parameter.
+        offset: Offset of the parameter in the buffer.
+        numel: Number of elements of the parameter.
         fragment_numel: Length of each rank's fragment, padding included.
-        rank: Whose.
+        rank: The rank.
     """
     begin = rank * fragment_numel
     start = min(max(0, begin - offset), numel)
@@ -63,7 +63,8 @@ def fragment(offset: int, numel: int, fragment_numel: int, rank: int) -> Span:
 def fragment_numel(sizes: Sequence[int], world_size: int) -> int:
     """ZeRO-1 and ZeRO-2: the length of a fragment of the buffer in which DeepSpeed lays parameters end to end.
 
-    It pads the buffer to a multiple of two elements a rank (``nccl_start_alignment_factor`` in its stage_1_and_2.py).
+    DeepSpeed pads the buffer to a multiple of two elements per rank (``nccl_start_alignment_factor`` in its
+    stage_1_and_2.py).
     """
     return 2 * -(-sum(sizes) // (2 * world_size))
 

@@ -1,4 +1,4 @@
-"""Holds, on one rank, the prepared model and everything that SRLoRA keeps beside it: set up once, when a run binds."""
+"""Holds the prepared model and all that SRLoRA keeps beside it on one rank; set up once, by ``Switcher.bind``."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ logger = logging.getLogger(__name__)
 class BoundModel:
     """A prepared model, how this rank holds it, and what a switch needs beside it.
 
-    Set up in this order: ``BoundModel()``, :meth:`open_files`, :meth:`prepare`, then switch 0 or
+    It is set up in this order: ``BoundModel()``, :meth:`open_files`, :meth:`prepare`, then switch 0 or
     :meth:`restore_`, then :meth:`follow_optimizer`.
 
     Args:
         model: What ``accelerator.prepare`` returned.
-        optimizer: Likewise.
+        optimizer: What ``accelerator.prepare`` returned for the optimizer.
         known_sites: The sites that were found before the model was prepared.
         config: Options.
         schedule: The switches to come.
@@ -178,7 +178,7 @@ class BoundModel:
         self.executor.ledger = self.ledger
 
     def follow_optimizer(self, checks_first_batch: bool) -> None:
-        """Hook into the optimizer and the model, so that each step is observed and the outputs can be compared."""
+        """Add the hooks that observe each step of the optimizer and keep what is needed to compare outputs."""
         storage, config = self.storage, self.config
         if checks_first_batch:
             self.first_batch = FirstBatch(self.model, storage, config, self._leave_out)
@@ -189,7 +189,7 @@ class BoundModel:
             self.hooks += self.check.hooks
 
     def count_extra_memory(self) -> ExtraMemory:
-        """What this rank holds beside LoRA; also says to the user when the switches will be."""
+        """Count what this rank holds beside LoRA, and log that and when the switches will be."""
         due_steps, buckets = self.schedule.due_steps, list(self.executor.buckets())
         held = count_extra_memory(
             self.storage, self.statistics, self.ledger, len(due_steps), self.config, buckets, self.watch.num_bytes
@@ -200,7 +200,7 @@ class BoundModel:
         return held
 
     def remember(self, num_switches: int) -> None:
-        """Take the model as it is now for what it has to be at the next switch, save or export.
+        """Remember the model as it is now; the next switch, save or export requires that nothing else has changed it.
 
         Args:
             num_switches: Switches that have happened, switch 0 counted.
@@ -213,7 +213,7 @@ class BoundModel:
 
         Args:
             report: Gets the findings.
-            findings: Those that were made before the switch.
+            findings: Findings from before the switch; None entries are skipped.
         """
         what = f"append switch {report.switch} to the ledger"
         self.storage.on_rank_0(what, lambda: self.ledger.close_switch(report))

@@ -1,4 +1,4 @@
-"""When to switch and which pairs (Eq. 8, 13 and 14)."""
+"""Computes how many switches there are, when each is due, and which pairs and directions it takes (Eq. 8, 13, 14)."""
 
 from __future__ import annotations
 
@@ -15,21 +15,26 @@ from srlora_dist.layers.adapter import is_used, used_adapter_error
 from srlora_dist.layers.site import Site
 
 NEGLIGIBLE = 1e-6
-"""Share of a moving average that cannot move a score by more than a few roundings of float32."""
+"""A share of a moving average this small moves a score by no more than a few roundings of float32."""
 
 
 def num_fused(rank: int, fusion_ratio: float) -> int:
-    """Eq. 13: pairs that one switch fuses at a site of this rank, r' = gamma r, at least one."""
+    """Eq. 13: the number of pairs that one switch fuses at a site of this rank, r' = gamma r, at least one."""
     return max(1, round(fusion_ratio * rank))
 
 
 def num_to_fuse(rank: int, target_rank: int, num_taken: int, fusion_ratio: float) -> int:
-    """Pairs that the next switch fuses at a site: r', or what is left of its directions."""
+    """Number of pairs that the next switch fuses at a site: r', or as many as there are directions left."""
     return min(num_fused(rank, fusion_ratio), target_rank - num_taken)
 
 
 def count_switches(ranks: Iterable[tuple[int, int]], fusion_ratio: float) -> int:
-    """Eq. 14's N_switch: how many use up the directions of all sites, each of a (rank, target rank)."""
+    """Eq. 14's N_switch: the number of switches that use up the directions of all sites.
+
+    Args:
+        ranks: (rank, target rank) of each site.
+        fusion_ratio: The paper's gamma.
+    """
     counts = (math.ceil((target - rank) / num_fused(rank, fusion_ratio)) for rank, target in ranks if target > rank)
     return max(counts, default=0)
 
@@ -52,9 +57,9 @@ def due_steps(
         ranks: (rank, target rank) of each site; the site with the most switches sets the pace.
         fusion_ratio: The paper's gamma.
         until: Share of the run in which all switches happen; the paper's is 1.
-        num_switches: How many there are, in place of those that the ranks ask for.
-        may_be_fewer: Nobody has asked for the target ranks: where they ask for more switches than there are steps, make
-            one after each step and warn.
+        num_switches: Number of switches; None for as many as the ranks need.
+        may_be_fewer: Whether to warn and switch after each step where the ranks need more switches than there are
+            steps. Else that raises.
 
     Raises:
         ValueError: There are more switches than steps, and there may not be fewer.
@@ -83,14 +88,14 @@ def due_steps(
 
 
 def window_length(setting: int | str, *decays: float) -> int | None:
-    """Steps before a switch whose gradients are observed; None for all since the last one.
+    """Number of steps before a switch whose gradients are observed; None for all since the last switch.
 
-    With ``auto`` the steps before these weigh less than ``NEGLIGIBLE`` in either moving average: after N steps what was
-    before weighs b^N in the mean, and in the deviation, which follows the mean, at most (1 + (1 - b) N) b^N.
+    With ``auto`` all earlier steps weigh less than ``NEGLIGIBLE`` in either moving average. After N steps, whatever
+    came before weighs b^N in the mean. In the deviation, which follows the mean, it weighs at most (1 + (1 - b) N) b^N.
 
     Args:
         setting: ``srlora.importance_window``.
-        decays: Of the moving averages, b1 and b2.
+        decays: Decays of the moving averages, b1 and b2.
     """
     if setting == "all":
         return None
@@ -104,9 +109,9 @@ def choose_slots(scores: Tensor, count: int, ages: list[int], choose: str = "low
     """Eq. 8: the slots that a switch fuses, sorted.
 
     Args:
-        scores: (r,), one a slot.
-        count: How many slots.
-        ages: Intervals between switches that each slot's pair has lived.
+        scores: (r,), one score per slot.
+        count: Number of slots to choose.
+        ages: For each slot the number of intervals between switches that its pair has lived.
         choose: ``lowest`` takes those of the lowest scores, ``highest`` of the highest, ``oldest`` those of the highest
             age and among them of the lowest scores. Of equals the lower slot goes first.
         grace: A pair that has lived fewer intervals is chosen only where there are not enough others.
@@ -182,7 +187,7 @@ def plan_switches(sites: list[Site], config: SRLoRAConfig, num_training_steps: i
 
 
 def num_next(site: Site, fusion_ratio: float) -> int:
-    """Pairs that the next switch fuses at a site."""
+    """Number of pairs that the next switch fuses at a site."""
     state = site.state
     if state.num_starts > state.target_rank:  # it goes on
         return num_fused(site.rank, fusion_ratio)
@@ -193,10 +198,10 @@ def next_directions(site: Site, slots: list[int], exhausted: str) -> tuple[list[
     """The directions that pairs in these slots are started along, and the site's ``num_taken`` after that.
 
     Args:
-        site: Before it starts them.
-        slots: Whose pairs are fused, so that their directions are free.
+        site: The site before it starts them.
+        slots: Slots whose pairs are fused, so that their directions are free.
         exhausted: ``srlora.exhausted``. With ``wrap`` the numbers begin again at 0, without those of pairs that stay.
-            With ``renew`` all that a switch needs have numbers from ``target_rank`` on once too few are left below.
+            With ``renew``, once too few are left below ``target_rank``, all that a switch needs are counted from there.
     """
     count, first, target = len(slots), site.state.num_taken, site.state.target_rank
     if exhausted == "wrap":

@@ -1,4 +1,4 @@
-"""Measures how far a switch moves what the model gives, on a training batch."""
+"""Checks a switch: how far it moves the model's outputs on a training batch, and whether ranks still agree."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def largest_change(storage: Storage, tolerance: float | None, types: Iterable[to
     Args:
         storage: How they are held.
         tolerance: The option.
-        types: Those that a forward pass has shown beside them.
+        types: Further types that a forward pass has shown.
     """
     if tolerance is not None:
         return tolerance

@@ -1,6 +1,6 @@
-"""Signs that a run is failing, each a warning with its figures: scores, directions, losses.
+"""Recognises signs that a run is failing, and words each as a warning with its figures.
 
-Everything is computed from numbers that the caller has already. The thresholds were set on 2026-11-22 by what healthy
+Everything is computed from numbers that the caller already has. The thresholds were set on 2026-11-22 by what healthy
 runs logged: the demo, RTE, MRPC and STS-B with MiniLM, and SmolLM2-135M.
 """
 
@@ -64,8 +64,8 @@ class Finding:
     """One failure sign, for the log, TensorBoard and ``summary.json``.
 
     Args:
-        kind: ``even_scores``, ``no_gradient``, ``directions_exhausted``, ``noise_level_directions``, ``loss_jump``,
-            ``worse_than_start``, ``skipped_steps`` or ``doubtful_figures``.
+        kind: One of ``even_scores``, ``no_gradient``, ``directions_exhausted``, ``noise_level_directions``,
+            ``loss_jump``, ``worse_than_start``, ``skipped_steps`` or ``doubtful_figures``.
         step: The optimizer step after which it was seen.
         message: One line with the figures and, where there is one, the remedy.
         figures: The same numbers, by name.
@@ -94,7 +94,8 @@ def evenness(site: SiteSwitch) -> float | None:
 def even_scores(report: SwitchReport) -> Finding | None:
     """The choice of pairs was arbitrary at more than half of the sites: their scores differ by no more than noise.
 
-    Of one site the evenness is above ``EVEN`` by chance at a tenth of the switches or more, so that alone says nothing.
+    At a single site the evenness is above ``EVEN`` by chance at a tenth of the switches or more, so one site alone says
+    nothing.
     """
     found = {site.site: even for site in report.sites if (even := evenness(site)) is not None}
     num_even = sum(even > EVEN for even in found.values())
@@ -126,8 +127,8 @@ def no_gradient(report: SwitchReport) -> Finding | None:
 def directions_exhausted(report: SwitchReport, sites: list[Site]) -> Finding | None:
     """Sites whose last directions this switch has taken: each is named once.
 
-    Call it after the switch. Not of switch 0, where a target equal to the rank was asked for (PiSSA), and a matrix that
-    holds no more was named already when its target was clamped.
+    Call it after the switch. There is no finding for switch 0: a target equal to the rank was asked for (PiSSA), and a
+    matrix that holds no more directions was named when its target was clamped.
     """
     taking = {part.site for part in report.sites}
     states = [(site.name, site.state) for site in sites]
@@ -148,15 +149,15 @@ def noise_edge(values: list[float], shape: tuple[int, int], relative_error: floa
     """The largest singular value that rounding alone gives a weight of this size.
 
     Independent errors of size sigma on an (m, n) matrix have singular values up to sigma (sqrt m + sqrt n). The size of
-    the weight comes from its Frobenius norm. Without it, from a bound: the singular values that are not known are no
-    larger than the last that is. That adds at most ``(2 NOISE_MARGIN relative_error values[-1])^2`` to the square of
-    the edge, so with fp4 a last value up to 7% above the edge can be taken for noise, and less with the other types.
+    the weight comes from its Frobenius norm. Without it a bound is used: the singular values that are not known are
+    no larger than the last known one. That adds at most ``(2 NOISE_MARGIN relative_error values[-1])^2`` to the square
+    of the edge, so with fp4 a last value up to 7% above the edge can be taken for noise, and less with the other types.
 
     Args:
         values: The first singular values, falling, in the unit of the weight.
         shape: (m, n).
         relative_error: One of ``NOISE``.
-        norm: Of the weight, where it is known.
+        norm: Frobenius norm of the weight, or None where it is not known.
 
     Returns:
         The edge, and no less than ``max(m, n)`` float32 roundings of the first value: what is smaller has no part in
@@ -172,13 +173,13 @@ def noise_edge(values: list[float], shape: tuple[int, int], relative_error: floa
 def noise_level_directions(
     step: int, sites: list[Site], values: dict[str, list[float]], stored_as: str | None = None
 ) -> Finding | None:
-    """Directions about to be started that carry no information: rounding of the stored weights alone makes such.
+    """Find directions that carry no information: rounding of the stored weights alone could have made them.
 
-    Call it before the switch. Once before switch 0 with all values says everything at the first moment.
+    Call it before the switch. One call before switch 0 with all values finds all of them.
 
     Args:
-        step: Of the switch.
-        sites: Those counted.
+        step: Optimizer step of the switch.
+        sites: The sites to judge.
         values: For each site's name its singular values, falling, from direction 0 to the last about to be started;
             those from ``num_taken`` on are judged. A site without an entry starts none.
         stored_as: A name of ``NOISE``: the type of the weights the directions were computed from, where that is not the
@@ -211,9 +212,9 @@ def noise_level_directions(
 class LossWatch:
     """Notices that the training loss jumps at a switch, which keeps the function and must not do that.
 
-    Compared are logged losses, each the mean of a window of steps: the two after a switch (the window in which it fell
-    counts, thinned by the steps before it) with the median of the twelve before. A loss that is reported stays out of
-    what later switches are compared with.
+    It compares logged losses, each the mean of a window of steps: the two after a switch with the median of the twelve
+    before it. The window in which the switch fell counts, although it also holds steps before the switch. A loss that
+    was reported is not used as a reference for later switches.
     """
 
     def __init__(self) -> None:
@@ -227,7 +228,7 @@ class LossWatch:
         self._switch = step
 
     def update(self, step: int, loss: float) -> Finding | None:
-        """Take the loss of the window that ends with this step; gives at most one finding a switch.
+        """Take the loss of the window that ends with this step; gives at most one finding per switch.
 
         A loss that is not finite is ignored: the log has it, and the scores of a diverged run stop it.
         """
@@ -277,7 +278,7 @@ def worse_than_start(step: int, start: dict[str, float], now: dict[str, float]) 
     """The validation loss is above that before the first step, by more than ``WORSE_SHARE``.
 
     Args:
-        step: Of this evaluation.
+        step: Optimizer step of this evaluation.
         start: The evaluation of step 0: ``loss``, and the task's metrics.
         now: This one, over the same samples. A loss that is not finite is worse.
     """

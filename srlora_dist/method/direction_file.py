@@ -1,4 +1,4 @@
-"""The file of directions: written whole, and read through a copy that nobody can remove or change during the run."""
+"""Writes and reads the file of directions; reads go to a copy that nobody can remove or change during the run."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from srlora_dist.layers.digest import combine, digest_span
 logger = logging.getLogger(__name__)
 
 PARTS = ("Ut", "S", "Vt")
-"""Of each site, a direction a row: left vectors (k, m), singular values (k,), right vectors (k, n)."""
+"""Parts of each site, one direction per row: left vectors (k, m), singular values (k,), right vectors (k, n)."""
 
 
 class DirectionFile:
-    """Directions of all sites in a cache that many runs share, and that may be emptied at any time; for rank 0.
+    """The directions of all sites, as a file in a cache that many runs share and that may be emptied at any time.
 
-    A run reads from a copy without a name, which takes no memory and goes with the process, however that ends. It lies
-    in the folder of temporary files (``TMPDIR``), or beside the file if there is no room. Where there is none either,
-    the directions stay in memory.
+    Rank 0 alone uses it. A run reads from an unnamed copy, which takes no memory and disappears with the process,
+    however that ends. The copy lies in the folder of temporary files (``TMPDIR``), or beside the file if there is no
+    room. If there is no room in either, the directions stay in memory.
 
     Args:
-        path: Of the file in the cache.
+        path: Path of the file in the cache.
     """
 
     def __init__(self, path: Path) -> None:
@@ -40,7 +40,7 @@ class DirectionFile:
         self._in_memory: dict[str, Tensor] | None = None
 
     def open(self) -> bool:
-        """Take a copy of the file; tells whether its content matches its own digest.
+        """Take a copy of the file, and tell whether its content matches the digest that it holds.
 
         Raises:
             OSError: There is no such file, or it cannot be read.
@@ -62,8 +62,8 @@ class DirectionFile:
         """Put the file into the cache, whole or not at all, and open it.
 
         Args:
-            tensors: By names, ``{site}.{part}``.
-            method: By which they were computed.
+            tensors: The directions by name, ``{site}.{part}``.
+            method: Name of the method that computed them.
 
         Raises:
             OSError: It could not be written, or does not hold what was written.
@@ -75,7 +75,7 @@ class DirectionFile:
             raise OSError(f"{self.path} does not hold what was written: look at the disk, or choose another folder")
 
     def rows(self, site: str, numbers: list[int]) -> list[Tensor]:
-        """The given directions of a site, for each of ``PARTS`` a tensor.
+        """The given directions of a site, one tensor for each of ``PARTS``.
 
         Raises:
             OSError: They cannot be read.
@@ -90,7 +90,7 @@ class DirectionFile:
             raise OSError(str(error)) from error
 
     def singular_values(self, site: str) -> list[float]:
-        """Of a site, falling."""
+        """All singular values of a site, falling."""
         return self._tensor(f"{site}.S").tolist()
 
     def _tensor(self, name: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Directions of every site: computed once on rank 0, kept in one safetensors file, broadcast as they are needed."""
+"""Computes the directions of every site once on rank 0, keeps them in one file, and broadcasts them when needed."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ logger = logging.getLogger(__name__)
 
 
 class OriginalWeights:
-    """The safetensors files of a local checkpoint folder.
+    """Reads pretrained weights from the safetensors files of a local checkpoint folder.
 
     Args:
-        folder: Of the checkpoint, as ``from_pretrained`` reads it.
+        folder: Folder of the checkpoint, as ``from_pretrained`` reads it.
 
     Raises:
-        ValueError: There are no safetensors files in it, one cannot be read, or several hold the same weight.
+        ValueError: The folder has no safetensors files, one cannot be read, or several hold the same weight.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -101,11 +101,11 @@ class Directions:
         if self.shares and self.checkpoint is not None:
             logger.warning("srlora.svd_distribute is without effect with directions_from, which rank 0 reads")
             self.shares = False
-        self.digests: list[int] = []  # of each site's W
-        self.path: Path | None = None  # on rank 0
-        self._file: DirectionFile | None = None  # likewise
-        self.was_there = False  # the file, before prepare()
-        self._original: OriginalWeights | None = None  # likewise
+        self.digests: list[int] = []  # one for each site's W
+        self.path: Path | None = None  # set on rank 0
+        self._file: DirectionFile | None = None  # set on rank 0
+        self._original: OriginalWeights | None = None  # set on rank 0, with directions_from
+        self.was_there = False  # whether the file existed before prepare()
 
     @torch.no_grad()
     def prepare(self) -> None:
@@ -129,7 +129,7 @@ class Directions:
 
         Args:
             wanted: The same on every rank.
-            made: On rank 0, by site number, those that are to be spread in place of what the file has.
+            made: On rank 0, by site number, directions to broadcast in place of those in the file.
 
         Collective: one broadcast of all of them together from rank 0.
 
@@ -151,11 +151,11 @@ class Directions:
         return [(left.view(k, m).T, values, right.view(k, n)) for left, values, right, (m, k, n) in triplets]
 
     def singular_values(self) -> dict[str, list[float]]:
-        """Of each site, by its name, falling; for rank 0 alone."""
+        """The singular values of each site by its name, falling; for rank 0 alone."""
         return {site.name: self._file.singular_values(site.name) for site in self.storage.sites}
 
     def _read(self, wanted: list[tuple[int, list[int]]], made: dict[int, Triplet], parts: list[Tensor]) -> bool:
-        """Fill the parts; False where the file cannot be read, for the other ranks wait."""
+        """Fill the parts; False where the file cannot be read. It must not raise, because the other ranks wait."""
         try:
             for j, (number, rows) in enumerate(wanted):
                 if number in made:
@@ -212,17 +212,17 @@ class Directions:
         return self._collect(made)
 
     def _rounds(self) -> list[list[int]]:
-        """Numbers of the sites that are factored at the same time, the first on rank 0 and so on."""
+        """Indices of the sites that are factored at the same time, the first on rank 0 and so on."""
         sites = self.storage.sites
         if not self.shares:
             return [[number] for number in range(len(sites))]
-        # Of like size at a time, so that no rank waits for long.
+        # Sites of similar size together, so that no rank waits for long.
         order = sorted(range(len(sites)), key=lambda number: math.prod(sites[number].shape), reverse=True)
         width = self.storage.world_size
         return [order[k : k + width] for k in range(0, len(sites), width)]
 
     def _gather(self, numbers: list[int]) -> Tensor | None:
-        """W, as it is stored, of the one that this rank factors. Collective: each goes to the rank that factors it."""
+        """The W, as stored, of the site that this rank factors. Collective: each W goes to the rank that factors it."""
         mine = None
         for to_rank, number in enumerate(numbers if self.checkpoint is None else []):
             with self.storage.in_memory(number):
@@ -230,9 +230,9 @@ class Directions:
             mine = stored if stored is not None else mine
         return mine
 
-    @torch.no_grad()  # of the thread
+    @torch.no_grad()  # the setting belongs to a thread, and this runs in another one
     def _factor(self, number: int, stored: Tensor | None) -> dict[int, Triplet]:
-        """A site's directions as they are kept in the file: on the CPU, U transposed so that a direction is a row."""
+        """A site's directions as the file keeps them: on the CPU, with U transposed so that each direction is a row."""
         storage, site = self.storage, self.storage.sites[number]
         try:
             given = stored is not None
@@ -243,7 +243,7 @@ class Directions:
         return {number: (left.T.contiguous().cpu(), values.cpu(), right.cpu())}
 
     def _collect(self, made: dict[int, Triplet]) -> dict[str, Tensor]:
-        """All of them by their names in the file, on rank 0. Collective: they are collected if they were shared out."""
+        """All directions by name, as in the file, on rank 0. Collective: a gather, if the ranks shared the work."""
         sites = self.storage.sites
         names = [f"{site.name}.{part}" for site in sites for part in PARTS]
         if not self.shares:

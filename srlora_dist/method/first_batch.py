@@ -1,6 +1,6 @@
-"""Looks at the first training batch, before anything is learnt from it: has switch 0 kept the function?
+"""Checks on the first training batch, before anything is learnt from it, that switch 0 has kept the function.
 
-What the structure of a model does not tell shows here: a layer that the model never calls although it reads its weight
+This finds what the structure of a model does not tell: a layer that the model never calls although it reads its weight
 (bypassed), or a use of the weight, or of the second adapter, that PEFT knows nothing of.
 """
 
@@ -49,9 +49,9 @@ class FirstBatch:
         model: The prepared model, after switch 0.
         storage: How it is held.
         config: ``adapter_name``, ``start``, ``check_switch`` and ``switch_tolerance``.
-        leave_out: Called on every rank with the numbers of the sites that are bypassed, before the batch's own pass.
+        leave_out: Called on every rank with the indices of the sites that are bypassed, before the batch's own pass.
 
-    Collective: the forward passes; two all-reduces of 12 bytes a site before the batch's own pass, and one of 8 bytes
+    Collective: the forward passes; two all-reduces of 12 bytes per site before the batch's own pass, and one of 8 bytes
         before the first optimizer step; under ZeRO-3 and FSDP2 an all-reduce of the suspicious sites' factors.
     """
 
@@ -87,7 +87,7 @@ class FirstBatch:
         return self._change if self._change >= 0 else None
 
     def __reduce__(self) -> tuple:
-        return object.__new__, (FirstBatch,)  # likewise in a model that is pickled; it has no entrances
+        return object.__new__, (FirstBatch,)  # a pickled model checks nothing either: this copy has no entrances
 
     def __deepcopy__(self, memo: dict) -> FirstBatch:
         return self  # a copy of the model has the hooks too, and nothing is to be checked there
@@ -110,7 +110,7 @@ class FirstBatch:
         Collective: an all-reduce of 8 bytes.
 
         Raises:
-            ValueError: With the change and the sites that may be the cause.
+            ValueError: The outputs moved; the message has the change and the sites that may be the cause.
         """
         tolerance = self._tolerance
         change = largest_on_any_rank(self.storage, self._change)
@@ -181,10 +181,10 @@ class FirstBatch:
         return True
 
     def _matter(self, numbers: list[int], after: list[Tensor]) -> bool:
-        """Whether outputs move with the W of layers that are read and not called: it may be for their type alone.
+        """Whether outputs depend on the W of layers that are read but not called; some are read for their type alone.
 
         Args:
-            numbers: Of the sites.
+            numbers: Indices of the sites.
             after: The outputs in evaluation mode as it is.
 
         Collective: three forward passes, and an all-reduce of 8 bytes.

@@ -1,6 +1,6 @@
-"""Takes switch 0 back: for a moment, at the sites that are left out, or where a run cannot go on.
+"""Undoes switch 0: for a moment, at the sites that are left out, or everywhere if the run cannot go on.
 
-Nothing was trained yet, so that a site's W is what it was once the pairs that it lost are added again.
+Nothing was trained yet. So adding the pairs that switch 0 took out of W gives the pretrained W again.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ BYPASSED = "the model never calls, for it reads the weight"
 
 @contextmanager
 def edited_back(storage: Storage, numbers: list[int], moves: bool = False) -> Iterator[None]:
-    """Give sites for a moment the W that they had, and put back the very bits at the end.
+    """Give sites the W from before switch 0 inside the context, and restore the edited W bit for bit afterwards.
 
-    A copy of what this rank holds of these weights waits in host memory.
+    Meanwhile host memory holds a copy of what this rank holds of these weights.
 
     Args:
-        storage: How they are held.
-        numbers: Of sites that are edited in place.
-        moves: The pairs are nothing yet, so move W along their rows by any amount that shows.
+        storage: How the sites are held.
+        numbers: Indices of sites that are edited in place.
+        moves: Whether to move W by a visible amount along the pairs' rows instead, because the pairs are still 0.
 
     Collective: under ZeRO-3 and FSDP2 an all-reduce of the factors.
     """
@@ -52,12 +52,12 @@ def leave_out_(model: nn.Module, storage: Storage, config: SRLoRAConfig, numbers
         model: The prepared model.
         storage: How it is held.
         config: ``adapter_name`` and ``start``.
-        numbers: Of the sites, the same on every rank.
+        numbers: Indices of the sites, the same on every rank.
 
     Collective: see :func:`undo_first_switch_`.
 
     Raises:
-        ValueError: The user has named them, or there is no other site; then switch 0 is undone at all sites.
+        ValueError: The user has named these layers, or there is no other site. Switch 0 is then undone at all sites.
     """
     peft_model, name = find_peft_model(model), config.adapter_name
     base, sites = peft_model.get_base_model(), storage.sites
@@ -76,11 +76,11 @@ def leave_out_(model: nn.Module, storage: Storage, config: SRLoRAConfig, numbers
 
 @torch.no_grad()
 def undo_first_switch_(storage: Storage, numbers: list[int], start: str) -> None:
-    """Give sites their W back and pairs that do nothing, as before switch 0, but for roundings.
+    """Give sites the W from before switch 0, up to rounding, and pairs that do nothing.
 
     Args:
-        storage: How they are held; nothing was trained yet.
-        numbers: Of the sites.
+        storage: How the sites are held; nothing was trained yet.
+        numbers: Indices of the sites.
         start: ``srlora.start``.
 
     Collective: under ZeRO-3 and FSDP2 an all-reduce of the factors.
@@ -99,12 +99,12 @@ def undo_first_switch_(storage: Storage, numbers: list[int], start: str) -> None
 
 @torch.no_grad()
 def _edit_back_(storage: Storage, numbers: list[int], moves: bool = False) -> None:
-    """Add the pairs of switch 0 to W again, from which it took them.
+    """Add the pairs that switch 0 took out of W to it again.
 
     Args:
-        storage: How it is held.
-        numbers: Of the sites.
-        moves: The pairs are nothing yet, so move W along their rows by any amount that shows.
+        storage: How the sites are held.
+        numbers: Indices of the sites.
+        moves: See :func:`edited_back`.
     """
     storage.to_rest_layout_()
     for number in numbers:

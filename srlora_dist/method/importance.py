@@ -1,4 +1,4 @@
-"""The moving averages of Eq. 3-6, on the spans that a rank tracks, and the pair scores of Eq. 7."""
+"""Computes the moving averages of Eq. 3-6 on the spans that a rank tracks, and the pair scores of Eq. 7."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ GROUP_ELEMENTS = {"cpu": 1 << 16, "other": 1 << 24}
 """Elements that are updated together: on a CPU few enough for its cache, elsewhere enough to need few kernels."""
 
 MOST_GROUPINGS = 16
-"""Sets of tensors with a gradient for which the groups are kept: one in most runs, under ZeRO-3 one a sub-group."""
+"""Sets of tensors with a gradient for which the groups are kept: one in most runs, under ZeRO-3 one per sub-group."""
 
 
 @dataclass
 class Group:
-    """Pieces of tensors that the optimizer steps; their statistics lie end to end and are updated as one tensor.
+    """Spans of tensors that the optimizer steps; their statistics lie end to end and are updated as one tensor.
 
     Args:
-        pieces: Of one device and type.
-        mean: Their moving averages of the sensitivity (Eq. 4), flat.
-        deviation: Those of its deviation (Eq. 5), flat.
+        spans: The spans, of one device and type.
+        mean: Moving averages of the sensitivity of their elements (Eq. 4), flat.
+        deviation: Moving averages of its deviation (Eq. 5), flat.
     """
 
-    pieces: list[OwnedSpan]
+    spans: list[OwnedSpan]
     mean: Tensor
     deviation: Tensor
 
     def __post_init__(self) -> None:
         # To use a tensor as it is costs less than to make a view of it.
-        self._are_whole = all(piece.numel == local_part(piece.owner).numel() for piece in self.pieces)
+        self._are_whole = all(owned.numel == local_part(owned.owner).numel() for owned in self.spans)
 
     def sensitivity(self) -> Tensor:
         """Eq. 3, flat and in float32."""
         if self._are_whole:
-            weights = [local_part(piece.owner) for piece in self.pieces]
-            grads = [local_part(piece.owner.grad) for piece in self.pieces]
+            weights = [local_part(owned.owner) for owned in self.spans]
+            grads = [local_part(owned.owner.grad) for owned in self.spans]
         else:
-            weights = [piece.of(piece.owner) for piece in self.pieces]
-            grads = [piece.of(piece.owner.grad) for piece in self.pieces]
+            weights = [owned.of(owned.owner) for owned in self.spans]
+            grads = [owned.of(owned.owner.grad) for owned in self.spans]
         if weights[0].dtype != torch.float32:  # trained in 16 bits: averages of such short numbers would stand still
             weights, grads = ([tensor.float() for tensor in tensors] for tensors in (weights, grads))
         return torch._utils._flatten_dense_tensors(torch._foreach_mul(weights, grads)).abs_()
@@ -99,7 +99,7 @@ class Importance(PairStatistics):
     @override
     @torch.no_grad()
     def pair_scores(self) -> list[Tensor]:
-        """Eq. 6-7. Collective: one all-reduce of 8 bytes a pair, or of 32 if they are relative."""
+        """Eq. 6-7. Collective: one all-reduce of 8 bytes per pair, or of 32 if they are relative."""
 
         def score(span: FactorSpan) -> Tensor:
             # In float32 the product of two averages of 1e-20 would be 0.
@@ -130,19 +130,19 @@ class Importance(PairStatistics):
         """All that is tracked of the owners with these ids, in groups."""
         for (mean, deviation), spans in self._buffers:
             most = GROUP_ELEMENTS.get(mean.device.type, GROUP_ELEMENTS["other"])
-            groups: list[tuple[int, list[OwnedSpan]]] = []  # (where its statistics begin, pieces)
+            groups: list[tuple[int, list[OwnedSpan]]] = []  # (where its statistics begin, spans)
             stop = 0
-            for start, piece in _cut(_joined(spans, present), most):
-                first, pieces = groups[-1] if groups else (0, [])
-                fits = pieces and start == stop and start + piece.numel - first <= most
-                if fits and pieces[0].owner.dtype == piece.owner.dtype:
-                    pieces.append(piece)
+            for start, owned in _cut(_joined(spans, present), most):
+                first, members = groups[-1] if groups else (0, [])
+                fits = members and start == stop and start + owned.numel - first <= most
+                if fits and members[0].owner.dtype == owned.owner.dtype:
+                    members.append(owned)
                 else:
-                    groups.append((start, [piece]))
-                stop = start + piece.numel
-            for first, pieces in groups:
-                last = first + sum(piece.numel for piece in pieces)
-                yield Group(pieces, mean[first:last], deviation[first:last])
+                    groups.append((start, [owned]))
+                stop = start + owned.numel
+            for first, members in groups:
+                last = first + sum(owned.numel for owned in members)
+                yield Group(members, mean[first:last], deviation[first:last])
 
 
 def mean_square(span: FactorSpan) -> Tensor:
@@ -156,7 +156,7 @@ def _quotient(part: Tensor, size: Tensor) -> Tensor:
 
 
 def _joined(spans: list[FactorSpan], present: set[int]) -> list[tuple[int, OwnedSpan]]:
-    """Runs of these owners as (where its statistics begin, piece), neighbours made one."""
+    """The spans of these owners as (where its statistics begin, span), with neighbours joined."""
     found: list[tuple[int, OwnedSpan]] = []
     start = 0
     for span in spans:
@@ -171,11 +171,11 @@ def _joined(spans: list[FactorSpan], present: set[int]) -> list[tuple[int, Owned
     return found
 
 
-def _cut(pieces: list[tuple[int, OwnedSpan]], most: int) -> Iterator[tuple[int, OwnedSpan]]:
-    """The same in pieces of at most so many elements."""
-    for begin, piece in pieces:
-        for k in range(0, piece.numel, most):
-            yield begin + k, OwnedSpan(piece.owner, piece.offset + k, piece.start + k, min(most, piece.numel - k))
+def _cut(spans: list[tuple[int, OwnedSpan]], most: int) -> Iterator[tuple[int, OwnedSpan]]:
+    """The same, cut into spans of at most this many elements."""
+    for begin, owned in spans:
+        for k in range(0, owned.numel, most):
+            yield begin + k, OwnedSpan(owned.owner, owned.offset + k, owned.start + k, min(most, owned.numel - k))
 
 
 class ChangeScore(PairStatistics):
@@ -190,7 +190,7 @@ class ChangeScore(PairStatistics):
     @override
     @torch.no_grad()
     def pair_scores(self) -> list[Tensor]:
-        """Collective: one all-reduce of 8 bytes a pair."""
+        """Collective: one all-reduce of 8 bytes per pair."""
 
         def square(span: FactorSpan) -> Tensor:
             return (span.of(span.owner).float() - self.of(span, "start")).double().square()

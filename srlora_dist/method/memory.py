@@ -1,4 +1,4 @@
-"""What SRLoRA adds to the memory of plain LoRA training, counted before the first step."""
+"""Counts, before the first step, the memory that SRLoRA needs beside plain LoRA training."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from srlora_dist.storage.base import Storage
 
 @dataclass
 class ExtraMemory:
-    """Bytes on this rank.
+    """Bytes that SRLoRA needs on this rank.
 
     Args:
-        tracking: What the scores are made of.
+        tracking: The statistics behind the scores.
         residual: The second terms of 16-bit weights.
         second_adapter: The frozen adapter that holds what is fused into quantised weights.
-        ledger: What rank 0 has in memory at the end of the run; nothing where it goes to a folder.
-        samples: Elements by which a change behind the Switcher's back is noticed.
-        directions: What a switch holds while it runs: next directions and gathered factors of a bucket of sites.
+        ledger: The ledger on rank 0 at the end of the run; 0 where it is written to a folder.
+        samples: The elements by which a change behind the Switcher's back is noticed.
+        directions: What is held during a switch: next directions and gathered factors of a bucket of sites.
     """
 
     tracking: int
@@ -42,28 +42,28 @@ class ExtraMemory:
 
 def count_extra_memory(
     storage: Storage,
-    importance: PairStatistics | None,
+    statistics: PairStatistics | None,
     ledger: Ledger | None,
     num_switches: int,
     config: SRLoRAConfig,
     buckets: list[list[int]],
     samples: int,
 ) -> ExtraMemory:
-    """Count it from the sites and the schedule.
+    """Count the extra memory from the sites and the schedule.
 
     Args:
-        storage: With its residuals allocated.
-        importance: None where nothing is tracked.
-        ledger: None on other ranks than 0.
-        num_switches: Planned after switch 0.
+        storage: How the sites are held, with residuals allocated.
+        statistics: Statistics of the pairs; None where nothing is tracked.
+        ledger: The ledger on rank 0; None elsewhere.
+        num_switches: Number of switches that are planned after switch 0.
         config: Options.
-        buckets: Numbers of the sites that are switched together.
-        samples: See :class:`ExtraMemory`.
+        buckets: Indices of the sites that are switched together.
+        samples: Bytes for the samples, see :class:`ExtraMemory`.
     """
     sites, in_memory = storage.sites, ledger is not None and ledger.folder is None
     with_second = [site for site in sites if site.fused_a is not None]
     return ExtraMemory(
-        tracking=importance.num_bytes if importance is not None else 0,
+        tracking=statistics.num_bytes if statistics is not None else 0,
         residual=sum(residual.nbytes for residual in storage.residuals.values()),
         second_adapter=sum(storage.held_bytes(f) for site in with_second for f in (site.fused_a, site.fused_b)),
         ledger=sum(ledger_bytes(site, num_switches, config) for site in sites) if in_memory else 0,
@@ -73,7 +73,7 @@ def count_extra_memory(
 
 
 def ledger_bytes(site: Site, num_switches: int, config: SRLoRAConfig) -> int:
-    """Of a site's columns and rows in the ledger after switch 0 and so many others."""
+    """Bytes of a site's columns and rows in the ledger after switch 0 and this many others."""
     most = site.rank + num_switches * num_fused(site.rank, config.fusion_ratio)
     restarted = max(0, min(site.state.num_starts, most) - site.rank)
     pairs = restarted if config.start == "zero_b" else site.num_first + 2 * restarted
@@ -81,6 +81,6 @@ def ledger_bytes(site: Site, num_switches: int, config: SRLoRAConfig) -> int:
 
 
 def switch_bytes(site: Site, gathers: bool) -> int:
-    """Of a site in switch 0, the largest: its directions, and its factors where they are gathered."""
+    """Bytes of a site in switch 0, the largest switch: its directions, and its factors where they are gathered."""
     directions = 4 * site.num_first * (sum(site.shape) + 1)
     return directions + (4 * site.num_factor_elements if gathers else 0)

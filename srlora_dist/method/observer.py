@@ -1,4 +1,4 @@
-"""What happens at each step of the optimizer between two switches: pairs are scored, and nothing is sent."""
+"""Follows each step of the optimizer between two switches: scores the pairs, and sends nothing."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Observer:
 
     Args:
         scores: The statistics of the pairs; None where no switch is to come.
-        pair_steps: Adam's bias correction by the age of a pair; None where it is not asked for.
+        pair_steps: Corrects Adam's bias by the age of a pair; None where no option asks for it.
         watch: Notices pairs that something else has moved.
         schedule: Knows the next switch.
         num_steps: Gives the steps that were reported so far.
@@ -84,7 +84,7 @@ class Observer:
         self.stepped |= owned
 
     def after(self, owners: list[Tensor]) -> None:
-        """It has stepped them."""
+        """The optimizer has stepped these tensors."""
         if self.pair_steps is not None:
             self.pair_steps.after_({id(owner) for owner in owners}, self._num_steps() + 1)
 
@@ -113,7 +113,7 @@ class Observer:
         """The score of every pair of each site, the same on every rank. Collective: one all-reduce.
 
         Raises:
-            RunStoppedError: They are not numbers.
+            RunStoppedError: A score is not a finite number.
         """
         scores = self.scores.pair_scores()
         if not all(bool(score.isfinite().all()) for score in scores):

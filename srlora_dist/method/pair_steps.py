@@ -1,4 +1,4 @@
-"""Adam's bias correction by the age of a pair, where the optimizer itself has one step count for all elements."""
+"""Corrects Adam's bias by the age of each pair, because the optimizer has one step count for all elements."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ class PairSteps:
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
-        self._born: dict[FactorSpan, tuple[int, ...]] = {}  # of its site, when its places were found
-        self._places: dict[FactorSpan, tuple[Tensor, Tensor]] = {}  # of restarted pairs in a span, and the slot of each
+        self._born: dict[FactorSpan, tuple[int, ...]] = {}  # births at the site when the places were found
+        # Places of the elements of restarted pairs in a span, and the slot of each element.
+        self._places: dict[FactorSpan, tuple[Tensor, Tensor]] = {}
         self._before: dict[FactorSpan, Tensor] = {}
 
     @torch.no_grad()
@@ -36,7 +37,7 @@ class PairSteps:
 
     @torch.no_grad()
     def after_(self, owners: set[int], step: int) -> None:
-        """It has taken this step, counted from 1."""
+        """The optimizer has taken this step, counted from 1."""
         betas = {id(owner): g["betas"] for g in self.storage.optimizer.param_groups for owner in g["params"]}
         for span in self._restarted(owners):
             at, slots = self._places[span]
@@ -66,5 +67,5 @@ class PairSteps:
 
 
 def _correction(num_steps: int, beta1: float, beta2: float) -> float:
-    """By what Adam multiplies a step after so many."""
+    """The factor that Adam's bias correction applies after this many steps."""
     return (1 - beta2**num_steps) ** 0.5 / (1 - beta1**num_steps)

@@ -1,4 +1,4 @@
-"""Goes through the rules of resetting and saving when a run is bound, so that no run fails at its first checkpoint."""
+"""Checks at ``bind`` that the optimizer can be reset and saved, so that no run fails at its first checkpoint."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def rehearse(model: nn.Module, storage: Storage, optimizer_reset: str, will_save
 
 
 def _stepped(model: nn.Module, storage: Storage) -> list:
-    """What this rank's optimizer steps for each trained parameter.
+    """The tensors that this rank's optimizer steps, one for each trained parameter.
 
     Raises:
-        ValueError: It lacks one; the message has its name.
+        ValueError: The optimizer lacks a parameter; the message has its name.
     """
     owners = []
     for name, parameter in trained_parameters(model).items():

@@ -1,4 +1,4 @@
-"""When the switches of a run happen, and which pairs each of them fuses."""
+"""Decides when the switches of a run happen, and which pairs each of them fuses."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class SwitchSchedule:
     """The switches after switch 0: a list of steps, brought forward with ``switch_when: settled``.
 
     Args:
-        sites: Only to count switches.
+        sites: The sites, whose ranks decide the number of switches.
         config: Options.
         num_training_steps: Optimizer steps of the whole run.
 
@@ -42,7 +42,7 @@ class SwitchSchedule:
             self.window = None  # any step may come just before a switch
 
     def steps_to_next(self, num_steps: int) -> int | None:
-        """From this step to the next switch, at the latest; None after the last one."""
+        """Steps from this one to the next switch, at the latest; None after the last switch."""
         return next((due - num_steps for due in self.due_steps if due > num_steps), None)
 
     def is_due(self, num_steps: int, choice: Callable[[], list[list[int]]]) -> bool:
@@ -50,7 +50,7 @@ class SwitchSchedule:
 
         Args:
             num_steps: Optimizer steps that were done.
-            choice: Gives the slots that a switch would fuse now; called only where that can bring one forward.
+            choice: Gives the slots that a switch would fuse now; called only where that can bring a switch forward.
         """
         is_due, to_next = num_steps in self.due_steps, self.steps_to_next(num_steps)
         if self.settling is not None and not is_due and to_next is not None:
@@ -93,7 +93,7 @@ class SwitchSchedule:
             )
 
     def plan(self) -> dict[str, object]:
-        """What has to be the same on every rank; a folder may have another name there."""
+        """Settings that must be the same on every rank; only names of folders may differ."""
         options = {name: value for name, value in self._options().items() if name != "directions_from"}
         return {"num_training_steps": self.num_training_steps, **{f"srlora.{n}": v for n, v in options.items()}}
 
@@ -107,10 +107,10 @@ class SwitchSchedule:
         }
 
     def restore_(self, state: dict[str, object]) -> None:
-        """Go on from what a checkpoint holds.
+        """Continue the schedule of a checkpoint.
 
         Raises:
-            ValueError: It is of a run of another length, or with other options.
+            ValueError: The checkpoint is of a run of another length, or with other options.
         """
         if state.get("num_training_steps") != self.num_training_steps:
             raise ValueError(
@@ -128,7 +128,7 @@ class SwitchSchedule:
             self.due_steps, self.settling.before = list(state["due_steps"]), state["choice_before"]
 
     def _options(self) -> dict[str, object]:
-        """Those that decide what a run computes."""
+        """The options that decide what a run computes."""
         options = asdict(self.config) | {"target_rank": self.config.num_directions}
         return {name: value for name, value in options.items() if name not in FREE}
 
@@ -143,7 +143,7 @@ SAME_SHARE = 0.9
 
 
 class EarlySwitch:
-    """Looks at what a switch would choose, some times in each interval, and compares it with the look before.
+    """Looks several times per interval at what a switch would choose, and switches early once the choice is stable.
 
     Args:
         interval: Steps between the switches of the fixed schedule.
@@ -154,12 +154,12 @@ class EarlySwitch:
         self.before: list[list[int]] | None = None  # slots of each site at the last look since the last switch
 
     def looks_after(self, steps: int) -> bool:
-        """Whether so many steps after the last switch are a time to look: half an interval, or one look earlier."""
+        """Whether to look this many steps after the last switch: from one look before half an interval on."""
         between = max(1, self.interval // LOOKS_PER_INTERVAL)
         return steps % between == 0 and steps >= EARLIEST * self.interval - between
 
     def has_settled(self, slots: list[list[int]], steps: int) -> bool:
-        """Take note of a choice, so many steps after the last switch; true if it is most of the one before."""
+        """Note a choice made this many steps after the last switch; true if it mostly repeats the choice before."""
         before, self.before = self.before, slots
         if before is None or steps < EARLIEST * self.interval:
             return False

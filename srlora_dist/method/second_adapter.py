@@ -1,4 +1,4 @@
-"""The frozen second adapter: where W is never written, it holds what was fused and what was taken out of W.
+"""Manages the frozen second adapter: where W is never written, it holds what was fused and what was taken out of W.
 
 ``W + s B_fused A_fused`` stands for the edited W. It has the scale of its site and is filled from the left, so that a
 fused pair is an exact copy of the pair that was trained, in whatever type that was, and the function is kept.
@@ -29,11 +29,11 @@ def add_second_adapters_(sites: list[Site], config: SRLoRAConfig) -> list[Remova
     is less.
 
     Args:
-        sites: Of a model that is not yet prepared; the factors of the second adapter are set.
+        sites: Sites of a model that is not yet prepared; get the factors of the second adapter.
         config: ``fusion``, ``fused_rank`` and ``start``.
 
     Returns:
-        Handles of the hooks that keep it frozen.
+        Handles of the hooks that keep the second adapters frozen.
 
     Raises:
         ValueError: A quantised site is to be edited in place, the budget does not even hold the first directions, or
@@ -66,7 +66,7 @@ def add_second_adapters_(sites: list[Site], config: SRLoRAConfig) -> list[Remova
 
 
 def activate_again_(sites: list[Site]) -> None:
-    """Make second adapters active that a Trainer has switched off, as it does while it loads several adapters."""
+    """Activate second adapters that a Trainer has switched off, as it does while it loads several adapters."""
     for site in sites:
         if site.fused_a is not None and FUSED not in site.lora.active_adapters:
             with _same_gradients(site.lora):
@@ -74,10 +74,10 @@ def activate_again_(sites: list[Site]) -> None:
 
 
 def require_intact(sites: list[Site]) -> None:
-    """Notice where PEFT was told to merge, to switch adapters or to change types: the function is another then.
+    """Raise where PEFT was told to merge, to switch adapters or to change types, which changes the function.
 
     Raises:
-        RuntimeError: With the remedy.
+        RuntimeError: The message names the site and the remedy.
     """
     for site in sites:
         if site.lora.merged:
@@ -131,16 +131,16 @@ def append_pairs_(storage: Storage, number: int, left: Tensor, right: Tensor) ->
     """Add ``scale * left @ right`` to what stands for a site's W.
 
     Args:
-        storage: How the ranks hold it.
-        number: Of the site.
-        left: Columns, (m, k), of the type of the factors.
+        storage: How the ranks hold the sites.
+        number: Index of the site.
+        left: Columns, (m, k), in the type of the factors.
         right: Rows, (k, n).
 
     Returns:
-        The relative error of what the second adapter holds: 0, unless its rank was too small and it was compressed.
+        The relative error of what the second adapter holds. It is 0 unless the adapter was full and was compressed.
 
-    Collective: nothing; or where it is compressed, under ZeRO-3 and FSDP2 an all-reduce of the second adapter, and a
-        broadcast of it, so that all ranks hold what rank 0 made.
+    Collective: nothing; or if it has to be compressed, under ZeRO-3 and FSDP2 an all-reduce of the second adapter, and
+        a broadcast of it, so that all ranks hold what rank 0 made.
     """
     site, error = storage.sites[number], 0.0
     first = site.state.num_fused

@@ -1,4 +1,4 @@
-"""What a rank keeps for each element of the factors that it tracks, and how that becomes one score a pair."""
+"""Keeps per-element statistics of the factors that a rank tracks, and reduces them to one score per pair."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class PairStatistics(ABC):
         storage: How the ranks hold the factors.
 
     Attributes:
-        kinds: Names of the statistics, each a float32 number an element.
+        kinds: Names of the statistics; each is one float32 number per element.
         needs_gradients: Whether they follow the gradients, so that steps have to be observed.
         seconds: Host time spent on observing.
     """
@@ -48,20 +48,20 @@ class PairStatistics(ABC):
 
     @abstractmethod
     def pair_scores(self) -> list[Tensor]:
-        """What a pair is worth: for every site (r,) float64 on the CPU, the same on every rank.
+        """How important each pair is: for every site (r,) float64 on the CPU, the same on every rank.
 
-        Collective: one all-reduce of a few bytes a pair.
+        Collective: one all-reduce of a few bytes per pair.
         """
 
     @abstractmethod
     def reset_(self, number: int, slots: Tensor) -> None:
-        """A switch has restarted these slots of a site."""
+        """Reset the statistics at a site of which a switch has restarted these slots."""
 
     def observe_(self, owners: list[Tensor]) -> None:  # noqa: B027 (a default)
-        """The optimizer is about to step these tensors."""
+        """Take note of the gradients: the optimizer is about to step these tensors."""
 
     def clear_(self) -> None:  # noqa: B027 (a default)
-        """The window of the steps that count begins."""
+        """Forget all that was observed: the window of the steps that count begins."""
 
     @property
     def num_bytes(self) -> int:
@@ -69,15 +69,15 @@ class PairStatistics(ABC):
         return sum(buffers.nbytes for buffers, _ in self._buffers)
 
     def of(self, span: FactorSpan, kind: str) -> Tensor:
-        """A statistic of a span, flat, a view."""
+        """A view of one statistic of a span, flat."""
         return self._statistics[span][self.kinds.index(kind)]
 
     def spans_of(self, number: int) -> list[FactorSpan]:
-        """What this rank tracks of a site."""
+        """The spans of a site that this rank tracks."""
         return self._of_site[number]
 
     def of_site(self, number: int) -> list[Tensor]:
-        """The statistics that this rank holds of a site, to be kept or put back."""
+        """All statistics that this rank holds of a site, for a snapshot."""
         return [statistic for span in self._of_site[number] for statistic in self._statistics[span]]
 
     def places(self, span: FactorSpan, slots: Tensor) -> Tensor:
@@ -87,13 +87,13 @@ class PairStatistics(ABC):
         return at.to(span.owner.device)
 
     def by_site(self, packed: Tensor) -> list[Tensor]:
-        """One number a pair, of all sites in a row, cut into (r,) a site, on the CPU."""
+        """Cut one number per pair, of all sites in a row, into (r,) per site, on the CPU."""
         return list(packed.cpu().split([site.rank for site in self.storage.sites]))
 
     def gather(self) -> dict[str, Tensor]:
-        """The statistics of whole factors, flat, by ``site.factor.statistic``, on rank 0; nothing elsewhere.
+        """The statistics of whole factors, flat, by ``site.factor.statistic``, on rank 0; an empty dict elsewhere.
 
-        Collective: they are collected, see ``Collectives.gather_to_0``.
+        Collective: the statistics are gathered on rank 0, see ``Collectives.gather_to_0``.
         """
         names, sizes = self._names_and_sizes()
         return dict(zip(names, self.storage.gather_to_0(sizes, self._parts()), strict=self.storage.rank == 0))
@@ -104,7 +104,7 @@ class PairStatistics(ABC):
         Args:
             read: Gives a statistic by its name; called on rank 0 alone.
 
-        Collective: they are spread, see ``Collectives.scatter_from_0``.
+        Collective: the statistics are scattered from rank 0, see ``Collectives.scatter_from_0``.
         """
         names, sizes = self._names_and_sizes()
         parts = {number: (start, span) for number, start, span in self._parts()}
@@ -128,12 +128,12 @@ class PairStatistics(ABC):
 
 
 def sum_by_pair(storage: Storage, of_span: Callable[[FactorSpan], Tensor], factors: str = "AB") -> Tensor:
-    """This rank's part of the mean over each pair's elements in a factor, one number a pair, of all sites in a row.
+    """This rank's part of the mean over each pair's elements in a factor: one number per pair, all sites in a row.
 
     Args:
         storage: The parts of all its ranks add up to the mean.
-        of_span: What is averaged, flat, for each element of a tracked span.
-        factors: Those whose means are added up.
+        of_span: Gives, for a tracked span, what is averaged: one number per element, flat.
+        factors: The factors whose means are added up.
 
     Returns:
         (pairs of all sites,) in float64, on the device of the storage.

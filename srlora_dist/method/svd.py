@@ -1,8 +1,8 @@
-"""The first singular triplets of a matrix, by a block Krylov iteration that bounds its own error.
+"""Computes the first singular triplets of a matrix by a block Krylov iteration that bounds its own error.
 
-After Musco and Musco, "Randomized Block Krylov Methods" (arXiv 1504.05477), run as a Lanczos process on W'W with full
-re-orthogonalisation. Power iterations (``torch.svd_lowrank``) use their last block alone and need many times as many
-products where the values fall slowly, as those of weights do.
+After Musco and Musco, "Randomized Block Krylov Methods" (arXiv 1504.05477), done as a Lanczos process on W'W with full
+re-orthogonalisation. Power iterations (``torch.svd_lowrank``) use only their last block. They need many times as many
+products where the singular values fall slowly, as those of weights do.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LARGEST_SHARE = {2048: 1 / 16, 1024: 1 / 32}
 OBLONG = 3  # beyond that aspect a Gaussian weight is flatter still, and half as many may be asked for
 LARGEST_BASIS = 0.45  # of the shorter side; beyond, the full decomposition is as fast
 HOPELESS = 0.3  # of the shorter side: where so large a basis bounds nothing yet, the largest will not do
-BLOCK = 16  # columns a step: the fewer, the smaller the basis; fewer still make the products slow
+BLOCK = 16  # columns per step: fewer keep the basis small, but make the products slow
 LEAK = 7e-3  # largest bound accepted on the sine; values are right to about its square
 RESOLUTION = 1e-5  # of the largest value: float32 turns directions whose values lie closer
 SMALLEST = 1e-7  # square of a value over that of the largest: below, the rounding of W'W reaches the vectors
@@ -45,7 +45,7 @@ def find_triplets(weight: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor] |
 
     Args:
         weight: (m, n), float32, finite.
-        count: Of triplets.
+        count: Number of triplets.
 
     Returns:
         None where that takes too large a basis, as the values fall too slowly or one is repeated BLOCK times, and where
@@ -188,9 +188,9 @@ Triplet = tuple[Tensor, Tensor, Tensor]
 def compute_directions(weight: Tensor, count: int) -> Triplet:
     """The first ``count`` singular triplets: U (m, count), S (count,) falling, Vt (count, n), of the weight's dtype.
 
-    The largest entry of each column of U is positive, so that the signs do not depend on the driver. Where the
-    iteration of krylov.py does not pay or gives up, the full decomposition is taken; where its driver fails to
-    converge, LAPACK's slower ``gesvd`` in float64.
+    The largest entry of each column of U is positive, so that the signs do not depend on the driver. Where
+    :func:`find_triplets` does not pay or gives up, the full decomposition is taken. Where its driver fails to converge,
+    LAPACK's slower ``gesvd`` is taken, in float64.
 
     Raises:
         ArithmeticError: The weight holds NaN or inf, or both drivers failed.

@@ -1,4 +1,4 @@
-"""What a switch does once the slots are chosen: fuse their pairs, and start the next directions in their place."""
+"""Performs a switch once the slots are chosen: fuses their pairs and starts the next directions in their place."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class SwitchExecutor:
-    """Phases 2 to 4 of a switch (see :class:`~.switcher.Switcher`), and how they are undone or made again.
+    """Performs phases 2 to 4 of a switch (see :class:`~.switcher.Switcher`); also undoes and replays them.
 
     Args:
         storage: How the ranks hold the weights; its sites are switched.
@@ -56,7 +56,7 @@ class SwitchExecutor:
         self.directions, self.ledger, self.statistics, self.config = directions, ledger, statistics, config
         self._compression: list[float] = []
 
-    def run(self, report: SwitchReport, slots: list[list[int]], scores: list[Tensor] | None) -> SwitchReport:
+    def switch(self, report: SwitchReport, slots: list[list[int]], scores: list[Tensor] | None) -> SwitchReport:
         """Switch, and undo the switch if the check finds that it moved the outputs by too much.
 
         Args:
@@ -100,8 +100,8 @@ class SwitchExecutor:
             scores: All scores of each site.
 
         Collective: for each bucket, under ZeRO-3 and FSDP2, an all-reduce of the factors, then one broadcast of the
-            directions; at last one all-reduce of 16 bytes a site. With ``optimizer_reset: survivors`` one of 16 bytes a
-            pair before all that; with ``exhausted: renew`` see :meth:`_renew`.
+            directions; at last one all-reduce of 16 bytes per site. With ``optimizer_reset: survivors`` one of 16 bytes
+            per pair before all that; with ``exhausted: renew`` see :meth:`_renew`.
 
         Raises:
             RunStoppedError: The ranks have fused, taken or written different things.
@@ -183,9 +183,9 @@ class SwitchExecutor:
         return part, combine(*slots, *directions, digest_span(written))
 
     def _renew(self, number: int, slots: list[int], a: Tensor, b: Tensor) -> Triplet | None:
-        """The first directions of a site's W as it will be once these pairs are fused, on rank 0; None elsewhere.
+        """Factor the W that a site will have once these pairs are fused: its first directions on rank 0, else None.
 
-        What the other pairs began with is not in that W, so these directions are none of theirs.
+        That W does not contain what the other pairs started with, so these directions differ from theirs.
 
         Collective: W is gathered on rank 0; under ZeRO-3 and FSDP2 the second adapter is on all; then one all-reduce
             of 8 bytes.
@@ -208,9 +208,9 @@ class SwitchExecutor:
         return storage.on_rank_0(f"factor {site.name} anew", factor)
 
     def _surviving_moments(self, slots: list[list[int]]) -> dict[int, tuple[float, float]]:
-        """For each site the mean second moment of the pairs that stay, in A and in B, if restarted ones shall get it.
+        """The mean second moments in A and in B of the pairs that stay, by site; empty where no option asks for them.
 
-        Collective: then one all-reduce of 16 bytes a pair.
+        Collective: with that option one all-reduce of 16 bytes per pair.
         """
         if self.config.optimizer_reset != "survivors":
             return {}
@@ -235,7 +235,7 @@ class SwitchExecutor:
         """Make all edits of a ledger, in their order, on the untouched base.
 
         Args:
-            paths: Its entries; rank 0's count.
+            paths: Files of the entries; those of rank 0 are read.
 
         Collective: for each entry the shapes, and a spread of its pairs (see ``Collectives.scatter_from_0``).
 

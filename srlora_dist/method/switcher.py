@@ -1,4 +1,4 @@
-"""SRLoRA as the paper's Algorithm 1, in terms of spans, storages and the ledger."""
+"""The public face of SRLoRA: performs the paper's Algorithm 1 on a model in training, on any engine."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class Switcher:
         config: Options.
         num_training_steps: Optimizer steps of the whole run (N_all of Eq. 14); None where that is known only later, see
             :meth:`set_num_steps`.
-        if_disk_full: What a switch does that cannot be written to ``srlora.ledger_dir``: ``stop`` raises, ``go_on``
-            warns. Either way it is kept in memory, and written once there is room.
+        if_disk_full: What happens when a switch cannot be written to ``srlora.ledger_dir``: ``stop`` raises, ``go_on``
+            warns. Either way the switch is kept in memory, and written once there is room.
 
     Raises:
         ValueError: The model or the options cannot be worked with; the message names the remedy.
@@ -78,7 +78,7 @@ class Switcher:
         self.resumed: dict[str, object] | None = None
 
     def set_num_steps(self, num_training_steps: int) -> None:
-        """Share the switches out over a run of so many optimizer steps, before ``bind``.
+        """Plan the switches for a run of this many optimizer steps; call it before ``bind``.
 
         Raises:
             ValueError: There are more switches than steps.
@@ -95,7 +95,7 @@ class Switcher:
 
     @property
     def statistics(self) -> PairStatistics | None:
-        """What this rank keeps for each element of the pairs that it tracks; None before :meth:`bind`."""
+        """Statistics of the pairs that this rank tracks; None before :meth:`bind`, and where no switch is to come."""
         return self._bound.statistics if self._bound is not None else None
 
     @property
@@ -125,7 +125,7 @@ class Switcher:
 
         Args:
             model: What ``accelerator.prepare`` returned.
-            optimizer: Likewise.
+            optimizer: What ``accelerator.prepare`` returned for the optimizer.
             resume_from: A checkpoint, its folder, or a folder of checkpoints, of which the last good one is taken if
                 there is one; rank 0's counts. The base has to be untouched; the engine and the number of ranks may be
                 others.
@@ -172,7 +172,7 @@ class Switcher:
 
         Collective: nothing, or on a due step 8 bytes by which the ranks say that nothing was changed behind their back
             and the phases 1 to 4 of a switch; with ``agreement_every`` an all-reduce of 16 bytes for each tensor that
-            ranks hold copies of; with ``check_switch`` two forward passes a switch.
+            ranks hold copies of; with ``check_switch`` two forward passes per switch.
 
         Returns:
             What the switch did, or None; it may have been undone.
@@ -291,7 +291,7 @@ class Switcher:
 
     def _switch(self, slots: list[list[int]], scores: list[Tensor] | None, *findings: Finding | None) -> SwitchReport:
         began, bound = time.perf_counter(), self._bound
-        report = bound.executor.run(SwitchReport(self.num_steps, self.num_switches, []), slots, scores)
+        report = bound.executor.switch(SwitchReport(self.num_steps, self.num_switches, []), slots, scores)
         self.num_switches += not report.undone  # it has happened, whether it can be written or not
         bound.remember(self.num_switches)
         if not report.undone:

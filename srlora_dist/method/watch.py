@@ -1,4 +1,4 @@
-"""Notices that something else than the Switcher and its optimizer has changed the model, before anything is written."""
+"""Notices, before anything is written, if something other than the Switcher and its optimizer has changed the model."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ ROUNDINGS = {torch.float32: 64, torch.bfloat16: 4, torch.float16: 4}
 
 
 EDITED = "srlora_edited"
-"""Mark of a LoRA layer around a weight that is not the pretrained one any more."""
+"""Attribute that marks a LoRA layer whose weight is no longer the pretrained one."""
 
 
 class Watch:
-    """Remembers what the Switcher has left behind, and compares.
+    """Remembers samples of the model as the Switcher left it, and compares the model with them.
 
-    A weight moves at switches alone, and a pair at switches and in the steps of the optimizer that ``bind`` got.
+    A weight may change only at switches, and a pair only at switches and in steps of the optimizer that ``bind`` got.
     Between switches this costs two copies of a few elements per factor; nothing is sent, and no device is waited for.
 
     Args:
@@ -52,10 +52,10 @@ class Watch:
 
     @torch.no_grad()
     def remember(self, is_edited: bool) -> None:
-        """Take everything as it is now for what it has to be.
+        """Remember the model as it is now.
 
         Args:
-            is_edited: A weight that is edited in place may be another than the pretrained one.
+            is_edited: Whether weights that are edited in place may differ from the pretrained ones.
 
         Collective: see ``Storage.to_rest_layout_``.
         """
@@ -72,37 +72,37 @@ class Watch:
 
     @torch.no_grad()
     def before_step(self) -> None:
-        """Note whether pairs have moved since the last step; the optimizer is about to move them."""
+        """Note whether pairs have moved since the last step; call it before the optimizer moves them."""
         for drift, now, before in zip(self._drift, self._sample_pairs(), self._pairs, strict=True):
             drift.add_((now - before).abs_())
 
     @torch.no_grad()
     def remember_pairs(self) -> None:
-        """The optimizer has moved the pairs."""
+        """Remember the pairs anew, after the optimizer has moved them."""
         if self._views_are_old:
             self._views, self._views_are_old = self._view_factors(), False
         self._pairs = self._sample_pairs()
 
     @property
     def num_bytes(self) -> int:
-        """Of the elements that are remembered on this rank."""
+        """Memory for the elements that are remembered on this rank."""
         kept = [sample for samples in self._samples for sample in samples]
         return sum(tensor.nbytes for tensor in (*kept, *self._pairs, *self._drift))
 
     def was_written(self) -> bool:
-        """Whether a weight was written in place, with the same numbers perhaps; costs no operation on tensors."""
+        """Whether a weight was written in place, perhaps with the same numbers. Needs no operation on tensors."""
         return self._count_writes() != self._versions
 
     def require_untouched(self, in_step: bool = False) -> None:
         """Raise on every rank if the model is not as it was left, on any of them.
 
         Args:
-            in_step: The optimizer has stepped since :meth:`remember_pairs`, so that pairs cannot be compared.
+            in_step: Whether the optimizer has stepped since :meth:`remember_pairs`, so that pairs cannot be compared.
 
         Collective: see ``Storage.to_rest_layout_``; one all-reduce of 8 bytes; after a failure also the messages.
 
         Raises:
-            RuntimeError: With what has changed, and the remedy.
+            RuntimeError: The model has changed; the message names what has, and the remedy.
         """
         self.storage.to_rest_layout_()
         found = self._find_change(in_step)
@@ -151,7 +151,7 @@ class Watch:
         return None
 
     def _parts(self, number: int) -> Iterator[tuple[str, Tensor]]:
-        """What a switch changes of a site, beside its pairs, on this rank."""
+        """What a switch changes at a site on this rank, beside the pairs."""
         storage, site = self.storage, self.storage.sites[number]
         if not storage.is_away(number):
             in_place = site.fused_a is None
@@ -184,7 +184,7 @@ def require_same_model(model: nn.Module, storage: Storage, plan: dict[str, objec
     Args:
         model: The prepared model.
         storage: How this rank holds it; nothing was sent before.
-        plan: What else has to be the same, by its name.
+        plan: Other settings that have to be the same, by name.
 
     Collective: one all-reduce of 16 bytes; after a failure also what each rank has.
 
@@ -220,7 +220,7 @@ def _refuse_reference(layer: LoraLayer, *_: object) -> None:
 
 
 def _sample(span: Tensor, most: int = SAMPLES_OF_WEIGHT) -> Tensor:
-    """Evenly spread elements of a span, a view. The stride is odd, or it would meet few columns of a matrix."""
+    """A view of evenly spread elements of a span. The stride is odd: an even one would meet few columns of a matrix."""
     return span[:: (-(-span.numel() // most) | 1) if span.numel() > most else 1]
 
 
