@@ -21,7 +21,7 @@ from srlora_dist.commands.plan.command import PlanOptions
 from srlora_dist.commands.plan.report import make_plan
 from srlora_dist.config.parse import parse
 from srlora_dist.config.run import RunConfig
-from srlora_dist.training.trainer import train
+from srlora_dist.training.run import train
 
 QUICK = {"train.max_steps": 60, "train.batch_size": 8, "task.max_length": 32, "task.max_eval_samples": 32}
 REASON = "short steps, few of them for 5 switches: 160 steps of 32 samples gain 0.8% by the seconds of `make demo`"

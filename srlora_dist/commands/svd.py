@@ -51,7 +51,7 @@ def _prepare(config: RunConfig, accelerator: Accelerator) -> Directions:
     from srlora_dist.method.directions import Directions
     from srlora_dist.storage.find import find_storage
     from srlora_dist.tasks.registry import load_task
-    from srlora_dist.training.methods import adapt
+    from srlora_dist.training.adapter import adapt
 
     task = load_task(config)
     model = adapt(config, task.model, task.peft_type, task.heads)

@@ -23,7 +23,7 @@ def run(argv: list[str]) -> None:
     from srlora_dist.config.parse import parse  # after the environment is set
     from srlora_dist.errors import STOPPED_BY_SIGNAL, RunStoppedError, StoppedBySignalError
     from srlora_dist.storage.process_group import lost_ranks
-    from srlora_dist.training.trainer import train
+    from srlora_dist.training.run import train
 
     try:
         config = parse(without_local_rank(argv))

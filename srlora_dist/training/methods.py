@@ -1,6 +1,7 @@
-"""The methods that the trainer can run, each behind the same four verbs.
+"""The methods that the training loop can run, all behind one interface, :class:`Method`.
 
-``SRLoRA`` is the product (PiSSA is SRLoRA that never switches); ``LoRA`` and ``AdaLoRA`` are baselines of PEFT.
+:class:`SRLoRA` is the method of this project; PiSSA is SRLoRA without switches. :class:`LoRA` and :class:`AdaLoRA` are
+the baselines, made by PEFT.
 """
 
 from __future__ import annotations
@@ -10,10 +11,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from accelerate import PartialState
-from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 from typing_extensions import override
 
 from srlora_dist.checkpoint.export import export_adapter
@@ -27,11 +27,12 @@ from srlora_dist.config.run import RunConfig
 from srlora_dist.layers.discovery import find_sites
 from srlora_dist.method.switcher import Switcher
 from srlora_dist.storage.find import find_storage, release_gathered
+from srlora_dist.training.adapter import adapt, adapter_options, add_adapter
 
 
 @dataclass
 class Seconds:
-    """Time that a method adds to plain LoRA training."""
+    """Seconds that a method adds to plain LoRA training."""
 
     svd: float = 0.0
     switch: float = 0.0
@@ -39,12 +40,12 @@ class Seconds:
 
 
 class Method:
-    """What the trainer asks of a method; what is empty here does nothing.
+    """What the training loop asks of a method. A function that is empty here does nothing by default.
 
     Attributes:
         model: The base model with its adapter, for ``accelerator.prepare``.
-        storage_name: How the ranks hold its tensors, known after ``bind``.
-        can_save: Whether it writes checkpoints.
+        storage_name: The name of the storage, known after ``bind``.
+        can_save: Whether the method writes checkpoints.
     """
 
     model: PeftModel
@@ -54,35 +55,57 @@ class Method:
     def bind(
         self, model: nn.Module, optimizer: object, resume_from: str | Checkpoint | None = None
     ) -> SwitchReport | None:
-        """Take what ``prepare`` returned, and resume; gives the report of switch 0. Collective: every rank calls it."""
+        """Take over the prepared model and optimizer, and resume if there is a checkpoint.
+
+        Args:
+            model: The model that ``accelerator.prepare`` returned.
+            optimizer: The optimizer that it returned.
+            resume_from: The checkpoint on the main process, its folder elsewhere; None for a new run.
+
+        Collective: every rank calls it.
+
+        Returns:
+            The report of switch 0, if it was performed.
+        """
 
     def step(self, num_steps_done: int) -> SwitchReport | None:
-        """After an optimizer step and before the gradients are cleared. Collective: every rank calls it."""
+        """Follow an optimizer step, before the gradients are cleared. Collective: every rank calls it."""
 
     def save_checkpoint(self, parent: Path, extra: dict[str, object], step: int) -> int | None:
-        """Write ``step-N`` into a folder; its size on the main process. Collective: every rank calls it."""
+        """Write the checkpoint ``step-N``.
+
+        Args:
+            parent: The folder of the run's checkpoints.
+            extra: What the training loop wants to find again when it resumes.
+            step: Optimizer steps that were done.
+
+        Collective: every rank calls it.
+
+        Returns:
+            Its size in bytes, on the main process.
+        """
 
     def export(self, folder: Path, put: Put = fill_folder) -> None:
         """Write a PEFT adapter for the untouched base. Collective: every rank calls it.
 
         Args:
-            folder: Where.
-            put: Gets the folder and the files on the main process, to write them.
+            folder: Folder of the adapter.
+            put: Called on the main process with the folder and the files, to write them.
         """
 
     def finish(self) -> None:
-        """Write what could not be written before. Collective: every rank calls it.
+        """Write what a full disk has refused before. Collective: every rank calls it.
 
         Raises:
-            ValueError: It still cannot be.
+            ValueError: It still cannot be written.
         """
 
     def seconds(self) -> Seconds:
-        """Time spent on this rank so far."""
+        """Seconds spent on this rank so far."""
         return Seconds()
 
     def extra_memory(self) -> dict[str, int]:
-        """Bytes that it holds on this rank beside what LoRA needs."""
+        """Bytes that the method holds on this rank beyond what LoRA needs, by their purpose."""
         return {}
 
 
@@ -94,103 +117,39 @@ def build_method(
     engine: str,
     heads: Sequence[str] = (),
 ) -> Method:
-    """Put an adapter on the base model.
+    """Put an adapter on the base model, as the method of the run wants it.
 
     Args:
-        config: The run.
+        config: The options of the run.
         base: The untouched model.
-        peft_type: PEFT's ``task_type``.
+        peft_type: The task type, by PEFT's name.
         num_steps: Optimizer steps of the run.
-        engine: The engine that it will run on.
-        heads: As in :func:`adapt`.
+        engine: Name of the engine of the run.
+        heads: See :func:`~srlora_dist.training.adapter.adapt`.
 
     Raises:
         ValueError: No layer matches ``lora.target_modules``, or the method cannot run like this.
     """
     if config.method == "adalora":
-        return AdaLoRA(config, base, _adapter_options(config, base, peft_type, heads), num_steps, engine)
+        return AdaLoRA(config, base, adapter_options(config, base, peft_type, heads), num_steps, engine)
     model = adapt(config, base, peft_type, heads)
     return LoRA(config, model) if config.method == "lora" else SRLoRA(config, model, num_steps)
 
 
-def adapt(config: RunConfig, base: PreTrainedModel, peft_type: str | None, heads: Sequence[str] = ()) -> PeftModel:
-    """Put a LoRA adapter on a model, which may be without weights, on the meta device.
-
-    Args:
-        config: The run.
-        base: The untouched model.
-        peft_type: PEFT's ``task_type``.
-        heads: Modules that are trained whole and saved with the adapter; PEFT knows those of some types by itself.
-
-    Raises:
-        ValueError: No layer matches ``lora.target_modules``, or the rank is above that of every matrix.
-    """
-    options = _adapter_options(config, base, peft_type, heads)
-    return _adapt(base, LoraConfig(r=config.lora.rank, use_rslora=config.lora.use_rslora, **options), config)
-
-
-def _adapter_options(
-    config: RunConfig, base: PreTrainedModel, peft_type: str | None, heads: Sequence[str]
-) -> dict[str, object]:
-    """What LoRA and AdaLoRA have in common in PEFT's words."""
-    _require_rank(config.lora.rank, base)
-    targets = config.lora.target_modules
-    names = targets if targets == "all-linear" else [name.strip() for name in targets.split(",")]
-    if targets != "all-linear":
-        _require_targets(names, base)
-    return {
-        "lora_alpha": config.lora.alpha,
-        "lora_dropout": config.lora.dropout,
-        "target_modules": names,
-        "task_type": peft_type,
-        "modules_to_save": list(heads) or None,
-        "exclude_modules": list(heads) or None,  # all-linear takes a head in that PEFT does not know
-    }
-
-
-def _adapt(base: PreTrainedModel, adapter: LoraConfig, config: RunConfig) -> PeftModel:
-    try:
-        return get_peft_model(base, adapter, adapter_name=config.srlora.adapter_name)
-    except ValueError as error:
-        raise ValueError(f"lora.target_modules is {config.lora.target_modules!r}: {error}") from error
-
-
-def _require_rank(rank: int, base: PreTrainedModel) -> None:
-    """Stop where no matrix has that many directions: the pairs beyond would be waste, and may not fit into memory."""
-    shapes = [(layer.in_features, layer.out_features) for layer in base.modules() if isinstance(layer, nn.Linear)]
-    shapes += [(layer.nx, layer.nf) for layer in base.modules() if isinstance(layer, Conv1D)]
-    most = max(map(min, shapes), default=rank)
-    if rank > most:
-        raise ValueError(
-            f"lora.rank is {rank}, but no matrix of the model has a rank above {most}: choose a smaller one"
-        )
-
-
-def _require_targets(names: list[str], base: PreTrainedModel) -> None:
-    """Stop where PEFT would leave out in silence a name that is misspelt among others."""
-    modules = [f".{name}" for name, _ in base.named_modules() if name]
-    for name in names:
-        if not any(module.endswith(f".{name}") for module in modules):
-            raise ValueError(
-                f"lora.target_modules is {','.join(names)!r}, but the model has no module {name!r}: correct it, or "
-                "choose all-linear"
-            )
-
-
 class LoRA(Method):
-    """Plain LoRA: one fixed subspace."""
+    """Plain LoRA, which trains one fixed subspace."""
 
     def __init__(self, config: RunConfig, model: PeftModel) -> None:
         self.model = model
         self.adapter_name = config.srlora.adapter_name
-        sites = find_sites(model, self.adapter_name)  # refuses early what cannot be worked on
+        sites = find_sites(model, self.adapter_name)  # fails early if a layer cannot be worked on
         self.names = [site.name for site in sites]
         self._parts = ExportParts(model, sites, self.adapter_name)
 
     @override
     def bind(self, model: nn.Module, optimizer: object, resume_from: str | Checkpoint | None = None) -> None:
         release_gathered(model)
-        # Preparing a model can replace its parameters.
+        # They are looked up again, because preparing a model can replace its parameters.
         self.sites = find_sites(model, self.adapter_name, self.names)
         self.storage = find_storage(model, optimizer, self.sites)
         self.storage_name = self.storage.name
@@ -221,7 +180,7 @@ class LoRA(Method):
 
 
 class SRLoRA(Method):
-    """SRLoRA, or PiSSA: then the target is the rank itself, so that switch 0 is the only one."""
+    """SRLoRA. For PiSSA the target rank is the rank itself, so that switch 0 is the only switch."""
 
     def __init__(self, config: RunConfig, model: PeftModel, num_steps: int) -> None:
         self.model = model
@@ -249,7 +208,7 @@ class SRLoRA(Method):
 
     @override
     def export(self, folder: Path, put: Put = fill_folder) -> None:
-        self.switcher.export(folder, is_last=False, put=put)  # the loop itself counts the steps
+        self.switcher.export(folder, is_last=False, put=put)  # the loop counts the steps itself
 
     @override
     def finish(self) -> None:
@@ -266,11 +225,12 @@ class SRLoRA(Method):
 
 
 class AdaLoRA(Method):
-    """PEFT's AdaLoRA. It starts at ``lora.rank``, so that as much is trained as with LoRA, and prunes to 2/3 of it.
+    """PEFT's AdaLoRA. It starts at ``lora.rank``, which trains as much as LoRA does, and prunes to 2/3 of that.
 
-    The ratio of 1.5 between the first and the final budget is the AdaLoRA paper's; its schedule is close to the paper's
-    for GLUE: all ranks for a tenth of the run, pruning until the half, then fixed ranks. The training loss contains
-    its orthogonality penalty, the validation loss does not. It writes no checkpoints.
+    The ratio of 1.5 between the first and the final budget is that of the AdaLoRA paper. The schedule is close to that
+    paper's schedule for GLUE: it trains all ranks for a tenth of the run, prunes until half of it is done, and then
+    keeps the ranks. The training loss contains the orthogonality penalty, the validation loss does not. It writes no
+    checkpoints.
     """
 
     can_save = False
@@ -278,7 +238,7 @@ class AdaLoRA(Method):
     def __init__(
         self, config: RunConfig, base: PreTrainedModel, options: dict[str, object], num_steps: int, engine: str
     ) -> None:
-        # PEFT would fail in the middle of the run.
+        # Without these two checks PEFT would fail in the middle of the run.
         if config.lora.rank < 2:
             raise ValueError(f"lora.rank is {config.lora.rank}, but method adalora prunes pairs: choose at least 2")
         if num_steps < 3:
@@ -295,13 +255,13 @@ class AdaLoRA(Method):
             total_step=num_steps,
             **options,
         )
-        self.model = _adapt(base, adapter, config)
+        self.model = add_adapter(base, adapter, config)
 
     @override
     def step(self, num_steps_done: int) -> None:
         self.model.base_model.update_and_allocate(num_steps_done)
 
     @override
-    def export(self, folder: Path, put: Put = fill_folder) -> None:  # noqa: ARG002 (it goes on from no full disk)
+    def export(self, folder: Path, put: Put = fill_folder) -> None:  # noqa: ARG002 (a full disk stops it)
         if PartialState().is_main_process:
             self.model.save_pretrained(folder)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 from srlora_dist.errors import RunStoppedError
 from srlora_dist.method.diagnostics import Finding
 from srlora_dist.training.evaluation import Judged
 from srlora_dist.training.loop_state import Progress
+
+logger = logging.getLogger(__name__)
 
 MANY_SKIPPED = 0.5
 """Share of the steps from which on it is worth a word that they were skipped."""
@@ -24,6 +27,28 @@ def require_finite_start(judged: Judged) -> None:
         raise ValueError(
             f"the validation loss is {loss} before the first step: look for labels that are NaN or infinite, and for "
             "weights that are, or choose a wider model.dtype"
+        )
+
+
+def count_skipped(progress: Progress, was_skipped: bool, most: int) -> None:
+    """Count a step that was skipped, on every rank alike, and stop after too many of them in a row.
+
+    Args:
+        progress: How far the run is; this step is counted in ``done`` already.
+        was_skipped: Whether the step was skipped, because its gradient was NaN or infinite.
+        most: ``train.max_bad_steps``.
+
+    Raises:
+        RunStoppedError: So many steps in a row were skipped.
+    """
+    progress.num_bad_in_a_row = progress.num_bad_in_a_row + 1 if was_skipped else 0
+    if was_skipped:
+        progress.num_skipped += 1
+        logger.warning("step %d: the gradient is NaN or infinite, so the step was left out", progress.done)
+    if progress.num_bad_in_a_row >= most:
+        raise RunStoppedError(
+            f"the gradient was NaN or infinite in {most} steps in a row (train.max_bad_steps), up to step "
+            f"{progress.done}: lower train.learning_rate, or look at the data; checkpoints from before are good"
         )
 
 

@@ -6,7 +6,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,29 +23,9 @@ from srlora_dist.config.parse import to_yaml
 from srlora_dist.config.paths import require_writable
 from srlora_dist.config.run import RunConfig
 from srlora_dist.method.diagnostics import Finding
-from srlora_dist.training.resume import PreviousRun, first_difference
+from srlora_dist.training.earlier_run import make_room
 
 logger = logging.getLogger(__name__)
-
-WRITTEN_FILES = (
-    "config.yaml",
-    "metrics.jsonl",
-    "switches.jsonl",
-    "findings.jsonl",
-    "summary.json",
-    "figures/loss.png",
-    "figures/active_intervals.png",
-    "figures/interval_lengths.png",
-    "tensorboard/events.out.tfevents.*",
-    "ledger/switch-*.safetensors",
-    "ledger/.switch-*.srlora_part",
-    *(
-        f"{folder}/{name}"
-        for folder in ("adapter", "adapter_last")
-        for name in ("adapter_config.json", "adapter_model.safetensors", "README.md")
-    ),
-)
-"""Patterns of what a run writes; nothing else in the folder is ever removed."""
 
 
 class RunLog:
@@ -60,31 +41,18 @@ class RunLog:
 
     def __init__(self, folder: Path, config: RunConfig) -> None:
         self.folder, self.config = folder, config
-        self._earlier = PreviousRun(folder, WRITTEN_FILES, config.srlora.ledger_dir)
         require_writable(folder, "output_dir")
         self.postponed = Postponed(goes_on=config.checkpoint.if_disk_full == "go_on")
 
     def start(self) -> None:
-        """Set an earlier run aside, and begin in its place."""
-        self._earlier.set_aside()
+        """Begin a new run; what an earlier one has left in the folder is moved out of it.
+
+        Raises:
+            ValueError: It cannot be moved.
+        """
+        make_room(self.folder, self.config.srlora.ledger_dir)
         self._write_config()
         self._writer = SummaryWriter(str(self.folder / "tensorboard"))
-
-    def begun(self) -> None:
-        """The run has begun. An earlier one that had ended is kept if it had other options, or else it is removed."""
-        theirs = self._earlier.finished_config()
-        difference = first_difference(theirs, self.config) if theirs is not None else None
-        if difference is None or self.config.checkpoint.resume == "never":
-            self._earlier.discard()
-            return
-        name, before, now = difference
-        what = (self.folder, name, before, now, self._earlier.keep())
-        logger.warning("the run that had ended in %s had %s %s, and this one has %s: that one is in %s now", *what)
-
-    def put_back(self) -> None:
-        """The run cannot begin: bring the earlier one back."""
-        self._writer.close()
-        self._earlier.put_back()
 
     def resume(self, step: int) -> None:
         """Go on after a step: what was logged after it will be logged again."""
@@ -174,6 +142,13 @@ class Window:
     def resume(self) -> None:
         """Start the clock again."""
         self.began = time.perf_counter()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stop the clock for what is not training, and start it again afterwards."""
+        self.pause()
+        yield
+        self.resume()
 
     def add(self, loss: Tensor, batch: dict[str, Tensor]) -> None:
         """Count one micro-batch; nothing is read back from the device."""

@@ -60,7 +60,7 @@ def load_main() -> Callable[[list[str]], int]:
     from srlora_dist.engine.process import prepare_process
 
     prepare_process()
-    importlib.import_module("srlora_dist.training.trainer")
+    importlib.import_module("srlora_dist.training.run")
     for module in LATER_IMPORTS:
         importlib.import_module(module)
     mapping = importlib.import_module("transformers.conversion_mapping")

@@ -87,12 +87,8 @@ PLACES = {  # where, after which call, in which rank
     "while old checkpoints are removed": ("srlora_dist.checkpoint.format:remove_folder", 2, 0),
     "in the backward pass": ("accelerate:Accelerator.backward", 9, 1),
     "while an adapter is exported": ("srlora_dist.checkpoint.export:_write", 2, 0),
-    "while the summary is written": ("srlora_dist.training.trainer:draw", 1, 0),
-    "before the first checkpoint, with the run before it set aside": (
-        "srlora_dist.training.resume:PreviousRun.set_aside",
-        1,
-        0,
-    ),
+    "while the summary is written": ("srlora_dist.training.run:draw", 1, 0),
+    "before the first checkpoint, with the run before it moved away": ("srlora_dist.training.run_log:make_room", 1, 0),
 }
 
 

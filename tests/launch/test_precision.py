@@ -129,10 +129,10 @@ def test_a_new_head_trains_with_16_bit_weights_under_zero3(dtype: str, bench: Be
 NO_FLOAT16 = """
 from deepspeed.accelerator import get_accelerator
 get_accelerator().is_fp16_supported = lambda: None
-import srlora_dist.training.trainer as trainer
+import srlora_dist.training.run as run
 def load_task(config):
     raise RuntimeError("the model is loaded")
-trainer.load_task = load_task
+run.load_task = load_task
 """
 """On every machine as on a processor without AVX512-FP16, where DeepSpeed gives None."""
 

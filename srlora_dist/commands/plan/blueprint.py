@@ -39,7 +39,7 @@ from srlora_dist.layers.spans import longest_padded, longest_rows
 from srlora_dist.method.budget import plan_switches, share_out_directions_
 from srlora_dist.method.second_adapter import add_second_adapters_
 from srlora_dist.tasks.heads import heads_of
-from srlora_dist.training.methods import adapt
+from srlora_dist.training.adapter import adapt
 
 LLAMAS = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
     "llama-7b": (4096, 11008, 32, 32, 32, 32000),  # Llama 2, arXiv 2307.09288

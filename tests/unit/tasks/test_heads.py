@@ -21,7 +21,7 @@ from transformers import (
 from srlora_dist import SRLoRAConfig, Switcher
 from srlora_dist.config.run import ModelOptions, RunConfig, TaskOptions
 from srlora_dist.tasks.registry import load_task
-from srlora_dist.training.methods import adapt
+from srlora_dist.training.adapter import adapt
 from tests.launch.conftest import write_rte, write_tokenizer
 
 SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20}

@@ -21,7 +21,7 @@ from srlora_dist.config.run import LoRAOptions, ModelOptions, RunConfig, TaskOpt
 from srlora_dist.layers.discovery import find_sites, keep_payloads_
 from srlora_dist.tasks import image_files, sources
 from srlora_dist.tasks.registry import check_task, load_task
-from srlora_dist.training.methods import adapt
+from srlora_dist.training.adapter import adapt
 
 NUM_CLASSES = 3
 
