@@ -1,7 +1,7 @@
-"""Which engine the launch asked for, and an Accelerator that really is it.
+"""Builds an Accelerator that really runs on the engine that the launch asked for.
 
-Accelerate falls back in silence: DeepSpeed becomes plain DDP with ``use_cpu``, several CPU processes become one. So the
-environment that ``accelerate launch`` made is read first, and what came of it is compared with that.
+Accelerate falls back in silence: with ``use_cpu`` DeepSpeed becomes plain DDP, and several CPU processes become one. So
+this module first reads the environment that ``accelerate launch`` has made, and then compares the Accelerator with it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 def build_accelerator(config: RunConfig) -> tuple[Accelerator, str]:
-    """An Accelerator on the engine that the launch asked for, and that engine's name.
+    """Build an Accelerator on the engine that the launch asked for; also returns the name of that engine.
 
     Collective: sets up the process group; every process must call it.
 
@@ -40,19 +40,29 @@ def build_accelerator(config: RunConfig) -> tuple[Accelerator, str]:
         ValueError: The launch, ``config.engine`` and what Accelerate made of it disagree, or the precision or a batch
             size cannot be honoured.
     """
-    num_processes = world_size()
+    world_size()  # fails if the environment contradicts itself
     asked = launched_engine()
     require_engine(config.engine, asked, "the launch asks for")
     if config.method == "adalora" and asked not in ("plain", "ddp"):
         raise ValueError(f"method adalora needs whole gradients, which {asked} does not keep: use plain or ddp")
-    without_gpu = _without_gpu()
+    accelerator = _connect(config, asked, _without_gpu())
+    require_engine(asked, _accelerated_engine(accelerator), "Accelerate set up")
+    _require_divisible(config, accelerator.num_processes)
+    if asked.startswith("zero"):
+        made = accelerator.state.deepspeed_plugin.deepspeed_config
+        made.update(fill_auto(made, config, accelerator.num_processes))
+    return accelerator, asked
+
+
+def _connect(config: RunConfig, asked: str, without_gpu: bool) -> Accelerator:
+    """Check what can be checked before the processes connect, and make the Accelerator, which connects them."""
     launched_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     settings, plugin = read_settings() if asked.startswith("zero") else None, None
     precision = mixed_precision(config.model, asked, launched_precision, settings, has_gpu=not without_gpu)
     if settings is None:
         _require_accumulation(config)
     else:
-        plugin = _deepspeed_plugin(settings, config, num_processes)
+        plugin = _deepspeed_plugin(settings, config, world_size())
     handlers, timeout = [], timedelta(seconds=config.train.timeout)
     if asked != "plain":
         backend = {"backend": "gloo"} if without_gpu else {}
@@ -79,18 +89,14 @@ def build_accelerator(config: RunConfig) -> tuple[Accelerator, str]:
         ) from error
     if asked == "fsdp2" and without_gpu:
         _shard_on_cpu(accelerator)
-    require_engine(asked, _accelerated_engine(accelerator), "Accelerate set up")
-    _require_divisible(config, accelerator.num_processes)
-    if asked.startswith("zero"):
-        made = accelerator.state.deepspeed_plugin.deepspeed_config
-        made.update(fill_auto(made, config, accelerator.num_processes))
-    return accelerator, asked
+    return accelerator
 
 
 def _deepspeed_plugin(settings: dict[str, object], config: RunConfig, num_processes: int) -> DeepSpeedPlugin | None:
-    """The filled settings for Accelerate, before the processes connect and before it copies them for zero.Init.
+    """Fill in the settings and hand them to Accelerate, before the processes connect and it copies them for zero.Init.
 
-    None where the launch names no file; then Accelerate makes them, and they are filled afterwards.
+    Returns:
+        None if the launch names no file. Then Accelerate makes the settings, and they are filled in afterwards.
     """
     plugin = None
     if settings:
@@ -102,7 +108,7 @@ def _deepspeed_plugin(settings: dict[str, object], config: RunConfig, num_proces
 
 
 def require_engine(asked: str, got: str, who: str) -> None:
-    """Stop where an engine is not the one that was asked for.
+    """Stop if an engine is not the one that was asked for.
 
     Raises:
         ValueError: They differ; the message names both.
@@ -118,14 +124,14 @@ def require_engine(asked: str, got: str, who: str) -> None:
 
 
 def choose_layers_to_shard(accelerator: Accelerator, model: nn.Module) -> None:
-    """Make FSDP2 cut a model into its layers, where the launch does not name them.
+    """Choose the layers into which FSDP2 cuts a model, if the launch does not name them.
 
-    Accelerate (1.15.0) takes every class that Transformers says not to split, and the input embeddings again by
-    themselves. Encoders such as BERT hold these in a class of the list, and a weight can be in one group alone.
+    Accelerate (1.15.0) takes every class that Transformers says not to split, and the input embeddings by themselves.
+    Encoders such as BERT have their embeddings in one of these classes, but a weight can be in one group only.
 
     Args:
-        accelerator: On FSDP2.
-        model: Before it is prepared.
+        accelerator: An Accelerator on FSDP2.
+        model: The model, not prepared yet.
     """
     plugin, embeddings = accelerator.state.fsdp_plugin, model.get_input_embeddings()
     if plugin.transformer_cls_names_to_wrap is None:
@@ -135,7 +141,7 @@ def choose_layers_to_shard(accelerator: Accelerator, model: nn.Module) -> None:
 
 
 def _accelerated_engine(accelerator: Accelerator) -> str:
-    """What the Accelerator is, with the number of processes where that is not what was launched."""
+    """The engine that the Accelerator is on, or the number of its processes if that is not the one that was launched."""
     launched = world_size()
     if accelerator.num_processes != launched:
         return f"{accelerator.num_processes} of {launched} processes"
@@ -150,9 +156,9 @@ def _accelerated_engine(accelerator: Accelerator) -> str:
 
 
 def _shard_on_cpu(accelerator: Accelerator) -> None:
-    """Make several processes without a GPU FSDP ones, as AcceleratorState does with those of every kind of GPU.
+    """Turn on FSDP for processes without a GPU, as AcceleratorState does for processes with one.
 
-    It leaves MULTI_CPU out of its list (``accelerate/state.py``, 1.15.0), although FSDP2 itself works there.
+    AcceleratorState (``accelerate/state.py``, 1.15.0) leaves MULTI_CPU out of its list, although FSDP2 works there.
     """
     state = accelerator.state
     if state.distributed_type != DistributedType.MULTI_CPU:
@@ -182,7 +188,7 @@ def _require_divisible(config: RunConfig, num_processes: int) -> None:
 
 
 def _require_accumulation(config: RunConfig) -> None:
-    """Accelerate takes the accumulation of the launch, or else ours: then it drops that of the launch in silence."""
+    """Stop if the launch asks for another gradient accumulation than the run. Accelerate would drop one in silence."""
     theirs, ours = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "auto"), config.train.accumulation_steps
     if theirs not in ("auto", str(ours)):
         raise ValueError(
