@@ -141,7 +141,7 @@ def choose_layers_to_shard(accelerator: Accelerator, model: nn.Module) -> None:
 
 
 def _accelerated_engine(accelerator: Accelerator) -> str:
-    """The engine that the Accelerator is on, or the number of its processes if that is not the one that was launched."""
+    """The engine of the Accelerator, or the number of its processes if that is not the one that was launched."""
     launched = world_size()
     if accelerator.num_processes != launched:
         return f"{accelerator.num_processes} of {launched} processes"
