@@ -74,7 +74,7 @@ class Merger:
     def merge(self, folder: Path, dtype: str | None = None) -> dict[str, object]:
         """Write the merged model, its configuration and the files of its tokenizer or image processor.
 
-        The sum is made in float32, 4 bytes a weight, and rounded once.
+        The sum is made in float32, 4 bytes per weight, and rounded once.
 
         Args:
             folder: Where to write, whole or not at all; it must be empty or not be there.
