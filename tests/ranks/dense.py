@@ -67,7 +67,10 @@ def reference_run(precision: str, masters_in_fp32: bool, options: dict) -> dict:
         masters.take_gradients()
         torch.nn.utils.clip_grad_norm_(masters.stepped, options["clip"])
         reference.observe()
-        reference.step(optimizer, step + 1) if choices else optimizer.step()
+        if choices:
+            reference.step(optimizer, step + 1)
+        else:
+            optimizer.step()
         losses.append(loss.detach())
         still = step + 1 in due
         later = [k for k, at in enumerate(due) if at > step + 1]
