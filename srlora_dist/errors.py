@@ -1,4 +1,4 @@
-"""Ends of a run that are no fault of the program."""
+"""Expected ways for a run to stop early."""
 
 from __future__ import annotations
 

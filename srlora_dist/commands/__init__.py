@@ -1,1 +1,1 @@
-"""What ``srlora NAME`` does: one file a command, with ``run(argv)`` and in its first line what it is for."""
+"""One file or folder per command: ``srlora NAME`` calls ``run(argv)`` of ``commands/NAME``."""

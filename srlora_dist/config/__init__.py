@@ -1,4 +1,4 @@
-"""What a user can set, each option declared once; importing it loads neither torch nor a parser nor yaml."""
+"""Every option that a user can set, declared once; importing it loads neither torch nor a parser nor yaml."""
 
 from srlora_dist.config.method import SRLoRAConfig
 from srlora_dist.config.run import (

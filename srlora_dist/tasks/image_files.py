@@ -1,4 +1,4 @@
-"""Pictures on disk, IDX files or a folder a class, and how a batch of them becomes tensors; no torchvision."""
+"""Pictures on disk, as IDX files or in a folder per class, and how a batch becomes tensors, without torchvision."""
 
 from __future__ import annotations
 

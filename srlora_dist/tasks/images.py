@@ -1,4 +1,4 @@
-"""Classification of pictures: four public sets from the hub, or a folder of IDX files or with a folder a class."""
+"""Classification of pictures: four public sets from the hub, a folder of IDX files, or a folder per class."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The loops that drive the Switcher: ours, and the HF Trainer's."""
+"""Training loops that drive the Switcher: our own, and the HF Trainer's by a callback."""

@@ -1,4 +1,4 @@
-"""What ``srlora doctor`` looks at: one file a kind of check, each of which gives findings as it goes."""
+"""One finding of ``srlora doctor``; each kind of check has a file beside this one."""
 
 from __future__ import annotations
 
