@@ -55,7 +55,7 @@ def require_resettable(optimizer: Optimizer, optimizer_reset: str, iterates: Seq
     elif name == "Adafactor":  # a first moment, where it has one, has the shape of the weight
         if optimizer_reset == "first_moment":
             return
-        reason = "it keeps its second moment as one number a row and one a column, and pairs share those"
+        reason = "it keeps its second moment as one number per row and one per column, which pairs share"
         remedy = "choose first_moment or keep"
     raise ValueError(f"srlora.optimizer_reset {optimizer_reset!r} is not supported with {name}: {reason}; {remedy}")
 

@@ -16,7 +16,7 @@ SIZES = {
     "HOROVOD_SIZE": "horovodrun",
     "_CONDOR_NPROCS": "HTCondor",
     "PET_NNODES": "Kubeflow, for torchrun",
-    "PET_NPROC_PER_NODE": "likewise",
+    "PET_NPROC_PER_NODE": "Kubeflow, for torchrun",
     "LWS_GROUP_SIZE": "Kubernetes' LeaderWorkerSet",
     "AWS_BATCH_JOB_NUM_NODES": "AWS Batch",
     "AZUREML_NODE_COUNT": "Azure Machine Learning",
