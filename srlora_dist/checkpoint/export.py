@@ -58,7 +58,6 @@ def export_adapter(
         ValueError: ``max_rank`` is below 1, another adapter is trained too, or rank 0 could not write. Raised on every
             rank.
     """
-    peft_model = find_peft_model(model)
     _require_rank(max_rank)
     parts.require_alone(model, sites)
     storage.to_rest_layout_()
@@ -66,14 +65,12 @@ def export_adapter(
     fused = _gather_fused(storage, sites)
 
     def write() -> None:
-        added = None
-        if ledger is not None or fused:
-            own_w = parts.own_weights
-            in_place = [s.name for s in sites if s.fused_a is None and not s.state.left_out and s.name not in own_w]
-            added = fused | (ledger.factors(in_place) if ledger is not None else {})
+        added = fused | (ledger.factors(_edited_in_place(sites, parts)) if ledger is not None else {})
         scales = {site.name: site.scale for site in sites}
-        about = About(peft_model.peft_config[parts.adapter_name], scales, parts.other_layers, parts.base)
-        write_adapter(tensors, about, added, Path(folder), max_rank, put)
+        config = find_peft_model(model).peft_config[parts.adapter_name]
+        about = About(config, scales, parts.other_layers, parts.base)
+        was_edited = ledger is not None or bool(fused)
+        write_adapter(tensors, about, added if was_edited else None, Path(folder), max_rank, put)
 
     storage.on_rank_0(f"write the adapter to {folder}", write)
 
@@ -156,6 +153,12 @@ def exported_parts(
     }
     rest = {name: tensor.detach().cpu().clone() for name, tensor in rest.items()} if storage.rank == 0 else {}
     return about, rest, peft_model.peft_config[parts.adapter_name]
+
+
+def _edited_in_place(sites: list[Site], parts: ExportParts) -> list[str]:
+    """Names of the sites whose W holds what the ledger says, unless that W is exported itself."""
+    own = parts.own_weights
+    return [site.name for site in sites if site.fused_a is None and not site.state.left_out and site.name not in own]
 
 
 def _gather_exported(model: nn.Module, storage: Storage, parts: ExportParts) -> dict[str, Tensor]:
