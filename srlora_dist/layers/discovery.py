@@ -22,7 +22,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def find_sites(model: nn.Module, adapter_name: str = "default", only: Collection[str] | None = None) -> list[Site]:
-    """The sites of one adapter, in the order of the model's modules.
+    """Find the sites of one adapter, in the order of the model's modules.
 
     Layers that cannot be worked on are left out with a warning where the user has not named them, as with
     ``target_modules="all-linear"``; they stay what PEFT made them.
@@ -30,7 +30,7 @@ def find_sites(model: nn.Module, adapter_name: str = "default", only: Collection
     Args:
         model: A PEFT model.
         adapter_name: The adapter.
-        only: Names of the sites that were found before the model was prepared; None looks for all that there are.
+        only: Names of the sites that were found before the model was prepared; None finds all that there are.
 
     Raises:
         ValueError: There is no such adapter or no adapted layer, or a layer is not a linear LoRA layer of

@@ -123,7 +123,7 @@ def choose_slots(scores: Tensor, count: int, ages: list[int], choose: str = "low
 
 
 def clamp_target_ranks(sites: list[Site], target_rank: int) -> None:
-    """Set each site's target rank, at most min(m, n), with one warning that lists the sites where that is less.
+    """Set each site's target rank, at most min(m, n); one warning lists the sites where it had to be lowered.
 
     Raises:
         ValueError: The target is below the rank of a site, which may be that of an adapter that was exported.
@@ -150,7 +150,7 @@ def clamp_target_ranks(sites: list[Site], target_rank: int) -> None:
 
 
 def share_out_directions_(sites: list[Site], config: SRLoRAConfig) -> None:
-    """Set each site's target rank, and how many pairs it may start.
+    """Set the target rank of each site, and the number of pairs that it may start.
 
     Raises:
         ValueError: The target is below the rank of a site.
@@ -167,7 +167,7 @@ def share_out_directions_(sites: list[Site], config: SRLoRAConfig) -> None:
 
 
 def plan_switches(sites: list[Site], config: SRLoRAConfig, num_training_steps: int) -> list[int]:
-    """Eq. 14: the optimizer steps after which a switch is due; in a short run fewer, where no target rank was set.
+    """Eq. 14: the optimizer steps after which a switch is due. A short run gets fewer if no target rank was set.
 
     Raises:
         ValueError: There are more switches than steps.
@@ -195,7 +195,7 @@ def num_next(site: Site, fusion_ratio: float) -> int:
 
 
 def next_directions(site: Site, slots: list[int], exhausted: str) -> tuple[list[int], int]:
-    """The directions that pairs in these slots are started along, and the site's ``num_taken`` after that.
+    """Choose the directions for the new pairs in these slots; also gives the site's ``num_taken`` afterwards.
 
     Args:
         site: The site before it starts them.

@@ -18,7 +18,7 @@ from srlora_dist.storage.base import Storage
 logger = logging.getLogger(__name__)
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-"""Largest relative change of an output by type: a few times what rounding alone was measured to do (README)."""
+"""Largest accepted relative change of an output, by type: a few times what rounding alone does, as measured."""
 
 SMALL_OUTPUT = 1e-3
 """An output tensor is compared relative to its own size, or to this share of the largest one's if that is more."""
@@ -30,7 +30,7 @@ class OutputCheck:
     Args:
         model: The prepared model.
         storage: How it is held.
-        tolerance: Largest relative change to accept; None goes by the type of the weights.
+        tolerance: Largest relative change to accept; None chooses it by the type of the weights.
     """
 
     def __init__(self, model: nn.Module, storage: Storage, tolerance: float | None) -> None:
@@ -65,11 +65,11 @@ class OutputCheck:
 
 
 def largest_change(storage: Storage, tolerance: float | None, types: Iterable[torch.dtype] = ()) -> float:
-    """``srlora.switch_tolerance``, or the one for the shortest type that the sites are held or computed in.
+    """The largest relative change to accept: ``srlora.switch_tolerance``, or one for the shortest type in use.
 
     Args:
-        storage: How they are held.
-        tolerance: The option.
+        storage: How the sites are held.
+        tolerance: ``srlora.switch_tolerance``; None for the shortest type that sites are held or computed in.
         types: Further types that a forward pass has shown.
     """
     if tolerance is not None:
@@ -84,9 +84,9 @@ def largest_change(storage: Storage, tolerance: float | None, types: Iterable[to
 
 
 def relative_change(now: list[Tensor], before: list[Tensor]) -> float:
-    """The norm of the change of an output tensor relative to its norm before, of the tensor where it is largest.
+    """The largest relative change of any output tensor: the norm of its change over its norm before.
 
-    Infinite where a tensor has another shape now, or another number that is not finite.
+    It is infinite if a shape has changed, or if a number has become or ceased to be finite.
     """
     if [tensor.shape for tensor in now] != [tensor.shape for tensor in before]:
         return float("inf")

@@ -1,4 +1,4 @@
-"""Calls a model once more than its training does, and leaves no trace of that."""
+"""Calls a model an extra time beside its training, and leaves no trace of the call."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 NUM_SAMPLES = 1 << 16
-"""Elements that are kept of each output tensor: logits can be larger than the model."""
+"""Most elements that are kept of each output tensor: logits can be larger than the model."""
 
 
 @contextmanager
@@ -29,7 +29,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def sample_outputs(call: Callable[[], object]) -> list[Tensor]:
-    """Evenly spaced elements of each floating-point tensor in what a model gives, however nested, in float32.
+    """Call a model and take evenly spaced elements, in float32, of each floating-point tensor in its nested output.
 
     A compiled model is called as it was written. Collective: a forward pass.
     """
@@ -52,7 +52,7 @@ def _uncompiled() -> AbstractContextManager:
 
 @contextmanager
 def same_buffers(model: nn.Module) -> Iterator[None]:
-    """Put buffers back that a forward pass moves, such as the averages of a batch norm."""
+    """Restore the buffers that a forward pass changes, such as the averages of a batch norm."""
     before = [
         (module, name, buffer, buffer.clone())
         for module in model.modules()
@@ -66,7 +66,11 @@ def same_buffers(model: nn.Module) -> Iterator[None]:
 
 
 def set_compiled_calls_aside_(model: nn.Module) -> list[tuple[nn.Module, object]]:
-    """Let what ``module.compile()`` has compiled run as it was written, hooks too, and tell what to put back."""
+    """Undo ``module.compile()`` for a while, so that modules and their hooks are called as written.
+
+    Returns:
+        Each such module with the compiled call to put back.
+    """
     compiled = [(module, module._compiled_call_impl) for module in model.modules() if module._compiled_call_impl]
     for module, _ in compiled:
         module._compiled_call_impl = None
@@ -74,10 +78,10 @@ def set_compiled_calls_aside_(model: nn.Module) -> list[tuple[nn.Module, object]
 
 
 def copy_inputs(inputs: object) -> object:
-    """Inputs that a forward pass may change, and the batch's own pass gets as they were.
+    """Copy inputs, because a forward pass may change them and the batch's own pass needs them as they were.
 
     Raises:
-        TypeError: Something in them cannot be copied, such as a generator.
+        TypeError: Something in the inputs cannot be copied, such as a generator.
     """
 
     def copy(leaf: object) -> object:

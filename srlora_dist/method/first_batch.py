@@ -83,14 +83,14 @@ class FirstBatch:
 
     @property
     def change(self) -> float | None:
-        """Relative change of the outputs by switch 0 that this rank saw; None before."""
+        """Relative change of the outputs by switch 0, as seen by this rank; None if not measured."""
         return self._change if self._change >= 0 else None
 
     def __reduce__(self) -> tuple:
         return object.__new__, (FirstBatch,)  # a pickled model checks nothing either: this copy has no entrances
 
     def __deepcopy__(self, memo: dict) -> FirstBatch:
-        return self  # a copy of the model has the hooks too, and nothing is to be checked there
+        return self  # a copied model has the hooks too, but is not checked
 
     def close(self) -> None:
         """Remove all hooks, and forget the batch."""
@@ -152,7 +152,7 @@ class FirstBatch:
             self._before = []
 
     def _compare(self) -> bool:
-        """The passes before the batch's own; False where the model cannot be called once more."""
+        """Do the passes before the batch's own; False where the model cannot be called an extra time."""
         after, unused, called, read = self._look(evaluates=True)
         if after is None:
             return False
@@ -197,7 +197,7 @@ class FirstBatch:
         return largest_on_any_rank(self.storage, change) > self._tolerance / 100
 
     def _look(self, evaluates: bool) -> tuple[list[Tensor] | None, list[bool], list[bool], list[bool]]:
-        """Call the model once, and tell on every rank what any rank saw.
+        """Call the model once, and share what any rank saw with every rank.
 
         Returns:
             Samples of the outputs, None if a rank could not call it; then for each site whether it was bypassed,
@@ -229,7 +229,7 @@ class FirstBatch:
 
     @contextmanager
     def _as_before_switch_0(self) -> Iterator[None]:
-        """Give suspicious sites the W that they had and silence their pairs; put back the very bits at the end."""
+        """Give suspicious sites the W from before switch 0 and silence their pairs; restore every bit afterwards."""
         sites = self.storage.sites
         edited = [n for n in self._suspicious if self.config.start == "pissa" and sites[n].fused_a is None]
         with edited_back(self.storage, edited):
@@ -243,12 +243,12 @@ class FirstBatch:
                     numbers.update(before)
 
     def _judge_again(self, change: float) -> float:
-        """The same change, or that in evaluation mode if the model gives something else each time while it trains.
+        """Confirm a change that is too large; judge in evaluation mode if the model is random in training mode.
 
         Returns:
-            0 if it does in both modes, so that nothing can be told.
+            The change; 0 if the model is random in both modes, so that nothing can be told.
 
-        Collective: two forward passes, and three more then; up to three all-reduces of 8 bytes.
+        Collective: two forward passes, and three more for evaluation mode; up to three all-reduces of 8 bytes.
         """
         once, twice = (self._look(evaluates=False)[0] or [] for _ in range(2))
         if largest_on_any_rank(self.storage, relative_change(once, twice)) <= self._tolerance:
@@ -267,7 +267,7 @@ class FirstBatch:
 
 
 def _entrances(model: nn.Module, peft_model: nn.Module) -> list[nn.Module]:
-    """The modules that a loop may call: what torch.compile made of the PEFT model; or that model, or the one inside."""
+    """The modules that a loop may call: the compiled PEFT model; or the PEFT model, and the one inside it."""
     wrappers = [module for module in model.modules() if hasattr(module, "_orig_mod")]
     around = [module for module in wrappers if any(inner is peft_model for inner in module.modules())]
     return around[:1] or [peft_model, peft_model.get_base_model()]

@@ -16,12 +16,12 @@ from srlora_dist.method.watch import Watch
 from srlora_dist.storage.base import Storage
 
 IDLE_CALLS = {4 << k for k in range(30)}
-"""Calls of ``Switcher.step`` in a row without a step of the optimizer after which the pairs are looked at: so many
-micro-batches or overflows are rare, and pairs that move then are moved by an optimizer that ``bind`` did not get."""
+"""Numbers of calls of ``Switcher.step`` in a row without an optimizer step after which the pairs are checked. That many
+micro-batches or overflows are rare. If pairs have moved then, an optimizer that ``bind`` did not get moved them."""
 
 
 def make_scores(storage: Storage, config: SRLoRAConfig) -> PairStatistics:
-    """The statistics of ``srlora.score``."""
+    """Make the statistics that ``srlora.score`` asks for."""
     if config.score == "change":
         return ChangeScore(storage)
     relative, resets_all = config.score == "relative", config.score_reset == "all"
@@ -65,7 +65,7 @@ class Observer:
         return self.schedule.window is None or to_next <= self.schedule.window
 
     def before(self, owners: list[Tensor]) -> None:
-        """The optimizer is about to step these tensors; ZeRO steps one group after the other.
+        """Observe the gradients: the optimizer is about to step these tensors. ZeRO steps one group after the other.
 
         Raises:
             RuntimeError: The step before was not reported.
@@ -84,7 +84,7 @@ class Observer:
         self.stepped |= owned
 
     def after(self, owners: list[Tensor]) -> None:
-        """The optimizer has stepped these tensors."""
+        """Correct the updates of restarted pairs: the optimizer has stepped these tensors."""
         if self.pair_steps is not None:
             self.pair_steps.after_({id(owner) for owner in owners}, self._num_steps() + 1)
 

@@ -105,7 +105,7 @@ class SwitchExecutor:
 
         Raises:
             RunStoppedError: The ranks have fused, taken or written different things.
-            ValueError: Rank 0 cannot read its directions any more, or cannot factor a weight anew.
+            ValueError: Rank 0 can no longer read its directions, or cannot factor a weight anew.
         """
         self.storage.to_rest_layout_()
         self._compression, digests = [], []
@@ -183,11 +183,11 @@ class SwitchExecutor:
         return part, combine(*slots, *directions, digest_span(written))
 
     def _renew(self, number: int, slots: list[int], a: Tensor, b: Tensor) -> Triplet | None:
-        """Factor the W that a site will have once these pairs are fused: its first directions on rank 0, else None.
+        """Compute the first directions of the W that a site will have once these pairs are fused, on rank 0; else None.
 
         That W does not contain what the other pairs started with, so these directions differ from theirs.
 
-        Collective: W is gathered on rank 0; under ZeRO-3 and FSDP2 the second adapter is on all; then one all-reduce
+        Collective: a gather of W on rank 0; under ZeRO-3 and FSDP2 one of the second adapter on all; one all-reduce
             of 8 bytes.
         """
         storage, site = self.storage, self.sites[number]
@@ -222,7 +222,7 @@ class SwitchExecutor:
         return {number: tuple(of_site.mean(1).tolist()) for number, of_site in found}
 
     def _add_to_weight_(self, number: int, left: Tensor, right: Tensor) -> None:
-        """Add ``scale * left @ right`` to a site's W, or to what stands for it. Collective: see ``append_pairs_``."""
+        """Add ``scale * left @ right`` to a site's W, or to its second adapter. Collective: see ``append_pairs_``."""
         site = self.sites[number]
         if site.fused_a is None:
             self.storage.edit_weight_(number, left.float(), right.float())
@@ -237,7 +237,7 @@ class SwitchExecutor:
         Args:
             paths: Files of the entries; those of rank 0 are read.
 
-        Collective: for each entry the shapes, and a spread of its pairs (see ``Collectives.scatter_from_0``).
+        Collective: for each entry a broadcast of the shapes, and its pairs (see ``Collectives.scatter_from_0``).
 
         Raises:
             ValueError: Rank 0 cannot read an entry.
@@ -266,7 +266,7 @@ class SwitchExecutor:
                     left = None
 
     def buckets(self) -> Iterator[list[int]]:
-        """Numbers of the sites that are switched together."""
+        """Indices of the sites that are switched together."""
         return cut_into_buckets([site.num_factor_elements for site in self.sites])
 
     def _compare(self, report: SwitchReport, digests: list[int]) -> None:
