@@ -1,4 +1,4 @@
-"""The optimizer behind a storage: which moments it keeps, how those of a span are reset, and what sees its steps."""
+"""The optimizer behind a storage: which moments it keeps, how to reset those of a span, and hooks around its steps."""
 
 from __future__ import annotations
 

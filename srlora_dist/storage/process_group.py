@@ -1,4 +1,4 @@
-"""The process group outside of training: set up after a restart, asked which ranks are lost, and tried on a machine."""
+"""Sets up the process group after a restart, finds the ranks that are lost, and tries a process group on this machine."""
 
 from __future__ import annotations
 
