@@ -1,4 +1,4 @@
-"""Sets up the process group after a restart, finds the ranks that are lost, and tries a process group on this machine."""
+"""Sets up the process group after a restart, finds lost ranks, and tries a process group on this machine."""
 
 from __future__ import annotations
 
