@@ -117,15 +117,7 @@ class SwitchExecutor:
             of_bucket = [self.sites[number].factor(name) for number in bucket for name in ("A", "B")]
             gathered = iter(self.storage.gather_parameters(of_bucket))
             factors = {number: (next(gathered), next(gathered)) for number in bucket}
-            wanted, made = [], {}
-            for number in bucket:
-                site = self.sites[number]
-                numbers, site.state.num_taken = next_directions(site, slots[number], self.config.exhausted)
-                wanted.append((number, numbers))
-                if numbers[-1] >= site.state.target_rank:
-                    made[number] = self._renew(number, slots[number], *factors[number])
-            triplets = self.directions.take(wanted, made)
-            for (number, numbers), triplet in zip(wanted, triplets, strict=True):
+            for number, numbers, triplet in self._take_directions(bucket, slots, factors):
                 score = scores[number].tolist() if scores is not None else []
                 more = seconds.get(number)
                 part = self._switch_site(number, slots[number], numbers, score, triplet, *factors[number], more)
@@ -142,6 +134,23 @@ class SwitchExecutor:
             )
         self._compare(report, digests)
         return report
+
+    def _take_directions(
+        self, bucket: list[int], slots: list[list[int]], factors: dict[int, tuple[Tensor, Tensor]]
+    ) -> Iterator[tuple[int, list[int], Triplet]]:
+        """Choose the next directions of each site in a bucket: (site number, their numbers, the triplets).
+
+        Collective: one broadcast of all of them; with ``exhausted: renew`` see :meth:`_renew`.
+        """
+        wanted, made = [], {}
+        for number in bucket:
+            site = self.sites[number]
+            numbers, site.state.num_taken = next_directions(site, slots[number], self.config.exhausted)
+            wanted.append((number, numbers))
+            if numbers[-1] >= site.state.target_rank:
+                made[number] = self._renew(number, slots[number], *factors[number])
+        for (number, numbers), triplet in zip(wanted, self.directions.take(wanted, made), strict=True):
+            yield number, numbers, triplet
 
     def _switch_site(
         self,
