@@ -71,4 +71,4 @@ def load_main() -> Callable[[list[str]], int]:
 
 def leave_out_figures() -> None:
     """For this process; they take a third of the time of a short run."""
-    importlib.import_module("srlora_dist.training.trainer").draw = lambda folder, summary: []
+    importlib.import_module("srlora_dist.training.run").draw = lambda folder, summary: []
