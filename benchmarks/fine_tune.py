@@ -11,7 +11,6 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -93,7 +92,7 @@ def main() -> None:
 def planned(rank: int, target_rank: int) -> Row:
     """The largest checkpoint of a large model, counted and not written."""
     options = PlanOptions(model="llama-70b", engine="zero3", world_size=64, rank=rank, target_rank=target_rank)
-    plan = make_plan(**asdict(options))
+    plan = make_plan(options.run_config(), options.world_size, options.persistence_threshold, options.device)
     return Row(
         question="bytes of a checkpoint",
         ours="adapter, moments, averages and ledger",

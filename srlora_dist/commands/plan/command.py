@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 import jsonargparse
 
 from srlora_dist.config.checks import COUNT, COUNT_OR_NONE, require
+from srlora_dist.config.method import SRLoRAConfig
+from srlora_dist.config.run import LoRAOptions, ModelOptions, RunConfig, TrainOptions
 
 
 @dataclass
@@ -59,6 +61,17 @@ class PlanOptions:
         if self.engine == "fsdp2" and self.quantization == "int8":
             raise ValueError("quantization is int8, which FSDP2 cannot cut: choose nf4, or another engine")
 
+    def run_config(self) -> RunConfig:
+        """The options of the run, by the names that the run has for them."""
+        storage = {"quantization": self.quantization, "double_quantization": self.double_quantization}
+        return RunConfig(
+            engine=self.engine,
+            model=ModelOptions(self.model, dtype=self.dtype, **storage),
+            lora=LoRAOptions(rank=self.rank, alpha=self.rank, target_modules=self.target_modules),
+            srlora=SRLoRAConfig(target_rank=self.target_rank, fusion_ratio=self.fusion_ratio, fusion=self.fusion),
+            train=TrainOptions(max_steps=self.steps, optimizer=self.optimizer),
+        )
+
 
 def parse(argv: list[str]) -> PlanOptions:
     """Read the command line; a dash in the name of an option is as good as an underscore.
@@ -85,5 +98,5 @@ def run(argv: list[str]) -> None:
     options = parse([word for word in argv if word != "--json"])
     from srlora_dist.commands.plan.report import as_tables, make_plan  # seconds of imports
 
-    plan = make_plan(**asdict(options))
+    plan = make_plan(options.run_config(), options.world_size, options.persistence_threshold, options.device)
     print(json.dumps(plan, indent=1) if "--json" in argv else as_tables(plan))

@@ -9,48 +9,30 @@ from srlora_dist.commands.plan.blueprint import build_blueprint
 from srlora_dist.commands.plan.communication import Message, start_up, switches
 from srlora_dist.commands.plan.memory import Forecast
 from srlora_dist.commands.plan.roofline import DEVICES, estimate
-from srlora_dist.config.method import SRLoRAConfig
-from srlora_dist.config.run import LoRAOptions, ModelOptions, RunConfig, TrainOptions
+from srlora_dist.config.run import RunConfig
 
 
-def make_plan(
-    model: str,
-    engine: str,
-    world_size: int,
-    dtype: str,
-    quantization: str,
-    double_quantization: bool,
-    rank: int,
-    target_rank: int | None,
-    fusion_ratio: float,
-    target_modules: str,
-    fusion: str,
-    optimizer: str,
-    steps: int,
-    persistence_threshold: int | None,
-    device: str,
-) -> dict[str, object]:
-    """All that ``srlora plan`` prints, in bytes and seconds; the options are those of ``commands.plan.PlanOptions``.
+def make_plan(config: RunConfig, world_size: int, persistence_threshold: int | None, device: str) -> dict[str, object]:
+    """All that ``srlora plan`` prints, in bytes and seconds.
+
+    Args:
+        config: The options of the run; the engine must be named.
+        world_size: Number of ranks.
+        persistence_threshold: See ``PlanOptions``.
+        device: One of ``DEVICES``.
 
     Raises:
         ValueError: The model is not known, or an option does not fit it.
     """
-    config = RunConfig(
-        engine=engine,
-        model=ModelOptions(model, dtype=dtype, quantization=quantization, double_quantization=double_quantization),
-        lora=LoRAOptions(rank=rank, alpha=rank, target_modules=target_modules),
-        srlora=SRLoRAConfig(target_rank=target_rank, fusion_ratio=fusion_ratio, fusion=fusion),
-        train=TrainOptions(max_steps=steps, optimizer=optimizer),
-    )
     blueprint = build_blueprint(config, world_size, persistence_threshold)
     forecast = Forecast(blueprint)
     sent = switches(blueprint)
     largest, model_bytes = forecast.largest_rank(), forecast.model_bytes()
     later = max(sent[1:], key=lambda messages: sum(message.num_bytes for message in messages), default=[])
-    target = config.srlora.num_directions
+    where = f"{config.model.name_or_path} in {config.model.stored_as} on {config.engine}, {world_size} ranks"
     return {
-        "run": f"{model} in {config.model.stored_as} on {engine}, {world_size} ranks, r={rank}, target {target}",
-        "optimizer": optimizer,
+        "run": f"{where}, r={config.lora.rank}, target {config.srlora.num_directions}",
+        "optimizer": config.train.optimizer,
         "sites": len(blueprint.sites),
         "trained_parameters": sum(parameter.numel() for parameter in forecast.trained),
         "model_bytes": model_bytes,
