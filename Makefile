@@ -10,7 +10,7 @@ BIN = $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo lint test test-all cluster clean
+.PHONY: install demo lint unit test test-all cluster clean
 
 install: $(VENV)/.installed
 
@@ -33,6 +33,9 @@ demo: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+unit: install
+	$(BIN)/pytest tests/unit -n 2 -m "not slow and not long"
 
 test: lint $(VENV)/.compiled
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder

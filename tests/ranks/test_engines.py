@@ -122,19 +122,19 @@ def _train(
 
 
 def state_of(switcher: Switcher) -> dict:
-    """Whole weights (rank 0, or every copy) with what was added beside them, factors and moments, as this rank sees."""
+    """Whole weights with what was added beside them, factors and moments, as this rank sees them."""
     storage, sites = switcher.storage, switcher.storage.sites
     storage.to_rest_layout_()
-    is_cut = storage.name in ("zero3", "fsdp2")
-    weights = [storage.gather_weight(number) for number in range(len(SITES))]
-    if not is_cut and not any(site.quantised for site in sites):
-        weights = [site.weight.float() for site in sites]
+    # Each rank in turn gathers what the others hold; where ranks hold copies it is this rank's own.
+    gathered = [
+        [storage.gather_weight(number, rank) for number in range(len(SITES))] for rank in range(storage.world_size)
+    ]
+    weights = gathered[storage.rank]
     for number, site in enumerate(sites):
         if site.fused_a is not None:
             fused_a, fused_b = storage.gather_parameters([site.fused_a, site.fused_b])
             assert not any(factor.requires_grad for factor in (site.fused_a, site.fused_b))
-            if weights[number] is not None:
-                weights[number] = weights[number] + site.scale * (fused_b @ fused_a)
+            weights[number] = weights[number] + site.scale * (fused_b @ fused_a)
     factors = storage.gather_parameters([site.factor(f) for site in sites for f in "AB"])
     moments = {}
     for number, name in enumerate(SITES):
@@ -147,7 +147,7 @@ def state_of(switcher: Switcher) -> dict:
                 torch.distributed.all_reduce(whole)
             moments[f"{name}.{f}"] = whole
     return {
-        "weights": [w.detach().clone() for w in weights if w is not None],
+        "weights": [w.detach().clone() for w in weights],
         "factors": [f.detach().float().clone() for f in factors],
         "moments": moments,
     }
@@ -277,7 +277,7 @@ def assert_equals_the_reference(engine: str, precision: str, tmp_path: Path, cho
     for other in ranks[1:]:  # invariant 2: bit for bit
         assert other["parts"] == first["parts"]
         assert all(torch.equal(a, b) for a, b in zip(other["factors"], first["factors"], strict=True))
-        assert all(torch.equal(a, b) for a, b in zip(other["weights"], first["weights"], strict=False))
+        assert all(torch.equal(a, b) for a, b in zip(other["weights"], first["weights"], strict=True))
     for seen in ranks if precision in ("nf4", "nf4-double", "fp4", "int8") else ():
         assert seen["payload"] == seen["payload_after"]  # never written
 

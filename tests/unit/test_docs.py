@@ -36,6 +36,7 @@ def literals() -> str:
     return "\n".join(texts)
 
 
+@pytest.mark.long
 def test_quoted_messages_are_those_of_the_program() -> None:
     page = (ROOT / "docs" / "troubleshooting.md").read_text()
     cells = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]

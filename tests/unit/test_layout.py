@@ -85,14 +85,17 @@ def test_the_package_has_nine_rooms() -> None:
     assert there == {*ROOMS, "errors.py", "__init__.py", "__main__.py"}
 
 
+@pytest.mark.long
 def test_rooms_import_one_way() -> None:
     assert wrong_arrows(read_modules(PACKAGE)) == []
 
 
+@pytest.mark.long
 def test_no_modules_import_each_other_in_a_circle() -> None:
     assert find_circle(read_modules(PACKAGE)) == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("module", "line", "complaint"),
     [
@@ -112,6 +115,7 @@ def test_a_wrong_arrow_is_seen(module: str, line: str, complaint: str) -> None:
     assert [each for each in wrong_arrows(modules) if each == complaint]
 
 
+@pytest.mark.long
 def test_a_circle_inside_a_room_is_seen() -> None:
     modules = read_modules(PACKAGE)
     assert "layers.matmul" in arrows(modules)["layers.pairs"]
@@ -129,6 +133,7 @@ def test_unit_tests_mirror_the_rooms() -> None:
             assert any(name == module or name.startswith(f"{module}_") for module in of_room), f"{path} tests no module"
 
 
+@pytest.mark.long
 def test_only_the_seam_knows_ranks_and_engines() -> None:
     for name, tree in read_modules(PACKAGE).items():
         if room_of(name) != "storage":

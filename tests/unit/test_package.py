@@ -8,12 +8,15 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
 import srlora_dist
 
 ROOT = Path(__file__).parents[2]
 EXTRAS = {"all", "train", "plot", "cli", "deepspeed", "quant", "trl", "demo", "decoder", "dev"}
 
 
+@pytest.mark.long
 def test_a_wheel_is_complete(tmp_path: Path) -> None:
     source = tmp_path / "source"  # a build leaves folders behind
     shutil.copytree(ROOT / "srlora_dist", source / "srlora_dist", ignore=shutil.ignore_patterns("__pycache__"))

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,6 @@ from benchmarks.reproduce.results import Results, finished_summary
 from benchmarks.reproduce.running import _wait_for_the_run_before, run_grid  # noqa: F401 (another process calls it)
 from srlora_dist.checkpoint.folder_lock import FolderLock
 from srlora_dist.config.parse import parse, to_yaml
-from srlora_dist.config.run import TrainOptions
 from srlora_dist.tasks.glue import GLUE
 from srlora_dist.tasks.registry import TASKS
 
@@ -48,8 +47,7 @@ def add_done(results: Results, cell: object, summary: dict) -> None:
 def test_each_task_of_the_paper_has_a_preset(table: object, name: str) -> None:
     path = PRESETS / table.presets / f"{name}.yaml"
     assert path.is_file()
-    if table.number == 4 and (name not in TASKS or "optimizer" not in {field.name for field in fields(TrainOptions)}):
-        pytest.skip(f"the task {name} and the option train.optimizer are still to come")
+    assert name in TASKS
     config = parse(["--config", str(path)])
     assert config.task.name == name
     assert config.model.name_or_path == table.model
@@ -68,6 +66,7 @@ def test_glue_figures_are_those_that_the_task_reports() -> None:
         assert set(task.figures) == set(TABLES[3].methods)
 
 
+@pytest.mark.long
 def test_the_grid_is_method_by_task_by_seed(tmp_path: Path) -> None:
     runs = grid(tmp_path, "--methods", "lora", "srlora", "--train.epochs", "2", tasks="rte mrpc")
     assert [(cell.seed, cell.task, cell.method) for cell in runs.cells] == [
@@ -81,6 +80,7 @@ def test_the_grid_is_method_by_task_by_seed(tmp_path: Path) -> None:
     assert len(grid(tmp_path).cells) == 2 * len(TABLES[3].methods)
 
 
+@pytest.mark.long
 def test_only_what_is_computed_makes_another_run(tmp_path: Path) -> None:
     digests = [cell.digest for cell in grid(tmp_path).cells]
     engine = str(PRESETS.parent / "accelerate" / "zero2.yaml")
@@ -91,6 +91,7 @@ def test_only_what_is_computed_makes_another_run(tmp_path: Path) -> None:
     assert not {cell.folder for cell in longer.cells} & {cell.folder for cell in grid(tmp_path).cells}
 
 
+@pytest.mark.long
 def test_the_precision_of_the_launch_makes_another_run(tmp_path: Path) -> None:
     files = {}
     for precision in ("no", "fp16"):
@@ -135,6 +136,7 @@ def test_a_file_of_options_cannot_set_another_task(tmp_path: Path) -> None:
         grid(tmp_path, "--config", str(tmp_path / "mine.yaml"))
 
 
+@pytest.mark.long
 def test_a_figure_that_is_not_finite_is_told(tmp_path: Path) -> None:
     runs = grid(tmp_path, "--methods", "lora", tasks="stsb")
     results = Results(tmp_path / "results.jsonl")
@@ -147,6 +149,7 @@ def test_a_figure_that_is_not_finite_is_told(tmp_path: Path) -> None:
     assert [path.name for path in draw_figures(runs, found, tmp_path / "figures")] == ["table3.png"]
 
 
+@pytest.mark.long
 def test_a_result_without_its_metrics_is_kept(tmp_path: Path) -> None:
     """A crash of the machine can lose them when the summary is on disk; the grid has to go on."""
     runs = grid(tmp_path, "--methods", "lora")
@@ -186,6 +189,7 @@ def test_a_run_that_ended_without_a_result_is_found(tmp_path: Path) -> None:
     assert finished_summary(cell) is None
 
 
+@pytest.mark.long
 def test_the_table_has_means_deviations_and_the_papers_figures(tmp_path: Path) -> None:
     runs = grid(tmp_path, tasks="rte mrpc")
     results = Results(tmp_path / "results.jsonl")
@@ -206,6 +210,7 @@ def test_the_table_has_means_deviations_and_the_papers_figures(tmp_path: Path) -
     assert (tmp_path / "table.md").read_text() == text
 
 
+@pytest.mark.long
 def test_a_result_outlives_options_that_are_added_later(tmp_path: Path) -> None:
     config = asdict(grid(tmp_path).cells[0].config)
     older = {**config, "srlora": {name: value for name, value in config["srlora"].items() if name != "grace"}}
@@ -222,6 +227,7 @@ time.sleep(float(sys.argv[2]))
 """
 
 
+@pytest.mark.long
 def test_a_grid_names_the_one_that_runs_and_waits_for_a_run_that_a_killed_one_left(tmp_path) -> None:
     one = grid(tmp_path)
     with FolderLock(one.results, "another grid", "wait"):

@@ -109,6 +109,7 @@ def lora(**options: object) -> LoraConfig:
     return LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": "all-linear", **options})
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("which", ["decoder", "tied"])
 @pytest.mark.parametrize("more", ["nothing", "lm_head", "modules_to_save", "tokens"])
 def test_resized_embeddings(folders: Path, tmp_path: Path, which: str, more: str, monkeypatch) -> None:
@@ -137,6 +138,7 @@ UNFROZEN = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("what", UNFROZEN)
 def test_what_is_unfrozen_after_get_peft_model(folders: Path, tmp_path: Path, what: str) -> None:
     which, is_unfrozen = UNFROZEN[what]
@@ -186,6 +188,7 @@ def test_a_second_adapter_that_is_trained_is_refused(folders: Path, tmp_path: Pa
         switcher.export(tmp_path / "adapter")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fusion", ["auto", "adapter"])
 @pytest.mark.parametrize("task_type", [None, "FEATURE_EXTRACTION", "SEQ_CLS"])
 def test_a_head_that_no_checkpoint_holds(folders: Path, tmp_path: Path, task_type: str | None, fusion: str) -> None:
@@ -201,6 +204,7 @@ def test_a_head_that_no_checkpoint_holds(folders: Path, tmp_path: Path, task_typ
     require_exact(switcher, model, base, tmp_path)
 
 
+@pytest.mark.long
 def test_a_head_that_is_unfrozen(folders: Path, tmp_path: Path) -> None:
     def base() -> nn.Module:
         return AutoModelForSequenceClassification.from_pretrained(folders / "encoder", num_labels=3)
@@ -211,6 +215,7 @@ def test_a_head_that_is_unfrozen(folders: Path, tmp_path: Path) -> None:
     require_exact(switcher, model, base, tmp_path)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 def test_biases_are_exported_as_peft_does(folders: Path, tmp_path: Path, bias: str) -> None:
     def base() -> nn.Module:
@@ -231,6 +236,7 @@ def test_a_base_that_is_gone_is_said(folders: Path, caplog) -> None:
     assert "gone/from/here has no configuration on this machine" in caplog.text
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("saved", [["embed_tokens"], ["embed_tokens", "lm_head"]])
 def test_tied_embeddings_that_are_trained_whole(folders: Path, tmp_path: Path, saved: list[str]) -> None:
     base = load(folders / "tied")
@@ -280,6 +286,7 @@ def test_buffers_that_training_moves(tmp_path: Path, caplog) -> None:
     assert "base_model.model.cache moved in training, and no file can hold it" in caplog.text
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rslora", [False, True])
 def test_layers_that_are_no_sites_keep_their_rank_and_scale(
     folders: Path, tmp_path: Path, rslora: bool, monkeypatch
@@ -299,6 +306,7 @@ def test_layers_that_are_no_sites_keep_their_rank_and_scale(
     require_exact(switcher, model, base, tmp_path)
 
 
+@pytest.mark.long
 def test_expert_parameters_keep_their_rank_and_scale(folders: Path, tmp_path: Path) -> None:
     """PEFT wraps each parameter of the experts, one around the other, and looks their ranks up by parameter."""
 
@@ -311,6 +319,7 @@ def test_expert_parameters_keep_their_rank_and_scale(folders: Path, tmp_path: Pa
     require_exact(switcher, model, base, tmp_path)
 
 
+@pytest.mark.long
 def test_a_folder_of_live_pairs_does_not_load(folders: Path, tmp_path: Path, caplog) -> None:
     base = load(folders / "decoder")
     model = get_peft_model(base(), lora())
@@ -337,6 +346,7 @@ def test_a_folder_of_live_pairs_does_not_load(folders: Path, tmp_path: Path, cap
     PeftModel.from_pretrained(base(), tmp_path / "second" / "other")
 
 
+@pytest.mark.long
 def test_an_adapter_says_which_base_it_belongs_to(folders: Path, tmp_path: Path) -> None:
     model = get_peft_model(load(folders / "decoder")().bfloat16(), lora())
     switcher = train(model, tmp_path, logits)

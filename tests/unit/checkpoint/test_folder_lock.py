@@ -126,6 +126,7 @@ def test_a_process_on_another_host_is_known_by_its_heartbeat(tmp_path, start, mo
         take(tmp_path)
 
 
+@pytest.mark.long
 def test_a_run_that_was_given_up_in_this_process_is_in_nobodys_way(tmp_path) -> None:
     first = take(tmp_path)
     second = take(tmp_path)

@@ -66,6 +66,7 @@ def refused(capsys: pytest.CaptureFixture, *argv: str | Path) -> str:
     return capsys.readouterr().err.strip().splitlines()[-1].removeprefix("srlora: error: ")
 
 
+@pytest.mark.long
 def test_a_run_finds_the_directions_that_were_computed_ahead(run: dict) -> None:
     assert "13 sites, computed in" in run["first"]
     assert "13 sites, found in the cache" in run["second"]
@@ -146,6 +147,7 @@ def test_inspect_knows_checkpoints_of_another_loop(tmp_path: Path, capsys) -> No
     assert "retired most often: " in text
 
 
+@pytest.mark.long
 def test_inspect_knows_methods_without_switches(bench: Bench, capsys) -> None:
     assert main(["train", *bench.arguments("plain", method="lora", train__max_steps=1)]) == 0
     assert "no switches: the method makes none" in shown(capsys, "inspect", bench.run_folder("plain"))

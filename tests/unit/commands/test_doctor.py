@@ -75,6 +75,7 @@ sys.exit(main(["doctor", "--quick"]))
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("package", ["torch", "transformers"])
 def test_a_package_that_cannot_be_imported_is_a_finding(package: str, tmp_path: Path) -> None:
     environment = os.environ | {"SRLORA_CACHE": str(tmp_path)}

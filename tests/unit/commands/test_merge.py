@@ -90,6 +90,7 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Te
         return folder / "adapter", model(**TOKENS).logits
 
 
+@pytest.mark.long
 def test_a_classifier_keeps_its_head_and_its_tokenizer(classifier: tuple, tmp_path: Path, capsys) -> None:
     adapter, expected = classifier
     text = merge(capsys, adapter, tmp_path / "new" / "merged")
@@ -107,6 +108,7 @@ def test_a_classifier_keeps_its_head_and_its_tokenizer(classifier: tuple, tmp_pa
     assert float(text.split("relative difference ")[1].split()[0]) < 1e-5
 
 
+@pytest.mark.long
 def test_a_smaller_type_rounds_and_says_how_much(classifier: tuple, tmp_path: Path, capsys) -> None:
     adapter, expected = classifier
     text = merge(capsys, adapter, tmp_path, "--dtype", "bfloat16")
@@ -118,6 +120,7 @@ def test_a_smaller_type_rounds_and_says_how_much(classifier: tuple, tmp_path: Pa
         assert difference(loaded(**TOKENS).logits.float(), expected) < 10 * said
 
 
+@pytest.mark.long
 def test_a_quantised_base_is_dequantised(tmp_path: Path, capsys) -> None:
     write_decoder(tmp_path / "model")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "model", quantization_config=BitsAndBytesConfig(**NF4))
@@ -137,6 +140,7 @@ def test_a_quantised_base_is_dequantised(tmp_path: Path, capsys) -> None:
         assert difference(other(**TOKENS).logits, expected) > 1e-3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_layers_that_dequantising_transposes_are_put_back(kind: str, tmp_path: Path, capsys) -> None:
     """GPT-2's Conv1D; half of its layers are square, so that their shapes would not tell."""
@@ -196,6 +200,7 @@ def test_another_base_is_refused(classifier: tuple, tmp_path: Path, capsys) -> N
         assert "with --base" in message
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["float32", "nf4", "nf4-double", "int8"])
 def test_another_base_of_the_same_shape_is_refused(kind: str, tmp_path: Path, capsys) -> None:
     for number in (0, 1):
@@ -217,6 +222,7 @@ def test_another_base_of_the_same_shape_is_refused(kind: str, tmp_path: Path, ca
     assert "merged in float32" in merge(capsys, tmp_path / "adapter", tmp_path / "merged")
 
 
+@pytest.mark.long
 def test_the_type_is_read_from_the_tensors_and_not_from_the_readme(tmp_path: Path, capsys, caplog) -> None:
     write_decoder(tmp_path / "model")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
@@ -227,6 +233,7 @@ def test_the_type_is_read_from_the_tensors_and_not_from_the_readme(tmp_path: Pat
     assert "belongs to weights in bfloat16: in float32 it gives something else" in caplog.text
 
 
+@pytest.mark.long
 def test_an_exported_adapter_with_resized_embeddings_is_merged(tmp_path: Path, capsys) -> None:
     write_decoder(tmp_path / "model")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
@@ -251,6 +258,7 @@ def test_a_base_that_lacks_more_than_the_adapter_brings_is_refused(classifier: t
     assert "nor the adapter has bert.pooler.dense.bias, bert.pooler.dense.weight" in message
 
 
+@pytest.mark.long
 def test_inputs_end_as_an_encoder_and_decoder_wants_them(tmp_path: Path, capsys) -> None:
     sizes = {f"{part}_{what}": 1 for part in ("encoder", "decoder") for what in ("layers", "attention_heads")}
     sizes |= {"d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "vocab_size": 20}
@@ -288,6 +296,7 @@ def test_what_is_there_is_never_overwritten(classifier: tuple, tmp_path: Path, c
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+@pytest.mark.long
 def test_a_merge_that_fails_leaves_nothing(classifier: tuple, tmp_path: Path, capsys) -> None:
     """The second base has the configuration, and weights that make NaN."""
     assert "give --base" in merge(capsys, classifier[0], tmp_path / "merged", "--base", tmp_path / "nowhere")

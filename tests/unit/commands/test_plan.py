@@ -87,6 +87,7 @@ WRONG = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("message", WRONG)
 def test_what_cannot_be_is_one_line_and_status_2(message: str, capsys) -> None:
     assert main(["plan", *WRONG[message]]) == 2
@@ -104,6 +105,7 @@ def test_a_quantised_weight_is_counted_as_bitsandbytes_stores_it(precision: str)
     assert held(scales_of(layer), set()) == stored.beside
 
 
+@pytest.mark.long
 def test_a_model_of_another_kind_is_refused_without_a_list_of_all_kinds(tmp_path, capsys) -> None:
     WhisperConfig(architectures=["WhisperForConditionalGeneration"]).save_pretrained(tmp_path)
     assert main(["plan", "--model", str(tmp_path)]) == 2
@@ -112,6 +114,7 @@ def test_a_model_of_another_kind_is_refused_without_a_list_of_all_kinds(tmp_path
     assert "BertConfig" not in message
 
 
+@pytest.mark.long
 def test_moments_are_those_of_the_optimizer(tmp_path, capsys) -> None:
     SMALL["bert"].save_pretrained(tmp_path)
     states = {}

@@ -73,6 +73,7 @@ def bind(engine: str, model: nn.Module) -> Storage:
     return storage
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("engine", "rank", "num_layers"),
     [
@@ -112,6 +113,7 @@ def test_a_storage_among_1024_ranks_holds_what_is_planned(
     assert sum(held) == planned.base_weights
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2"])
 def test_the_spans_of_all_ranks_cover_every_factor_and_weight_once(engine: str) -> None:
     """All 80 layers are alike, so the spans of the first and the last site of each shape stand for the others.

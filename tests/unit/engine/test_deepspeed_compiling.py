@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -33,21 +34,26 @@ def test_a_lock_that_nobody_holds_is_removed(lock: Path, caplog: pytest.LogCaptu
 
 
 def test_a_lock_that_is_held_is_waited_for_however_old(lock: Path, caplog: pytest.LogCaptureFixture) -> None:
-    baton = FileBaton(str(lock))
+    baton, events = FileBaton(str(lock)), []
     assert baton.try_acquire()
     make_old(lock)
-    threading.Timer(1.0, baton.release).start()
-    began = time.perf_counter()
+
+    def release() -> None:
+        events.append("released")
+        baton.release()
+
+    threading.Timer(1.0, release).start()
     wait_for_locks(["cpu_adam"])
-    assert time.perf_counter() - began > 0.8
+    assert events == ["released"]
     assert "gone" not in caplog.text
 
 
-def test_a_young_lock_is_given_time(lock: Path) -> None:
+def test_a_young_lock_is_given_time(lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lock.touch()
-    began = time.perf_counter()
+    looks = []
+    monkeypatch.setattr("srlora_dist.engine.deepspeed._age", lambda path: looks.append(path) or 0.2 * len(looks))
     wait_for_locks(["cpu_adam"], patience=0.5)
-    assert 0.4 < time.perf_counter() - began < 30
+    assert len(looks) == 3  # at 0.2 and 0.4 s it is still given time
     assert not lock.exists()
 
 
@@ -56,9 +62,8 @@ def test_without_a_lock_nothing_is_said(lock: Path, caplog: pytest.LogCaptureFix
     assert caplog.text == ""
 
 
-def test_the_lock_of_another_operator_is_not_waited_for(lock: Path) -> None:
+def test_the_lock_of_another_operator_is_not_waited_for(lock: Path, caplog: pytest.LogCaptureFixture) -> None:
     lock.touch()
-    began = time.perf_counter()
-    wait_for_locks(["deepspeed_shm_comm"], patience=60)
-    assert time.perf_counter() - began < 30  # a busy machine takes its time, but no minute
+    wait_for_locks(["deepspeed_shm_comm"], patience=math.inf)  # it would be waited for without an end
     assert lock.exists()
+    assert caplog.text == ""

@@ -393,6 +393,7 @@ def test_a_site_that_is_not_routed_to_stays_and_the_check_leaves_no_trace(check_
     assert base.num_calls == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("in_place", [False, True])
 def test_a_compiled_model_is_checked_as_it_was_written_and_compiles_without_a_break(in_place: bool, tmp_path) -> None:
     torch._dynamo.reset()

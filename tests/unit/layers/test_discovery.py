@@ -45,6 +45,7 @@ def train(model: nn.Module, cache, steps: int = 8, **options) -> Switcher:
     return switcher
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fusion", ["in_place", "adapter"])
 @pytest.mark.parametrize("make", [gpt2, llama])
 def test_a_decoder_keeps_its_function_and_exports(make, fusion: str, tmp_path) -> None:
@@ -75,6 +76,7 @@ def test_directions_of_a_transposed_layer_come_from_the_original_checkpoint(tmp_
     assert torch.equal(read, original)
 
 
+@pytest.mark.long
 def test_only_the_named_adapter_is_touched(tmp_path) -> None:
     model = get_peft_model(llama(), LoraConfig(r=4, target_modules="all-linear"))
     model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))

@@ -11,6 +11,7 @@ from tests.sweep.harness import make, run
 from tests.sweep.test_architectures import CASES
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "olmoe", "deepseek_v3"])
 def test_experts_stay_plain_lora_and_are_exported(kind: str, tmp_path) -> None:
     outcome = run(CASES[kind], tmp_path)

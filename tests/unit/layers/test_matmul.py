@@ -142,6 +142,7 @@ def test_directions_are_exact_in_a_training_in_tf32(restored) -> None:
         assert products.seen == {FULL}
 
 
+@pytest.mark.long
 def test_a_trainer_in_tf32_trains(tmp_path: Path, restored) -> None:
     """``TrainingArguments(tf32=True)`` and ``torch_compile=True`` do this on a GPU; without one they are refused."""
     enable_tf32(True)

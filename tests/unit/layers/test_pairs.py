@@ -49,6 +49,7 @@ def test_filling_touches_the_chosen_slots_only(pair_dim: int) -> None:
         assert torch.equal(run, expected[start:stop])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 2e-3), (torch.float16, 3e-4)])
 def test_500_edits_of_two_16_bit_terms_are_one_rounding_off(dtype: torch.dtype, most: float, monkeypatch) -> None:
     monkeypatch.setattr(srlora_dist.layers.pairs, "SUM_CHUNK", {"other": 1000})  # cuts rows

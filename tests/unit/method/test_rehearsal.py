@@ -158,6 +158,7 @@ def test_a_trained_parameter_that_the_optimizer_lacks_is_named(tmp_path) -> None
         bind(without_head, "zero", tmp_path, False, model)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("saves", [True, False])
 def test_the_callback_knows_whether_checkpoints_are_written(saves: bool, tmp_path) -> None:
     model = make_model()

@@ -184,6 +184,7 @@ def test_a_truncated_export_logs_its_error_and_gets_better_with_rank(tmp_path, c
     assert "export to rank 1: relative error of the change of W" in caplog.text
 
 
+@pytest.mark.long
 def test_w_equals_w0_plus_ledger_after_500_switches(tmp_path) -> None:
     torch.manual_seed(1)
     model = wide_net((530, 510), rank=2)
@@ -403,6 +404,7 @@ def test_a_step_that_does_not_happen_counts_for_nothing(tmp_path) -> None:
     assert switcher.num_steps == 3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("reset", ["all", "restarted"])
 def test_a_window_makes_the_choices_of_all_steps(tmp_path, reset: str) -> None:
     """Over a long run, in which about half of the steps are not observed."""

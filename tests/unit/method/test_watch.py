@@ -74,6 +74,7 @@ BEHIND = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fusion", ["in_place", "adapter"])
 @pytest.mark.parametrize("how", BEHIND)
 def test_a_change_is_noticed_before_anything_is_written(how: str, fusion: str, tmp_path) -> None:
@@ -93,6 +94,7 @@ def test_a_change_is_noticed_before_anything_is_written(how: str, fusion: str, t
         assert switcher.num_switches == 2
 
 
+@pytest.mark.long
 def test_what_does_no_harm_is_not_refused(tmp_path) -> None:
     model, optimizer, switcher = bound(tmp_path, steps=NUM_STEPS, target_rank=10)
     for number in range(NUM_STEPS):

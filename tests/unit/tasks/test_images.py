@@ -129,6 +129,7 @@ def test_the_hub_has_other_names_for_columns(name: str, vit: str, monkeypatch: p
     assert (batch["labels"].tolist(), batch["pixel_values"].shape) == ([2, 0], (2, 3, 12, 12))
 
 
+@pytest.mark.long
 def test_without_a_hub_the_remedy_is_a_folder(vit: str) -> None:
     with pytest.raises(ValueError, match="uoft-cs/cifar100 cannot be loaded .*set task.data_dir"):
         load_task(run_config(vit, None, name="cifar100"))
@@ -210,6 +211,7 @@ def test_another_size_than_the_model_has_positions_for_is_refused(tmp_path: Path
         load_task(config)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_the_exported_adapter_brings_its_head(quantization: str, vit: str, tmp_path: Path) -> None:
     """Trained over two switches; PEFT alone gives the same logits on the untouched model."""

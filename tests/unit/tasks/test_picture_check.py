@@ -70,6 +70,7 @@ def test_a_class_without_a_picture_is_refused(vit: str, folder: Path) -> None:  
         load_task(run_config(vit, folder))
 
 
+@pytest.mark.long
 def test_a_second_start_opens_only_what_is_new_or_has_changed(
     vit: str,  # noqa: F811
     folder: Path,

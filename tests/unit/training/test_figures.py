@@ -56,6 +56,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[plt.Figure, str]]:
     plt.close("all")
 
 
+@pytest.mark.long
 def test_three_figures_of_one_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     folder = write_run(tmp_path / "run")
     plot.run([str(folder)])
@@ -64,6 +65,7 @@ def test_three_figures_of_one_run(tmp_path: Path, capsys: pytest.CaptureFixture)
     assert all((folder / "figures" / name).stat().st_size > 10_000 for name in names)
 
 
+@pytest.mark.long
 def test_the_trainer_draws_the_same_files(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     summary = json.loads((folder / "summary.json").read_text())
@@ -75,6 +77,7 @@ def test_the_trainer_draws_the_same_files(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.long
 def test_seeds_become_a_mean_and_a_band(tmp_path: Path, drawn: list) -> None:
     runs = [RunFiles.read(write_run(tmp_path / f"s{seed}", seed=seed)) for seed in (0, 2)]
     runs.append(RunFiles.read(write_run(tmp_path / "lora", "lora")))
@@ -121,6 +124,7 @@ def test_a_run_that_has_not_ended_is_drawn_up_to_now(tmp_path: Path, drawn: list
     assert "not ended yet" in drawn[0][1]
 
 
+@pytest.mark.long
 def test_before_the_first_switch_there_is_a_reason(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     switches = (folder / "switches.jsonl").read_text().splitlines(keepends=True)
@@ -143,6 +147,7 @@ def test_the_line_below_says_what_was_run(tmp_path: Path) -> None:
     assert about([replace(here, note="In a table.")]) == text + "In a table."
 
 
+@pytest.mark.long
 def test_runs_that_differ_in_an_option_are_no_seeds_of_each_other(tmp_path: Path) -> None:
     runs = [RunFiles.read(write_run(tmp_path / str(seed), "srlora", seed)) for seed in (0, 1)]
     runs.append(RunFiles.read(write_run(tmp_path / "other", "srlora", 0, True, "--srlora.fusion_ratio=0.25")))
@@ -154,6 +159,7 @@ def test_runs_that_differ_in_an_option_are_no_seeds_of_each_other(tmp_path: Path
         name_runs(runs, ["a", "b"])
 
 
+@pytest.mark.long
 def test_folders_without_a_run_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is no folder"):
         plot.run([str(tmp_path / "none")])
@@ -179,6 +185,7 @@ def test_a_switch_after_the_last_logged_loss_has_no_negative_length(tmp_path: Pa
     assert sorted(lengths) == [0, 0, 4, 4, 4, 4]
 
 
+@pytest.mark.long
 def test_two_runs_of_one_seed_are_no_seeds_of_each_other(tmp_path: Path) -> None:
     runs = [RunFiles.read(write_run(tmp_path / f"{name}{seed}", "srlora", seed)) for seed in (0, 1) for name in "ab"]
     for run in runs:
@@ -198,6 +205,7 @@ def test_runs_that_log_at_other_steps_are_no_seeds_of_each_other(tmp_path: Path)
     assert [run.label for run in runs] == ["lora, log_every 1", "lora, log_every 2"]
 
 
+@pytest.mark.long
 def test_runs_of_one_label_need_the_same_sites(tmp_path: Path) -> None:
     folders = [write_run(tmp_path / name, seed=seed) for seed, name in enumerate(("a", "b"))]
     lines = (folders[1] / "switches.jsonl").read_text()
@@ -206,6 +214,7 @@ def test_runs_of_one_label_need_the_same_sites(tmp_path: Path) -> None:
         plot.run([*map(str, folders), "--output", str(tmp_path / "figures")])
 
 
+@pytest.mark.long
 def test_many_labels_are_told_apart_and_none_is_cut(tmp_path: Path) -> None:
     labels = [f"a run that was trained at a rate of 1e-{k} and has a long name of its own" for k in range(24)]
     styles = line_styles(labels)
@@ -224,6 +233,7 @@ def test_many_labels_are_told_apart_and_none_is_cut(tmp_path: Path) -> None:
     plt.close(figure)
 
 
+@pytest.mark.long
 def test_figures_of_labels_that_differ_in_a_sign_are_all_there(tmp_path: Path) -> None:
     runs = [RunFiles.read(write_run(tmp_path / name, "srlora", 0)) for name in "abc"]
     name_runs(runs, ["r+1", "r-1", "r 1"])
@@ -232,6 +242,7 @@ def test_figures_of_labels_that_differ_in_a_sign_are_all_there(tmp_path: Path) -
     assert all(path.is_file() for path in paths)
 
 
+@pytest.mark.long
 def test_a_task_of_the_users_own_is_called_after_its_file(tmp_path: Path, drawn: list) -> None:
     own = "--task.name=path/to/asks.py"
     runs = [RunFiles.read(write_run(tmp_path / method, method, 0, True, own)) for method in ("srlora", "pissa")]
@@ -250,6 +261,7 @@ def test_a_task_of_the_users_own_is_called_after_its_file(tmp_path: Path, drawn:
     assert "on asks" in drawn[0][1]
 
 
+@pytest.mark.long
 def test_bars_of_variances_say_what_they_are(tmp_path: Path, drawn: list) -> None:
     seeds = [RunFiles.read(write_run(tmp_path / str(seed), seed=seed)) for seed in (0, 1)]
     for line in seeds[1].switches:

@@ -93,6 +93,7 @@ def by_loop(tmp_path_factory) -> dict:
     return {"state": everything(model), "slots": slots, "answers": answers(model)}
 
 
+@pytest.mark.long
 def test_the_trainer_makes_the_choices_of_a_plain_loop(by_loop: dict, tmp_path: Path) -> None:
     trainer, callback = make_trainer(tmp_path / "run")
     assert trainer.evaluate()["eval_loss"] > 0  # before training
@@ -108,6 +109,7 @@ def test_the_trainer_makes_the_choices_of_a_plain_loop(by_loop: dict, tmp_path: 
     torch.testing.assert_close(served(tmp_path / "run/adapter"), by_loop["answers"])
 
 
+@pytest.mark.long
 def test_stopped_and_resumed_is_never_stopped(by_loop: dict, tmp_path: Path) -> None:
     saves = {"save_strategy": "steps", "save_steps": 3, "save_total_limit": 1}
     trainer, _ = make_trainer(tmp_path / "run", callbacks=(StopAt(7),), **saves)
@@ -135,6 +137,7 @@ def saved(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_the_best_checkpoint_is_exported(saved: Path) -> None:
     state = json.loads((saved / "checkpoint-12/trainer_state.json").read_text())
     best = Path(state["best_model_checkpoint"]).name
@@ -156,6 +159,7 @@ def copy_of(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "run"))
 
 
+@pytest.mark.long
 def test_a_checkpoint_without_its_state_is_refused(saved: Path, tmp_path: Path) -> None:
     folder = copy_of(saved, tmp_path)
     shutil.rmtree(folder / "checkpoint-12/srlora")
@@ -164,6 +168,7 @@ def test_a_checkpoint_without_its_state_is_refused(saved: Path, tmp_path: Path) 
         trainer.train(resume_from_checkpoint=True)
 
 
+@pytest.mark.long
 def test_a_checkpoint_that_lies_elsewhere_is_resumed_if_it_is_named(saved: Path, tmp_path: Path) -> None:
     there = str(saved / "checkpoint-6")
     trainer, _ = make_trainer(tmp_path / "run")
@@ -175,6 +180,7 @@ def test_a_checkpoint_that_lies_elsewhere_is_resumed_if_it_is_named(saved: Path,
     assert switches(trainer) == [0, 4, 8]
 
 
+@pytest.mark.long
 def test_the_checkpoint_of_another_run_is_not_taken_for_it(saved: Path, tmp_path: Path) -> None:
     folder = copy_of(saved, tmp_path)
     state = folder / "checkpoint-6/srlora/step-6/state.json"
@@ -187,6 +193,7 @@ def test_the_checkpoint_of_another_run_is_not_taken_for_it(saved: Path, tmp_path
         trainer.train(resume_from_checkpoint=str(other / "checkpoint-6"))
 
 
+@pytest.mark.long
 def test_two_starts_from_one_checkpoint_are_not_mixed_up(saved: Path, tmp_path: Path) -> None:
     folder = copy_of(saved, tmp_path)
     trainer, _ = make_trainer(folder, save_strategy="steps", save_steps=6)
@@ -196,6 +203,7 @@ def test_two_starts_from_one_checkpoint_are_not_mixed_up(saved: Path, tmp_path: 
         trainer.train(resume_from_checkpoint=str(saved / "checkpoint-12"))
 
 
+@pytest.mark.long
 def test_an_adapter_of_another_name_resumes_with_its_second_adapter(tmp_path: Path) -> None:
     about = {"options": {"adapter_name": "mine", "fusion": "adapter"}, "save_strategy": "steps", "save_steps": 6}
     trainers = [make_trainer(tmp_path / "run", make_model(adapter_name="mine"), **about)[0] for _ in range(2)]
@@ -205,6 +213,7 @@ def test_an_adapter_of_another_name_resumes_with_its_second_adapter(tmp_path: Pa
     torch.testing.assert_close(served(tmp_path / "run/adapter"), answers(trainers[0].model))
 
 
+@pytest.mark.long
 def test_a_checkpoint_without_the_learning_rate_is_refused(tmp_path: Path) -> None:
     saves = {"save_strategy": "steps", "save_steps": 6}
     with pytest.raises(ValueError, match="save_only_model leaves out the learning rate.*set it to False"):
@@ -216,6 +225,7 @@ def test_a_checkpoint_without_the_learning_rate_is_refused(tmp_path: Path) -> No
         trainer.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-6"))
 
 
+@pytest.mark.long
 def test_a_named_checkpoint_that_the_trainer_does_not_resume_is_noticed(saved: Path, tmp_path: Path) -> None:
     trainer, callback = make_trainer(tmp_path / "run")
     callback.resume_from = saved / "checkpoint-6"
@@ -223,6 +233,7 @@ def test_a_named_checkpoint_that_the_trainer_does_not_resume_is_noticed(saved: P
         trainer.train()
 
 
+@pytest.mark.long
 def test_the_best_checkpoint_of_another_run_is_not_exported(saved: Path, tmp_path: Path, caplog) -> None:
     folder = copy_of(saved, tmp_path)
     shutil.rmtree(folder / "adapter_best")
@@ -292,6 +303,7 @@ def test_a_model_without_an_adapter_is_refused_at_once(tmp_path: Path) -> None:
         make_trainer(tmp_path / "run", Judged())
 
 
+@pytest.mark.long
 def test_an_optimizer_without_the_pairs_is_refused(tmp_path: Path) -> None:
     model = make_model()
     head = [parameter for name, parameter in trained_parameters(model).items() if "head" in name]
@@ -301,6 +313,7 @@ def test_an_optimizer_without_the_pairs_is_refused(tmp_path: Path) -> None:
         trainer.train()
 
 
+@pytest.mark.long
 def test_another_model_or_a_late_callback_is_refused(tmp_path: Path) -> None:
     about = {"args": make_arguments(tmp_path / "run"), "train_dataset": samples()}
     trainer = Trainer(model_init=lambda: make_model(), callbacks=[SRLoRACallback(SRLoRAConfig(**OPTIONS))], **about)
@@ -315,18 +328,21 @@ def test_another_model_or_a_late_callback_is_refused(tmp_path: Path) -> None:
         callback.export(tmp_path / "adapter")
 
 
+@pytest.mark.long
 def test_too_few_steps_for_the_switches_are_refused(tmp_path: Path) -> None:
     trainer, _ = make_trainer(tmp_path / "run", max_steps=2)
     with pytest.raises(ValueError, match="3 switches in 2 steps"):
         trainer.train()
 
 
+@pytest.mark.long
 def test_max_steps_beyond_an_epoch_set_the_pace(tmp_path: Path) -> None:
     trainer, callback = make_trainer(tmp_path / "run", max_steps=18)
     trainer.train()
     assert switches(trainer) == [0, *callback.switcher.due_steps] == [0, 6, 12]
 
 
+@pytest.mark.long
 def test_two_trainers_never_train_into_one_folder(tmp_path: Path) -> None:
     program = [sys.executable, "-c", HOLD, str(tmp_path / "run"), ""]
     other = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE)

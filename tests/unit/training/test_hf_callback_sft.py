@@ -72,6 +72,7 @@ def make_trainer(tmp_path: Path, decoder: str) -> trl.SFTTrainer:
     )
 
 
+@pytest.mark.long
 def test_sft_on_four_bits_switches_resumes_and_exports(tmp_path: Path) -> None:
     decoder = make_decoder(tmp_path / "decoder")
     trainer = make_trainer(tmp_path, decoder)
@@ -136,6 +137,7 @@ def make_dpo_trainer(tmp_path: Path, model: object, peft_config: LoraConfig | No
     )
 
 
+@pytest.mark.long
 def test_dpo_with_a_second_adapter_keeps_its_reference(tmp_path: Path) -> None:
     decoder = make_decoder(tmp_path / "decoder")
     lora = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=4, target_modules="all-linear")

@@ -75,6 +75,7 @@ def test_the_default_said_and_unsaid_are_one_when_a_run_is_resumed(tmp_path: Pat
     assert first_difference(asdict(RunConfig(srlora=SRLoRAConfig(target_rank=16))), unsaid)[1:] == (16, 32)
 
 
+@pytest.mark.long
 def test_a_trainer_makes_as_many_switches_as_fit(tmp_path: Path) -> None:
     callback = SRLoRACallback(SRLoRAConfig(svd_cache=str(tmp_path / "svd")))
     args = make_arguments(tmp_path / "run", max_steps=2)
@@ -86,6 +87,7 @@ def test_a_trainer_makes_as_many_switches_as_fit(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.long
 def test_a_file_of_options_keeps_what_was_not_set(tmp_path: Path) -> None:
     config = parse([])
     (tmp_path / "config.yaml").write_text(to_yaml(config))
@@ -96,6 +98,7 @@ def test_a_file_of_options_keeps_what_was_not_set(tmp_path: Path) -> None:
     assert RunConfig(method="pissa").without_effect() == []
 
 
+@pytest.mark.long
 def test_a_plan_of_a_short_run_says_the_same(capsys) -> None:
     short = ["plan", "--model=llama-7b", "--engine=zero2", "--world-size=2", "--steps=2", "--json"]
     with pytest.warns(UserWarning, match=FEWER.format(6, 2, 1)):
