@@ -45,7 +45,7 @@ class SiteSwitch:
     scores: list[float]
 
     def as_dict(self) -> dict:
-        """As one line of ``switches.jsonl``."""
+        """Make one line of ``switches.jsonl`` of it."""
         return asdict(self)
 
 

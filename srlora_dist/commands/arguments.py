@@ -11,7 +11,7 @@ class Arguments(argparse.ArgumentParser):
     """Reads the words behind ``srlora NAME``.
 
     Args:
-        name: Of the command.
+        name: Name of the command.
         purpose: Its first line of ``--help``.
     """
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 MOST, MOST_COUNT = 1e6, 10**9
-"""Of a number and of a count: more than any training takes, where a slip of the keyboard would end in NaN or never."""
+"""Upper limits of numbers and counts: more than any training takes, so that a typing error ends in a message."""
 
 # NaN compares as False with everything, so it is outside of each of these.
 COUNT = (lambda value: 1 <= value <= MOST_COUNT, f"1 to {MOST_COUNT}")

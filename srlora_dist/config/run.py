@@ -122,7 +122,7 @@ class TrainOptions:
         eval_batch_size: Samples of one evaluation batch, over all ranks together.
         accumulation_steps: Micro-batches of one optimizer step.
         optimizer: ``adamw``, or ``sgd`` with ``momentum``.
-        momentum: Of ``sgd``.
+        momentum: Momentum of ``sgd``.
         learning_rate: Peak of the schedule.
         schedule: How the rate goes on after the warm-up: it falls to 0 along a line (``linear``) or half a wave
             (``cosine``), or stays (``constant``).
@@ -199,9 +199,9 @@ class RunConfig:
 
     Args:
         method: ``srlora``, or a baseline in the same trainer: ``lora``, ``pissa``, ``adalora``.
-        output_dir: Folder for everything that the run leaves behind, in place of what an earlier run left there;
-            ``null`` is ``runs/<task>-<method>``.
-        seed: Of the data order, the adapter and the task's head.
+        output_dir: Folder for everything that the run leaves behind; an ended run that is there is moved to
+            ``<output_dir>.1``. ``null`` is ``runs/<task>-<method>``.
+        seed: Seed of the data order, the adapter and the task's head.
         engine: The storage that the run must get; ``auto`` takes what ``accelerate launch`` gives.
         model: The pretrained model.
         task: What is learnt.

@@ -65,9 +65,9 @@ def fill_auto(settings: dict[str, object], config: RunConfig, num_processes: int
     Accelerate would clip at 1.0 whatever we ask for.
 
     Args:
-        settings: Of the file, or as Accelerate made them; left as they are.
+        settings: Settings of the file, or as Accelerate made them; they are not changed.
         config: The run.
-        num_processes: Of all nodes together.
+        num_processes: Processes of all nodes together.
 
     Raises:
         ValueError: They contradict the options of the run.

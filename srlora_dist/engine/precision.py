@@ -1,4 +1,4 @@
-"""In which type weights are stored and the forward pass computes, on every engine the same for one ``model.dtype``."""
+"""The types of weights and of the forward pass: one ``model.dtype`` means the same on every engine."""
 
 from __future__ import annotations
 

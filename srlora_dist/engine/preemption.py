@@ -20,7 +20,7 @@ class StopRequest:
     """Whether any rank was asked to stop by one of ``SIGNALS``, known to all ranks after the same step.
 
     Args:
-        accelerator: Of the run.
+        accelerator: Accelerator of the run.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -28,7 +28,7 @@ class StopRequest:
         self._here = False
 
     def listen(self) -> None:
-        """From now on note these signals instead of dying of them."""
+        """Note these signals from now on, instead of ending by them."""
         if threading.current_thread() is threading.main_thread():  # elsewhere Python refuses
             for name in SIGNALS:
                 signal.signal(name, self._note)

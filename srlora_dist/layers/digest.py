@@ -61,5 +61,5 @@ def combine(*digests: int) -> int:
 
 
 def to_int64(digest: int) -> int:
-    """The same 64 bits as a signed number, for a tensor."""
+    """Read the 64 bits of a digest as a signed number, which a tensor can hold."""
     return digest - 2**64 if digest >= 2**63 else digest

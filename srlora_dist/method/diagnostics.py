@@ -68,7 +68,7 @@ class Finding:
             ``loss_jump``, ``worse_than_start``, ``skipped_steps`` or ``doubtful_figures``.
         step: The optimizer step after which it was seen.
         message: One line with the figures and, where there is one, the remedy.
-        figures: The same numbers, by name.
+        figures: The numbers of the message, by name.
     """
 
     kind: str

@@ -128,7 +128,7 @@ class Directions:
         """The wanted directions of each (site number, their numbers): U (m, k), S (k,), Vt (k, n).
 
         Args:
-            wanted: The same on every rank.
+            wanted: Sites and directions, the same on every rank.
             made: On rank 0, by site number, directions to broadcast in place of those in the file.
 
         Collective: one broadcast of all of them together from rank 0.

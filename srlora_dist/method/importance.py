@@ -172,7 +172,7 @@ def _joined(spans: list[FactorSpan], present: set[int]) -> list[tuple[int, Owned
 
 
 def _cut(spans: list[tuple[int, OwnedSpan]], most: int) -> Iterator[tuple[int, OwnedSpan]]:
-    """The same, cut into spans of at most this many elements."""
+    """Cut these spans into spans of at most this many elements."""
     for begin, owned in spans:
         for k in range(0, owned.numel, most):
             yield begin + k, OwnedSpan(owned.owner, owned.offset + k, owned.start + k, min(most, owned.numel - k))

@@ -214,7 +214,7 @@ class Storage(Collectives, ABC):
             fill_pairs_(span, start, pair_dim, slots, whole)
 
     def span_in_model(self, span: FactorSpan) -> Tensor:
-        """The same span in the copy that the model computes with, as a view."""
+        """This span in the copy that the model computes with, as a view."""
         held, start = self.local_span(self.sites[span.site].factor(span.factor))
         return held[span.start - start : span.start - start + span.numel]
 

@@ -41,7 +41,7 @@ def encode_sample(sample: object, tokenizer: PreTrainedTokenizerBase, where: str
 
     Args:
         sample: In one of the layouts that ``samples.py`` reads.
-        tokenizer: Of the model.
+        tokenizer: Tokenizer of the model.
         where: File and line, for messages.
 
     Raises:
@@ -89,7 +89,7 @@ def _require_calls(sample: Sample, tokenizer: PreTrainedTokenizerBase, where: st
 
 
 def _encode_marked(sample: Sample, tokenizer: PreTrainedTokenizerBase, where: str) -> Encoded:
-    """By the marks in the template: each run of marked tokens is an answer."""
+    """Find the answers by the marks in the template: each unbroken row of marked tokens is one."""
     options = {"return_dict": True, "return_assistant_tokens_mask": True, "tools": sample.tools}
     marked = _apply_template(tokenizer, sample.messages, where, **options)
     tokens, mask = list(marked["input_ids"]), [bool(mark) for mark in marked["assistant_masks"]]

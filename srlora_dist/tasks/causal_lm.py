@@ -43,7 +43,7 @@ def token_task(
         tokenizer: Its tokenizer.
         train: Columns ``input_ids`` and ``labels``; what is not learnt is ``IGNORED``. The first token never is:
             nothing before it predicts it.
-        evaluation: The same for evaluation.
+        evaluation: Rows for evaluation, likewise.
 
     Raises:
         ValueError: A row has no label to learn or one that is no token, or the model cannot be trained on packed rows.
@@ -114,7 +114,7 @@ def pack(rows: datasets.Dataset, max_length: int) -> datasets.Dataset:
 
     Args:
         rows: Columns ``input_ids`` and ``labels``.
-        max_length: Of a packed row; no sample is longer.
+        max_length: Tokens of a packed row; no sample is longer.
 
     Returns:
         Fewer rows, with ``position_ids`` that begin with 0 in each sample.
@@ -144,7 +144,7 @@ def collator(padding: int, dtype: torch.dtype) -> Callable[[list[dict]], dict[st
 
     Args:
         padding: The token.
-        dtype: Of the model's activations, and of the mask.
+        dtype: Type of the model's activations, and of the mask.
     """
 
     def collate(rows: list[dict]) -> dict[str, Tensor]:
@@ -173,7 +173,7 @@ def block_mask(position_ids: Tensor, dtype: torch.dtype) -> Tensor:
 
     Args:
         position_ids: (rows, tokens), 0 where a sample begins and in each token of the padding.
-        dtype: Of the mask.
+        dtype: Type of the mask.
 
     Returns:
         Of shape (rows, 1, tokens, tokens).

@@ -14,7 +14,7 @@ def load_file(path: str) -> ModuleType:
     """Run a file once in this process, and give what it defines.
 
     Args:
-        path: Of a file with ``load(config) -> Task`` and perhaps ``check(config)``; see docs/tasks.md.
+        path: Path of a file with ``load(config) -> Task`` and perhaps ``check(config)``; see docs/tasks.md.
 
     Raises:
         ValueError: There is no such file, it cannot be run, or it has no ``load``.

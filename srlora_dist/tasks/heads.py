@@ -36,9 +36,9 @@ def never_quantised(auto_class: type, settings: PretrainedConfig, **options: obj
     """Layers that bitsandbytes leaves as they are: a classifier's heads; None is the output layer of a decoder.
 
     Args:
-        auto_class: Of Transformers.
+        auto_class: Class of Transformers that makes the model.
         settings: The configuration of the model.
-        options: Of ``from_config``.
+        options: Arguments of ``from_config``.
     """
     if auto_class is AutoModelForCausalLM:
         return None

@@ -98,7 +98,7 @@ def collator(processor: BaseImageProcessor) -> Callable[[list[dict]], dict[str, 
 
 
 def _open(picture: object) -> Image.Image:
-    """The same, whose errors name the picture."""
+    """Decode a picture; an error names it."""
     from PIL import Image
 
     try:

@@ -52,7 +52,7 @@ def load_decoder(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenize
 def load_classifier(
     config: RunConfig, **options: object
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, tuple[str, ...]]:
-    """The same for the classification of texts.
+    """Load the classifier of texts of ``config.model``, with the configured dropout.
 
     Args:
         config: The run; ``config.seed`` draws weights that the checkpoint lacks.
@@ -73,7 +73,7 @@ def load_classifier(
 def load_image_model(
     config: RunConfig, auto_class: type, **options: object
 ) -> tuple[PreTrainedModel, BaseImageProcessor]:
-    """The same for pictures, with the image processor that belongs to the model.
+    """Load the classifier of pictures of ``config.model``, and the image processor that belongs to it.
 
     Raises:
         ValueError: As :func:`load_decoder`.
@@ -126,7 +126,7 @@ def set_dropout_(model: PreTrainedModel, share: float) -> None:
 
     Args:
         model: Changed in place.
-        share: Of the activations that are dropped, in [0, 1).
+        share: Share of the activations that are dropped, in [0, 1).
     """
     for module in model.modules():
         if isinstance(module, (nn.Dropout, nn.Dropout1d, nn.Dropout2d)):

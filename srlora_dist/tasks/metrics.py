@@ -30,8 +30,8 @@ class Scorer:
     """Named figures of a model's outputs, each between -1 and 1.
 
     Args:
-        names: Of ``accuracy``, ``f1`` (of two classes), ``matthews`` (classification), ``pearson`` and ``spearman``
-            (regression).
+        names: Some of ``accuracy``, ``f1`` (of two classes), ``matthews`` (classification), ``pearson`` and
+            ``spearman`` (regression).
 
     Raises:
         ValueError: A name is not known, or there is none.

@@ -39,7 +39,7 @@ def unpack_gguf(name: str, gguf_file: str, dtype: str) -> str:
     Args:
         name: Folder, or name on the hub.
         gguf_file: The file in it.
-        dtype: Of the weights in the new folder.
+        dtype: Type of the weights in the new folder.
 
     Returns:
         The folder, in the cache folder; it can be deleted.

@@ -26,7 +26,7 @@ FETCH_SECONDS = 600
 
 
 def movie_reviews() -> bytes:
-    """Return the ratings file: id, mean rating and sentence, tab-separated, one row a line.
+    """Return the ratings file: id, mean rating and sentence, tab-separated, one row per line.
 
     The first call on a machine downloads it into the cache folder; concurrent processes wait for the one that does.
 

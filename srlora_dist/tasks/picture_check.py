@@ -30,7 +30,7 @@ def leave_out_broken(
 
     Args:
         train: Columns ``picture``, a path, and ``labels``.
-        evaluation: The same.
+        evaluation: Rows for evaluation, likewise.
 
     Returns:
         Both with the rows that are left, in their order.

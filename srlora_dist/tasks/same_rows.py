@@ -33,7 +33,7 @@ def put_rows_back_(task: Task, names: list[str]) -> None:
 
     Args:
         task: With ``names``; ``train`` and ``num_targets`` are changed in place.
-        names: Of the rows of the earlier start.
+        names: Names of the rows of the earlier start.
 
     Raises:
         ValueError: More than half of them are gone, so that these are other data.

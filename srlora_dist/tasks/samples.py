@@ -85,7 +85,7 @@ def _conversation(fields: dict[str, object], turns: list[object], where: str) ->
 
 
 def _alpaca(fields: dict[str, object], task: str, more: str, answer: str, where: str) -> Sample:
-    """As a conversation, and without earlier turns as the text that Alpaca was trained on, too."""
+    """Read Alpaca's layout as a conversation; without earlier turns also as the text that Alpaca was trained on."""
     history, system = fields.get("history", []), fields.get("system", "")
     if not isinstance(system, str):
         raise ValueError(f'{where} has a "system" that is no text')

@@ -89,7 +89,7 @@ def model_title(name: str | None) -> str:
     """What to call a model in a report, which names no folder of this machine.
 
     Args:
-        name: As :func:`base_model` gives it; None where it is left to the task.
+        name: Name or folder, as :func:`base_model` gives it; None where it is left to the task.
     """
     if name is None:
         return "the task's own model"

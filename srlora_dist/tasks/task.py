@@ -22,7 +22,7 @@ class Task:
         model: The untouched pretrained base, with the task's head.
         tokenizer: Its tokenizer or image processor.
         train: Rows that ``collate`` understands, such as model inputs and ``labels``, not padded.
-        eval: The same for evaluation.
+        eval: Rows for evaluation, likewise.
         collate: Makes a padded batch of tensors out of rows.
         answers: Takes the model's output and the batch, gives what evaluation keeps of them: two tensors with one row a
             sample and as little else as the loss and the figures need, because they are gathered from all ranks.
@@ -33,8 +33,8 @@ class Task:
         heads: Modules to train whole and save where the type does not say.
         num_targets: Tokens of each training row that are learnt, at least one: then an optimizer step takes the mean
             over all its tokens, and ``labels`` has -100 for the others. None takes the mean over rows.
-        names: Of the training rows, where one of them can go missing between two starts of a run, as files can: then a
-            run goes on without it.
+        names: Names of the training rows, where one can go missing between two starts of a run, as files can: then a run
+            goes on without it.
     """
 
     model: PreTrainedModel

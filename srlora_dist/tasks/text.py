@@ -22,7 +22,7 @@ def text_task(
     Args:
         config: The run.
         train: Columns ``text``, ``pair`` where two texts belong together, and ``labels``.
-        evaluation: The same for evaluation.
+        evaluation: Rows for evaluation, likewise.
         num_labels: Classes, whose labels are 0 and so on, or 1 for a regression on numbers.
         scorer: Its figures; the first is the main one.
 

@@ -12,7 +12,7 @@ def split_files(data_dir: str, ending: str, content: str) -> list[Path]:
 
     Args:
         data_dir: The folder.
-        ending: Of their names, ``txt`` or ``jsonl``.
+        ending: Ending of their names, ``txt`` or ``jsonl``.
         content: What is in them, for the message.
 
     Raises:

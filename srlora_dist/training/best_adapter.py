@@ -26,7 +26,7 @@ class BestAdapter:
     Args:
         folder: The output folder.
         method: What exports.
-        progress: Of the run; learns whose adapter is there.
+        progress: Progress of the run; it notes which step's adapter is there.
         postponed: On the main process, what a full disk refuses; None elsewhere.
     """
 

@@ -20,7 +20,7 @@ class SampleOrder(Sampler[int]):
     after its last whole batch is dropped.
 
     Args:
-        num_samples: In the training split.
+        num_samples: Samples in the training split.
         batch_size: Samples of one optimizer step.
         num_steps: Optimizer steps of the run.
         seed: Decides the order alone.
@@ -59,7 +59,7 @@ class TokenMean:
 
     Args:
         num_targets: Tokens of each training sample that are learnt, as ``weigh`` counts them.
-        order: Of the samples of the run, from where it goes on.
+        order: Order of the samples, from where the run goes on.
         batch_size: Samples of one optimizer step.
         accumulation_steps: Micro-batches of one optimizer step on each rank.
         num_processes: Ranks, over which gradients are averaged.

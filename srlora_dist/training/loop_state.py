@@ -93,7 +93,7 @@ class LoopCheckpointer:
         config: The run.
         accelerator: On its engine.
         task: What is learnt; a resumed one gets the training rows of its checkpoint back.
-        checkpoint: To go on from, on the main process; None elsewhere, and for a new run.
+        checkpoint: Checkpoint to go on from, on the main process; None elsewhere, and for a new run.
 
     Attributes:
         rows: The names of the training rows as a checkpoint holds them, or None where they have none.

@@ -1,4 +1,4 @@
-"""The optimizers that a run can choose; a switch resets the moments of each of them (see storage/moments.py)."""
+"""The optimizers that a run can choose; a switch resets their moments (see storage/optimizer_state.py)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def build_optimizer(parameters: list[nn.Parameter], options: TrainOptions) -> to
 
     Args:
         parameters: All that is trained.
-        options: Of the training loop.
+        options: Options of the training loop.
     """
     both = {"lr": options.learning_rate, "weight_decay": options.weight_decay}
     if options.optimizer == "sgd":
@@ -28,7 +28,7 @@ def warm_up_and_decay(num_steps: int, warmup_ratio: float, schedule: str = "line
     """Share of the peak learning rate at a step: linear up, then as the schedule says.
 
     Args:
-        num_steps: Of the run.
+        num_steps: Optimizer steps of the run.
         warmup_ratio: Share of them in which it rises.
         schedule: ``linear`` or ``cosine``, down to 0 after the last step, or ``constant``.
     """

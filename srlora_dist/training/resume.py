@@ -71,7 +71,7 @@ def first_difference(theirs: dict[str, object], config: RunConfig) -> tuple[str,
 
     Args:
         theirs: A resolved configuration, as ``config.yaml`` has it.
-        config: Of this run.
+        config: Options of this run.
     """
     theirs, ours = _options(theirs), _options(asdict(config))
     names = (name for name in [*theirs, *ours] if theirs.get(name) != ours.get(name))

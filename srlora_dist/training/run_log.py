@@ -81,7 +81,7 @@ class RunLog:
         """Append one line a site to ``switches.jsonl``; a switch that was undone is left out.
 
         Args:
-            step: Of the loop, which counts the steps that were skipped too.
+            step: Step of the loop, which counts the steps that were skipped too.
             report: What the switch did.
         """
         if report.undone:

@@ -29,7 +29,7 @@ def pretrained_bytes(model: nn.Module) -> int:
 
 
 def peak_memory(accelerator: Accelerator) -> int:
-    """Of the rank that needed most, in bytes: of the GPU, or resident where there is none.
+    """Peak memory of the rank that needed most, in bytes: of the GPU, or resident memory where there is none.
 
     Collective: one gather of a number.
     """
@@ -41,7 +41,7 @@ def peak_memory(accelerator: Accelerator) -> int:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of each package that matters here and is installed."""
+    """Versions of Python and of each installed package that matters here."""
     names = ("torch", "accelerate", "deepspeed", "transformers", "peft", "bitsandbytes", "srlora_dist")
     found = {"python": platform.python_version()}
     for name in names:

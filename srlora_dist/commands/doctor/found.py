@@ -12,7 +12,7 @@ class Found:
 
     Args:
         status: ``failed`` stands in the way of training, a ``warning`` only in that of some of it.
-        what: In a line.
+        what: What was found, in one line.
         remedy: What to do.
     """
 

@@ -80,7 +80,7 @@ def try_run(folder: Path, file: Path, engine: str | None, limit: float = LIMIT_S
 
     Args:
         folder: With what :func:`write_files` wrote.
-        file: Of Accelerate.
+        file: File of Accelerate.
         engine: What has to run; None takes what the file gives.
         limit: Seconds.
     """

@@ -34,7 +34,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, object]:
 
     Returns:
         ``sites`` with their ranks, directions and slots; ``schedule`` of the switches; ``bytes`` by part; ``scores``, a
-        row a switch; ``retired``, how often each slot of each site was.
+        row per switch; ``retired``, how often each slot of each site was.
 
     Raises:
         ValueError: The state lacks something.
@@ -86,7 +86,7 @@ def describe_site(checkpoint: Checkpoint, name: str) -> dict[str, object]:
 
 
 def _options(state: dict) -> dict:
-    """Of the trainer; a checkpoint of another loop has none."""
+    """The options of the trainer; a checkpoint of another loop has none."""
     return state.get("extra", {}).get("config", {})
 
 

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 NUM_ROWS, ROW_LENGTH = 4, 16
-"""Of the random inputs."""
+"""Size of the random inputs."""
 IMAGE_SIZE = 224
-"""Of the random pictures for a model that takes any size."""
+"""Size of the random pictures for a model that takes any size."""
 
 
 def random_inputs(model: PreTrainedModel) -> list[dict[str, Tensor]]:
@@ -31,7 +31,7 @@ def random_inputs(model: PreTrainedModel) -> list[dict[str, Tensor]]:
 
 @torch.no_grad()
 def logits(model: nn.Module, inputs: list[dict[str, Tensor]]) -> list[Tensor]:
-    """Of each row, in float32; the inputs are brought into the type of the model."""
+    """The logits of each row, in float32; the inputs are brought into the type of the model."""
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     rows = [{k: v.to(dtype) if v.is_floating_point() else v for k, v in row.items()} for row in inputs]
     return [model.eval()(**row).logits.float() for row in rows]

@@ -78,7 +78,7 @@ class Merger:
 
         Args:
             folder: Where to write, whole or not at all; it must be empty or not be there.
-            dtype: Of the written weights; None is that of the base.
+            dtype: Type of the written weights; None is that of the base.
 
         Returns:
             ``weights`` of the base, the written ``dtype``, ``bytes``, and the ``relative_difference`` of the logits of

@@ -56,7 +56,7 @@ class Stored(NamedTuple):
     """How a parameter is stored.
 
     Args:
-        shape: Of the tensor that engines cut; a quantised weight is packed.
+        shape: Shape of the tensor that engines cut; a quantised weight is packed.
         element_size: Bytes an element.
         beside: Bytes that every rank holds whole beside it: scales and tables of a quantised weight.
     """
@@ -83,8 +83,8 @@ class Blueprint:
         groups: The trained parameters of each group of the optimizer, in its order.
         num_moments: That the optimizer keeps of each of them.
         weights: How W of each site is stored.
-        due_steps: Of the switches after switch 0.
-        options: Of the method.
+        due_steps: Steps of the switches after switch 0.
+        options: Options of the method.
         persistence_threshold: ZeRO-3 also keeps parameters of up to so many elements whole on every rank.
     """
 
@@ -122,7 +122,7 @@ def build_blueprint(config: RunConfig, world_size: int, persistence_threshold: i
         config: The run; ``train.max_steps`` is its length, ``model.name_or_path`` one of ``LLAMAS``, a folder or file
             with a configuration, or a name on the hub.
         world_size: Ranks.
-        persistence_threshold: Of ZeRO-3; None is 10 times the width, what Accelerate puts for ``auto``.
+        persistence_threshold: Threshold of ZeRO-3; None is 10 times the width, what Accelerate puts for ``auto``.
 
     Raises:
         ValueError: The model is not known, or an option does not fit it or the engine.
@@ -161,8 +161,8 @@ def draw_from(
         model: It gets the second adapters.
         config: The run.
         world_size: Ranks.
-        persistence_threshold: Of ZeRO-3, in elements.
-        groups: Of the optimizer; None is all that is trained in one.
+        persistence_threshold: Threshold of ZeRO-3, in elements.
+        groups: Parameter groups of the optimizer; None is all that is trained in one.
 
     Raises:
         ValueError: SRLoRA cannot work on the model like this.

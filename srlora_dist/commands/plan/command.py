@@ -22,8 +22,8 @@ class PlanOptions:
         model: ``llama-7b``, ``llama-70b``, ``llama-405b``, a folder with config.json, such a file, or a hub's name.
         engine: The storage.
         world_size: Ranks.
-        dtype: Of the pretrained weights.
-        quantization: Of the pretrained linear layers.
+        dtype: Type of the pretrained weights.
+        quantization: Storage of the pretrained linear layers.
         double_quantization: Quantise the constants of a 4-bit storage as well.
         rank: Pairs of each site.
         target_rank: Directions to share out over the run; ``null`` is 32, with fewer switches where steps are few.

@@ -17,7 +17,7 @@ class Message(NamedTuple):
 
     Args:
         kind: ``all-reduce``, ``broadcast``, ``gather`` or ``all-gather``.
-        num_bytes: Of the tensor that each rank hands over.
+        num_bytes: Bytes of the tensor that each rank hands over.
         what: It is for.
     """
 
@@ -27,10 +27,10 @@ class Message(NamedTuple):
 
 
 def start_up(blueprint: Blueprint, cold: bool) -> list[Message]:
-    """From ``bind`` to switch 0, without it.
+    """List the messages from ``bind`` to switch 0, without it.
 
     Args:
-        blueprint: Of the run.
+        blueprint: Blueprint of the run.
         cold: There is no file of directions yet.
     """
     if blueprint.engine == "plain":

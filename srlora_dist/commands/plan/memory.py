@@ -28,7 +28,7 @@ class Held:
     Args:
         base_weights: The pretrained parameters, quantised ones with their scales.
         adapter_weights: What is trained, as the model computes with it.
-        gradients: Of what is trained; under DeepSpeed as they are collected, and as the optimizer is given them.
+        gradients: Gradients of what is trained; under DeepSpeed as they are collected, and as the optimizer gets them.
         optimizer_state: Its moments, AdamW's two or one of SGD, and DeepSpeed's float32 copy of what is trained.
         moving_averages: SRLoRA's statistics.
         residual: The second terms of 16-bit weights.
@@ -57,7 +57,7 @@ class Forecast:
     """Counts the parts of any rank.
 
     Args:
-        blueprint: Of the run.
+        blueprint: Blueprint of the run.
     """
 
     def __init__(self, blueprint: Blueprint) -> None:
@@ -89,7 +89,7 @@ class Forecast:
 
     @cached_property
     def _places(self) -> dict[int, tuple[int, int]]:
-        """Of each trained parameter its offset in the flat buffer of its group, and the length of a rank's fragment."""
+        """For each trained parameter its offset in the flat buffer of its group, and how long a rank's fragment is."""
         places = {}
         for group, length in zip(self.blueprint.groups, self._fragments, strict=True):
             offset = 0

@@ -51,7 +51,7 @@ DEVICES = {
 EFFICIENCY = 0.7
 """Share of what a data sheet promises that long kernels and messages are taken to reach."""
 FULL_SVD_EFFICIENCY = 0.02
-"""Likewise of a full decomposition, whose reduction to a bidiagonal works on vectors. A guess between solvers."""
+"""That share for a full decomposition, whose reduction to a bidiagonal works on vectors. A guess between solvers."""
 DIGEST_BYTES = 24
 """Memory traffic of the digest of an element: it is read, and widened to 8 bytes for a product."""
 EDIT_BYTES = {4: 8, 2: 40}
@@ -65,7 +65,7 @@ where 0.27 s were measured."""
 
 
 def svd_seconds(shape: tuple[int, int], num_directions: int, device: Device) -> float:
-    """Of one (m, n) matrix: a block Krylov iteration, or the whole decomposition where that is no more work."""
+    """Seconds for one (m, n) matrix: a block Krylov iteration, or the whole decomposition where that is less work."""
     (m, n), smaller = shape, min(shape)
     if not is_worth_it(shape, num_directions):
         return 20 * m * n * smaller / (device.flops * FULL_SVD_EFFICIENCY)
@@ -78,7 +78,7 @@ def svd_seconds(shape: tuple[int, int], num_directions: int, device: Device) -> 
 
 
 def wire_seconds(messages: Iterable[Message], world_size: int, device: Device) -> float:
-    """Of messages that are sent one after the other, over trees for the latency and rings for the bytes."""
+    """Seconds for messages that are sent one after the other, over trees for the latency and rings for the bytes."""
     depth, seconds = math.ceil(math.log2(world_size)) if world_size > 1 else 0, 0.0
     # An all-reduce passes almost everything on twice; what all others hand to a gather is received.
     passes = {
@@ -95,10 +95,10 @@ def wire_seconds(messages: Iterable[Message], world_size: int, device: Device) -
 
 @dataclass(frozen=True)
 class Seconds:
-    """Of the parts of a run that training waits for.
+    """Seconds for the parts of a run that training waits for.
 
     Args:
-        digests: Of the pretrained weights, at each start.
+        digests: Seconds for the digests of the pretrained weights, at each start.
         directions: Singular value decompositions on rank 0, only before the first run on a model.
         start_up_wire: What is sent then.
         first_switch: Switch 0.
@@ -132,7 +132,7 @@ def estimate(forecast: Forecast, device: Device) -> Seconds:
 def _switch_seconds(
     forecast: Forecast, device: Device, switch: int, counts: list[int], messages: list[Message]
 ) -> float:
-    """Of rank 0, which has most to do: its edits of W, the digests of all that was done, and the messages."""
+    """Seconds of rank 0, which has most to do: its edits of W, the digests of all that was done, and the messages."""
     traffic = flops = seconds = 0.0
     for site, stored, count in zip(forecast.sites, forecast.blueprint.weights, counts, strict=True):
         if not count:

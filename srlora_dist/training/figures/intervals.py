@@ -118,7 +118,7 @@ def _draw_histogram(axes: Axes, found: list[dict[str, list[Interval]]]) -> None:
 
 
 def _draw_variances(axes: Axes, found: list[dict[str, list[Interval]]]) -> bool:
-    """By layer, a line for each kind of site; sites outside the layers stand beside them.
+    """Draw the variance by layer, a line for each kind of site; sites outside the layers stand beside them.
 
     Returns:
         Whether there are bars: of the seeds, or of one run with several sites of a kind in a layer.

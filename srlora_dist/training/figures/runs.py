@@ -46,8 +46,8 @@ class RunFiles:
         """Read a run's folder.
 
         Args:
-            folder: Of the run.
-            summary: Of a run that is about to write it; None reads it.
+            folder: Output folder of the run.
+            summary: Summary that the run is about to write; None reads the file.
 
         Raises:
             ValueError: There is no such folder, it is not one of a run, or the run has logged nothing yet.
