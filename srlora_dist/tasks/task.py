@@ -33,8 +33,8 @@ class Task:
         heads: Modules to train whole and save where the type does not say.
         num_targets: Tokens of each training row that are learnt, at least one: then an optimizer step takes the mean
             over all its tokens, and ``labels`` has -100 for the others. None takes the mean over rows.
-        names: Names of the training rows, where one can go missing between two starts of a run, as files can: then a run
-            goes on without it.
+        names: Names of the training rows, where one can go missing between two starts of a run, as files can: then the
+            run goes on without it.
     """
 
     model: PreTrainedModel

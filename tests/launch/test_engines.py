@@ -136,7 +136,9 @@ def test_a_run_into_the_folder_of_another_starts_fresh(bench: Bench, more: dict[
     assert (summary["method"], summary["storage"]) == (METHODS[-1], "plain")
     assert not (folder / "switches.jsonl").exists()
     assert not list((folder / "ledger").iterdir())
-    assert not list((folder / "checkpoints").iterdir())  # adalora writes none
+    assert not (folder / "checkpoints").exists()  # adalora writes none
+    earlier = [json.loads((folder.parent / f"same.{n}" / "summary.json").read_text()) for n in range(1, len(METHODS))]
+    assert [each["method"] for each in earlier] == list(METHODS[:-1])
     assert len(list((folder / "tensorboard").iterdir())) == 1
     assert (folder / "notes.txt").read_text() == (folder / "figures" / "mine.png").read_text() == "keep me"
     assert adapter_loss(bench, folder / "adapter_last") == pytest.approx(summary["final"]["loss"], rel=1e-5)
