@@ -26,6 +26,7 @@ pytestmark = pytest.mark.slow
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 ELSEWHERE = {
     "make test": "it is what runs this",
+    "make unit": "a part of what runs this",
     "make install": "it has run before this",
     "make cluster": "as root, with SLURM",
     "srlora doctor": "tests/launch/test_doctor.py",
