@@ -1,4 +1,4 @@
-"""Expected ways for a run to stop early."""
+"""Expected ways for a run to stop early, and short texts for messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Computes the moving averages of Eq. 3-6 on the spans that a rank tracks, and the pair scores of Eq. 7."""
+"""Computes the moving averages of Eq. 3-5 on the spans that a rank tracks, and the pair scores of Eq. 6-7."""
 
 from __future__ import annotations
 
