@@ -61,6 +61,7 @@ ALONE = {  # with ranks or launches
 LEARNING = {f"benchmarks/learning/{name}.py" for name in ("prepare", "run_studies", "report")}
 PARTS = {"benchmarks/side_by_side.py", "benchmarks/stack.py"}
 PARTS |= {f"benchmarks/learning/{name}.py" for name in ("studies", "measures", "drawing")}
+PARTS |= {f"benchmarks/reproduce/{name}.py" for name in ("grid", "paper", "report", "running", "results", "table")}
 ELSEWHERE = {
     "examples/my_task.py": "tests/unit/tasks/test_custom.py",
     "launch/train.py": "tests/launch/test_docs.py",
