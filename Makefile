@@ -1,6 +1,6 @@
 # make demo: train SRLoRA on two CPU processes on real sentences for a few minutes, from nothing but Python, pip, make
 # and a compiler.
-# make unit: the quick unit tests, one to two minutes.
+# make unit: the quick unit tests, two to three minutes.
 # make test: lint and every test that needs no GPU, about 20 minutes on two slow cores, two files at a time; make test-all adds the slow ones.
 # make cluster: many nodes on one machine, see docs/multi-node.md; needs root, iproute2, slurm-wlm and munge.
 
