@@ -161,4 +161,6 @@ def test_what_the_lock_says_may_be_missing(tmp_path) -> None:
     """A full disk takes the file, and not what is written into it; a lock may also be cut by a crash."""
     for content in ("", "{", json.dumps({"pid": 1})):
         (tmp_path / ".run.srlora_lock").write_text(content)
-        take(tmp_path / "run").release()
+        lock = take(tmp_path / "run")
+        assert lock.is_held
+        lock.release()
